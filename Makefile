@@ -1,0 +1,65 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each sets up what it needs, once.
+PYTHON ?= python3
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# Compiled programs are kept between runs. XLA:CPU asks for its buffers anew every step: huge pages make that cheap.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
+.PHONY: help demo test setup lint format types bench slow constraints clean gl
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo gl  ## demonstrations, training, evaluation, one report.html
+	$(BIN)/insula demo $(DEMO_ARGS)
+
+test: lint types gl  ## ruff, mypy, unit tests, and the quick demo
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/insula demo --quick
+
+setup: $(VENV)/.test gl  ## the virtual environment, with the tools of the tests
+
+lint: $(VENV)/.test  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.test  ## let ruff repair and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.test  ## mypy over the package
+	$(BIN)/mypy
+
+slow: $(VENV)/.test gl  ## the slow tests
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+bench: $(VENV)/.test gl  ## time and memory of a train step
+	$(BIN)/python benchmarks/step.py
+
+constraints:  ## resolve anew, with the newest versions pyproject.toml allows
+	scripts/setup.sh constraints "$(PYTHON)"
+
+clean:  ## forget the virtual environment and every cache; runs/ stays
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+gl:
+	@scripts/setup.sh gl "$(PYTHON)"
+
+# Stamps: installed once, and again when a dependency changes.
+$(VENV)/.demo: pyproject.toml constraints.txt
+	@scripts/setup.sh python "$(PYTHON)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -e . -c constraints.txt
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) install -q -e ".[test]" -c constraints.txt
+	@touch $@

@@ -1,0 +1,46 @@
+"""What travels inside every checkpoint besides the weights: enough to serve from the checkpoint alone.
+
+    config.json        the model's config and the version that wrote it
+    norm_stats.json    normalisation, openpi's format
+    tokenizer/         text tokenizer, FAST codec, dialect
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import insula
+from insula.data import normalise
+from insula.data.normalise import NormStats
+from insula.model.config import Config, config_from_dict
+from insula.tokens.sequence import FASTTokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Assets:
+    """`stats` holds "state" and "actions"; the tokenizer holds its dialect."""
+
+    config: Config
+    tokenizer: FASTTokenizer
+    stats: dict[str, NormStats]
+
+    def write(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        written = {"insula": insula.__version__, "model": dataclasses.asdict(self.config)}
+        (directory / "config.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+        normalise.save(directory / "norm_stats.json", self.stats)
+        self.tokenizer.save(directory / "tokenizer")
+
+
+def read_assets(directory: Path) -> Assets:
+    """Raises FileNotFoundError, or ValueError naming the file and what is wrong in it."""
+    path = directory / "config.json"
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    return Assets(
+        config=config_from_dict(written["model"], str(path)),
+        tokenizer=FASTTokenizer.load(directory / "tokenizer"),
+        stats=normalise.load(directory / "norm_stats.json"),
+    )

@@ -1,0 +1,50 @@
+"""What a model sees: `Observation` when acting, `Batch` when learning.
+
+Padding and masks, explained once
+---------------------------------
+Text is one sequence per sample, contiguous, padding only at its end::
+
+    tokens      BOS Task : ... Action :   f0  f1  f2  |   EOS  pad pad
+    token_mask   1   1   1  1    1    1    1   1   1  1    1    0   0    a real token
+    ar_mask      0   0   0  0    0    0    1   1   1  1    1    0   0    starts a causal step
+    loss_mask    0   0   0  0    0    0    1   1   1  1    0    0   0    scored by the token loss
+
+`image_mask` says whether a camera exists for a sample. `action_is_pad` marks steps past the end of the episode,
+`action_dim_mask` the action dimensions this robot has. These two, and nothing else, mask the flow loss.
+"""
+
+import dataclasses
+
+import jax
+
+from insula.shapes import Array, Bool, Float, Int, UInt8
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """Model inputs. Images are uint8 and become floats on the device; `tokens` is None without a tokenised prompt."""
+
+    images: dict[str, UInt8[Array, "B h w 3"]]
+    image_mask: dict[str, Bool[Array, "B"]]
+    state: Float[Array, "B S"]
+    tokens: Int[Array, "B L"] | None = None
+    token_mask: Bool[Array, "B L"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """An observation with its targets: FAST tokens inside `observation.tokens`, and the normalised action chunk."""
+
+    observation: Observation
+    actions: Float[Array, "B H D"]
+    action_is_pad: Bool[Array, "B H"]
+    action_dim_mask: Bool[Array, "B D"]
+    ar_mask: Bool[Array, "B L"] | None = None
+    loss_mask: Bool[Array, "B L"] | None = None
+
+    @property
+    def action_mask(self) -> Bool[Array, "B H D"]:
+        """True on every real action value: the only mask of the flow loss."""
+        return ~self.action_is_pad[:, :, None] & self.action_dim_mask[:, None, :]

@@ -1,0 +1,1 @@
+"""Saving and loading: `store` for our own runs, one file per foreign format."""

@@ -1,0 +1,130 @@
+"""A run's checkpoints, written by Orbax: `<step>/{params, train_state, manifest, assets}`.
+
+`params` is the running average, what evaluation and serving load. `assets` holds every file that must travel with it
+(config, tokenizer, normalisation), so one step directory is enough to serve. `manifest` holds a checksum per leaf,
+because Orbax restores a damaged shard without complaint.
+"""
+
+import dataclasses
+import logging
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every phase of every save
+
+WriteAssets = Callable[[Path], None]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, damaged, or of another model."""
+
+
+class _AssetsHandler(ocp.CheckpointHandler):
+    """Runs the caller's writer inside Orbax' atomic save."""
+
+    def save(self, directory: Any, args: "_AssetsSave") -> None:
+        args.write(Path(directory))
+
+    def restore(self, directory: Any, args: Any = None) -> Path:
+        return Path(directory)
+
+
+@ocp.args.register_with_handler(_AssetsHandler, for_save=True)
+@dataclasses.dataclass
+class _AssetsSave(ocp.args.CheckpointArgs):
+    write: WriteAssets
+
+
+@ocp.args.register_with_handler(_AssetsHandler, for_restore=True)
+@dataclasses.dataclass
+class _AssetsRestore(ocp.args.CheckpointArgs):
+    pass
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """CRC-32 of each leaf's bytes, by its path."""
+    return {name: zlib.crc32(np.ascontiguousarray(leaf).data) for name, leaf in _named_leaves(tree).items()}
+
+
+class CheckpointStore:
+    """The `checkpoints/` folder of one run. Saves go on in the background; `close` waits for them."""
+
+    def __init__(self, directory: Path, keep: int = 3):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
+
+    def save(self, step: int, params: Any, train_state: Any, assets: WriteAssets) -> None:
+        """Write step `step`; a step that is already there is left alone."""
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            train_state=ocp.args.StandardSave(train_state),
+            manifest=ocp.args.JsonSave({"params": checksums(params), "train_state": checksums(train_state)}),
+            assets=_AssetsSave(assets),
+        )
+        self._manager.save(step, args=items)
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def restore(self, item: str, like: Any, step: int | None = None) -> Any:
+        """`item` ("params" or "train_state") in the shapes of `like`; the newest step unless told.
+
+        Raises CheckpointError where there is none, a shape differs, or a leaf is damaged.
+        """
+        step = self._manager.latest_step() if step is None else step
+        where = f"{self._manager.directory}/{step}/{item}"
+        if step is None or step not in self._manager.all_steps():
+            known = ", ".join(map(str, self._manager.all_steps())) or "none"
+            raise CheckpointError(f"{self._manager.directory}: no checkpoint at step {step}; there are: {known}")
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
+        try:
+            wanted = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)}, manifest=ocp.args.JsonRestore())
+            restored = self._manager.restore(step, args=wanted)
+        except Exception as error:  # Orbax raises dozens of kinds; each means the same to the caller
+            raise CheckpointError(
+                f"{where} cannot be read ({type(error).__name__}: {error}); it is damaged or of another model. "
+                f"Remove {self._manager.directory}/{step} to fall back to an earlier step."
+            ) from error
+        self._verify(where, restored[item], like, restored["manifest"][item])
+        return restored[item]
+
+    @staticmethod
+    def _verify(where: str, tree: Any, like: Any, expected: dict[str, int]) -> None:
+        wanted = _named_leaves(like)
+        for name, leaf in _named_leaves(tree).items():
+            if leaf.shape != wanted[name].shape:
+                raise CheckpointError(f"{where}: {name} has shape {leaf.shape}, the config expects {wanted[name].shape}")
+        for name, value in checksums(tree).items():
+            if value != expected.get(name):
+                raise CheckpointError(f"{where}: {name} is damaged, its checksum does not match the manifest; "
+                                      "remove this step to fall back to an earlier one")
+
+    def assets(self, step: int | None = None) -> Path:
+        """The folder of files that travel with a step."""
+        step = self._manager.latest_step() if step is None else step
+        path = Path(self._manager.directory) / str(step) / "assets"
+        if step is None or not path.is_dir():
+            raise CheckpointError(f"{self._manager.directory}: no finished checkpoint (step {step})")
+        return path
+
+    def close(self) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def __enter__(self) -> "CheckpointStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,140 @@
+"""`insula collect | pretrain | train | evaluate | demo`: thin commands over the package."""
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+TRAIN = "Train a knowledge-insulated policy on a LeRobot data set. --preset NAME chooses the model that flags override."
+console = Console(stderr=True)
+
+
+def main() -> None:
+    """Run one command. An error the user can mend is one line and exit code 1; INSULA_DEBUG=1 shows where it arose."""
+    _use_huge_pages()
+    logging.basicConfig(level=logging.WARNING, format="insula: %(message)s")
+    commands: dict[str, Callable[..., Any]] = {
+        "collect": collect,
+        "pretrain": pretrain,
+        "evaluate": evaluate,
+        "demo": demo,
+    }
+    try:
+        if sys.argv[1:2] == ["train"]:
+            return _train(sys.argv[2:])
+        tyro.extras.subcommand_cli_from_dict(commands, prog="insula", description=__doc__)
+    except KeyboardInterrupt:
+        console.print("insula: interrupted")
+        sys.exit(130)
+    except (ValueError, LookupError, OSError, RuntimeError, ArithmeticError) as error:
+        if os.environ.get("INSULA_DEBUG"):
+            raise
+        message = error.args[0] if isinstance(error, KeyError) else error
+        console.print(f"insula: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _use_huge_pages() -> None:
+    """XLA:CPU allocates its buffers anew each step; huge pages make that much cheaper, but glibc reads the setting
+    only when a process starts. So start again, once."""
+    known = os.environ.get("GLIBC_TUNABLES", "")
+    if sys.platform == "linux" and "hugetlb" not in known:
+        os.environ["GLIBC_TUNABLES"] = f"{known}:{HUGE_PAGES}" if known else HUGE_PAGES
+        os.execv(sys.executable, [sys.executable, "-m", "insula", *sys.argv[1:]])
+
+
+def collect(out: Path, episodes: int = 400, first_seed: int = 0, noise: float = 0.3, overwrite: bool = False) -> None:
+    """Write demonstrations of the tabletop's scripted expert as a LeRobot v3.0 data set.
+
+    Args:
+        out: Folder of the new data set.
+        episodes: Successful demonstrations to write.
+        first_seed: Scene seeds count up from here.
+        noise: DART noise on the executed moves; the clean action is recorded.
+        overwrite: Replace what is in `out`.
+    """
+    from insula.data.collect import collect as run
+
+    done = run(out, episodes, first_seed, noise, overwrite=overwrite)
+    print(f"{len(done.seeds)} demonstrations, {done.frames} frames, {len(done.discarded)} discarded: {done.root}")
+
+
+def pretrain(out: Path, steps: int | None = None, scenes: int | None = None, seed: int = 0) -> None:
+    """Train the small backbone on questions about rendered scenes, without robot actions.
+
+    Args:
+        out: Folder for backbone.safetensors and backbone.json.
+        steps: Updates; the shipped backbone's number unless given.
+        scenes: Rendered scenes; the shipped backbone's number unless given.
+        seed: Of initial weights and sampling.
+    """
+    from insula.pretrain import PretrainConfig
+    from insula.pretrain import pretrain as run
+
+    given = {k: v for k, v in {"steps": steps, "scenes": scenes}.items() if v is not None}
+    known = run(PretrainConfig(out, seed=seed, **given))
+    print(f"held-out accuracy {known.mean:.1%} over {len(known.accuracy)} kinds, "
+          f"locations {known.location_error:.2f} bins of 128 off: {out}")
+
+
+def evaluate(
+    run: tyro.conf.Positional[Path],
+    episodes: int = 100,
+    first_seed: int | None = None,
+    execute: int = 2,
+    json: Path | None = None,
+    video: Path | None = None,
+) -> None:
+    """Run a trained policy in closed loop in the tabletop: success, wrong objects, and swapped instructions.
+
+    Args:
+        run: Folder that `insula train` wrote.
+        episodes: Scenes; each is tried with its instruction and with another one.
+        first_seed: Scenes count up from here; the first evaluation seed unless given.
+        execute: Steps of each chunk to execute before the policy looks again.
+        json: Write the results to this file.
+        video: Write the first episodes to this .mp4 or .gif.
+    """
+    from insula.evaluate.command import evaluate_run
+
+    print(evaluate_run(run, episodes, first_seed, execute, json, video))
+
+
+def _train(arguments: list[str]) -> None:
+    """`insula train`: every field of `TrainConfig` is a flag; `--preset NAME` chooses the model they start from."""
+    from insula.model.config import preset
+    from insula.train.config import TrainConfig
+    from insula.train.run import train as run
+
+    name = "tiny"
+    if "--preset" in arguments[:-1]:
+        at = arguments.index("--preset")
+        name, arguments = arguments[at + 1], arguments[:at] + arguments[at + 2 :]
+    model = dataclasses.replace(preset(name), compute_dtype="bfloat16")
+    default = TrainConfig(run=tyro.MISSING, model=model)
+    config = tyro.cli(TrainConfig, prog="insula train", description=TRAIN, default=default, args=arguments)
+    complete = run(config)
+    state = "done" if complete else "interrupted; go on with: insula train --resume --run"
+    print(f"{state} {config.run}")
+    sys.exit(0 if complete else 130)
+
+
+def demo(out: Path | None = None, quick: bool = False, seed: int = 0) -> None:
+    """Demonstrations, FAST, training, evaluation on unseen scenes, one report.html. Resumes where it was interrupted.
+
+    Args:
+        out: Folder for everything; runs/demo, or runs/quick with --quick.
+        quick: The same path in about two minutes, for a smoke test; it learns next to nothing.
+        seed: Of training. Scenes do not depend on it.
+    """
+    from insula.demo import DEMO, QUICK
+    from insula.demo import demo as run
+
+    print(f"report: {run(out or Path('runs/quick' if quick else 'runs/demo'), QUICK if quick else DEMO, seed)}")

@@ -1,0 +1,164 @@
+"""Demonstrations of the tabletop's scripted expert, written as a LeRobot v3.0 data set."""
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+import insula.sim  # noqa: F401 - registers the environment
+from insula.data.images import EncodedImages, encode_images
+from insula.data.lerobot_writer import LeRobotWriter
+from insula.data.schema import Feature, image_feature
+from insula.sim.expert import rollout
+from insula.sim.scene import CAMERAS
+from insula.sim.seeds import DEMONSTRATIONS
+from insula.sim.tabletop import ACTION_DIM, ACTION_NAMES, STATE_DIM, STATE_NAMES
+
+FPS = 10
+BLOCK = 8  # episodes a worker makes at a time
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What was written: the successful episodes' `seeds`, those discarded, and the number of frames."""
+
+    root: Path
+    seeds: tuple[int, ...]
+    discarded: tuple[int, ...]
+    frames: int
+
+
+@dataclass(frozen=True)
+class _Demonstration:
+    """`values` as the writer takes them; empty when the expert failed."""
+
+    seed: int
+    task: str
+    values: dict[str, np.ndarray | EncodedImages]
+
+
+def tabletop_features(image_size: int = 64) -> dict[str, Feature]:
+    """The data set's columns: both cameras, the state [5] and the action [7]."""
+    images = {f"observation.images.{camera}": image_feature(image_size, image_size) for camera in CAMERAS}
+    return images | {
+        "observation.state": Feature("float32", (STATE_DIM,), STATE_NAMES),
+        "action": Feature("float32", (ACTION_DIM,), ACTION_NAMES),
+    }
+
+
+def collect(
+    root: str | Path,
+    episodes: int = 400,
+    first_seed: int = DEMONSTRATIONS.start,
+    noise: float | int = 0.3,
+    *,
+    image_size: int = 64,
+    processes: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int], Any] | None = None,
+) -> Collected:
+    """Write `episodes` successful demonstrations of the seeds from `first_seed` on, in the order of their seeds.
+
+    DART: the noisy action is executed, the clean one recorded. Failures are discarded, counted, logged, and listed in
+    `meta/collected.json`. The result does not depend on `processes` (by default one per core, at most 4).
+    `progress` is called with the number of episodes written so far. Workers are spawned: a script must call this under
+    `if __name__ == "__main__":`. Raises ValueError when the seeds would leave the range kept for demonstrations,
+    DatasetError when `root` is not empty and `overwrite` is not set, RuntimeError when most attempts fail.
+    """
+    if episodes < 1:
+        raise ValueError(f"episodes: got {episodes}, expected at least 1")
+    DEMONSTRATIONS.take(episodes, first_seed - DEMONSTRATIONS.start)
+    workers = min(os.cpu_count() or 1, 4, -(-episodes // BLOCK)) if processes is None else processes
+    if workers < 1:
+        raise ValueError(f"processes: got {processes}, expected at least 1")
+    kept: list[int] = []
+    discarded: list[int] = []
+    features = tabletop_features(image_size)
+    with (
+        LeRobotWriter(root, FPS, features, "insula_tabletop", overwrite=overwrite) as writer,
+        contextlib.closing(_demonstrations(first_seed, noise, image_size, workers)) as made,
+    ):
+        for demonstration in made:
+            if demonstration.values:
+                writer.add_episode(demonstration.values, demonstration.task)
+                kept.append(demonstration.seed)
+            else:
+                discarded.append(demonstration.seed)
+            if progress:
+                progress(len(kept))
+            if len(discarded) > 20 + episodes:
+                raise RuntimeError(f"collect: {len(discarded)} attempts failed, {len(kept)} succeeded; lower noise")
+            if len(kept) == episodes:
+                break
+        else:
+            raise ValueError(f"collect: the seeds for demonstrations ended after {len(kept)} of {episodes} episodes")
+        frames = writer.frames
+    if discarded:
+        log.warning("%d of %d demonstrations failed and were discarded", len(discarded), len(kept) + len(discarded))
+    note = {"first_seed": first_seed, "last_seed": kept[-1], "discarded_seeds": discarded, "noise": noise}
+    (Path(root) / "meta" / "collected.json").write_text(json.dumps(note) + "\n", encoding="utf-8")
+    return Collected(Path(root), tuple(kept), tuple(discarded), frames)
+
+
+def _demonstrations(first_seed: int, noise: float | int, image_size: int, workers: int) -> Generator[_Demonstration]:
+    """Seed by seed, to the end of the range; at most two blocks per worker are in the making."""
+    starts = range(first_seed, DEMONSTRATIONS.stop, BLOCK)
+    blocks = (range(start, min(start + BLOCK, DEMONSTRATIONS.stop)) for start in starts)
+    if workers == 1:
+        try:
+            for seeds in blocks:
+                yield from _demonstrate(seeds, noise, image_size)
+        finally:
+            if env := _environments.pop(image_size, None):
+                env.close()
+        return
+    context = multiprocessing.get_context("spawn")  # a GL context does not survive a fork
+    on_ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # in the workers: the parent decides
+    with ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=on_ctrl_c) as pool:
+        ahead: deque[Future[list[_Demonstration]]] = deque()
+        try:
+            for seeds in blocks:
+                ahead.append(pool.submit(_demonstrate, seeds, noise, image_size))
+                if len(ahead) == 2 * workers:
+                    yield from ahead.popleft().result()
+            while ahead:
+                yield from ahead.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+_environments: dict[int, gymnasium.Env] = {}
+
+
+def _demonstrate(seeds: range, noise: float | int, image_size: int) -> list[_Demonstration]:
+    if image_size not in _environments:
+        _environments[image_size] = gymnasium.make(
+            "insula/Tabletop-v0", image_size=image_size, disable_env_checker=True
+        )
+    return [_demonstration(_environments[image_size], seed, noise) for seed in seeds]
+
+
+def _demonstration(env: gymnasium.Env, seed: int, noise: float | int) -> _Demonstration:
+    """One episode; scene and noise depend on its seed alone."""
+    episode = rollout(env, np.random.default_rng([seed, 1]), noise=noise, seed=seed)
+    if not episode.success:
+        return _Demonstration(seed, episode.task, {})
+    values: dict[str, np.ndarray | EncodedImages] = {
+        f"observation.images.{camera}": encode_images([o["images"][camera] for o in episode.observations])
+        for camera in CAMERAS
+    }
+    values["observation.state"] = np.stack([o["state"] for o in episode.observations])
+    values["action"] = episode.labels
+    return _Demonstration(seed, episode.task, values)

@@ -1,0 +1,56 @@
+"""Images as PNG bytes and back."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from insula.data.schema import DatasetError
+from insula.data.statistics import histogram
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """The frames of one camera: `png` [T] byte strings, `histogram` int64 [3, 256] of their pixels, (height, width)."""
+
+    png: tuple[bytes, ...]
+    histogram: np.ndarray
+    size: tuple[int, int]
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """uint8 [h, w, 3] to PNG, losslessly; the fastest compression, a tenth larger than the slowest."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def encode_images(images: Sequence[np.ndarray] | np.ndarray) -> EncodedImages:
+    """uint8 [T, h, w, 3] to PNG. Raises ValueError for another shape or dtype."""
+    stack = np.stack(images) if not isinstance(images, np.ndarray) else images
+    if stack.dtype != np.uint8 or stack.ndim != 4 or stack.shape[-1] != 3:
+        raise ValueError(f"images: got {stack.dtype}{list(stack.shape)}, expected uint8 [frames, height, width, 3]")
+    return EncodedImages(tuple(map(encode_png, stack)), histogram(stack), (stack.shape[1], stack.shape[2]))
+
+
+def decode_image(data: bytes, size: tuple[int, int], where: str) -> np.ndarray:
+    """Encoded bytes to uint8 [h, w, 3]. Raises DatasetError, naming `where`, for another size or damaged bytes."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.size != (size[1], size[0]):  # before any pixel is decoded
+                raise DatasetError(
+                    f"{where}: the image is {image.size[1]}×{image.size[0]} (height×width), info.json says "
+                    f"{size[0]}×{size[1]}; correct the feature's shape or record the frame anew"
+                )
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        if isinstance(e, DatasetError):
+            raise
+        raise DatasetError(
+            f"{where}: unreadable image ({len(data)} bytes: {e}); expected {', '.join(FORMATS)}. "
+            "Remove the episode or restore the file"
+        ) from None

@@ -1,0 +1,350 @@
+"""Writing LeRobot v3.0: an episode at a time, in bounded memory, all or nothing."""
+
+import contextlib
+import json
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from insula.data.images import EncodedImages, encode_images
+from insula.data.schema import BOOKKEEPING, DATA_PATH, EPISODES_PATH, VERSION, DatasetError, Feature, Info, pick
+from insula.data.statistics import histogram_stats, numeric_stats
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+PENDING = 100  # episode rows kept in memory
+Values = np.ndarray | Sequence[Any] | EncodedImages
+
+
+class LeRobotWriter:
+    """Writes beside `root` and moves the finished data set there in `close()`; an exception leaves nothing behind.
+
+        with LeRobotWriter(root, fps=10, features=features, robot_type="tabletop") as writer:
+            writer.add_episode({"observation.state": state, "action": action, ...}, task="put the ...")
+
+    `features` names what `add_episode` will be given; the bookkeeping columns (timestamp, index, ...) are added.
+    Raises DatasetError when `root` holds something already and `overwrite` is not set, ValueError for a bad feature.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        fps: float | int,
+        features: Mapping[str, Feature],
+        robot_type: str | None = None,
+        *,
+        overwrite: bool = False,
+        file_megabytes: float | int = 100,
+    ):
+        self.root, self.fps, self.robot_type = Path(root), fps, robot_type
+        self.features = _checked_features(features)
+        self._overwrite, self._file_megabytes = overwrite, file_megabytes
+        if self.root.exists() and not overwrite and (self.root.is_file() or any(self.root.iterdir())):
+            raise DatasetError(f"{self.root}: exists and is not empty; choose another place or ask for overwriting")
+        self._schema = _schema(self.features | BOOKKEEPING)
+        self._tasks: dict[str, int] = {}
+        self._episodes, self._pending = 0, list[dict[str, Any]]()
+        self._episode_table: pq.ParquetWriter | None = None
+        self._columns: dict[str, list[np.ndarray]] = {k: [] for k, f in self._all_features() if f.is_numeric}
+        self._histograms = {k: np.zeros((3, 256), np.int64) for k, f in self._all_features() if f.is_camera}
+        self._frames, self._file = 0, 0
+        self._sink: pa.NativeFile | None = None
+        self._rows: pq.ParquetWriter | None = None
+        self.root.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = self.root.parent / f".{self.root.name}.partial-{uuid.uuid4().hex[:8]}"
+        (self._partial / "meta").mkdir(parents=True)
+        self._open = True
+
+    def add_episode(self, frames: Mapping[str, Values], task: str) -> int:
+        """Append one episode and return its index.
+
+        `frames[name]` is [T, *shape] of that feature; cameras are uint8 [T, h, w, 3] or EncodedImages.
+        Raises ValueError naming feature, shapes, and the frame and dimension of any NaN or infinity.
+        """
+        if not self._open:
+            raise RuntimeError(f"{self.root}: add_episode() after close()")
+        episode, steps = self._episodes, _check_episode(frames, self.features, self._episodes)
+        values = {k: _checked(k, f, frames[k], steps, episode) for k, f in self.features.items()}
+        task_index = self._tasks.setdefault(task, len(self._tasks))
+        number = np.arange(steps)
+        values |= {
+            "timestamp": (number / self.fps).astype(np.float32),
+            "frame_index": number,
+            "episode_index": np.full(steps, episode),
+            "index": self._frames + number,
+            "task_index": np.full(steps, task_index),
+        }
+        file = self._write_rows(values)
+        self._pending.append(
+            {
+                "episode_index": episode,
+                "tasks": [task],
+                "length": steps,
+                "data/chunk_index": file // 1000,
+                "data/file_index": file % 1000,
+                "dataset_from_index": self._frames,
+                "dataset_to_index": self._frames + steps,
+                "meta/episodes/chunk_index": 0,
+                "meta/episodes/file_index": 0,
+                **{f"stats/{k}/{name}": v.tolist() for k, s in self._note(values).items() for name, v in s.items()},
+            }
+        )
+        self._frames += steps
+        self._episodes += 1
+        if len(self._pending) == PENDING:
+            self._write_pending()
+        return episode
+
+    def close(self) -> None:
+        """Write the metadata and move the data set into place. A second call does nothing."""
+        if not self._open:
+            return
+        try:
+            if not self._episodes:
+                raise DatasetError(f"{self.root}: no episode was added, so there is nothing to write")
+            self._close_files()
+            meta = self._partial / "meta"
+            _write_json(meta / "info.json", self._info().to_json())
+            _write_json(meta / "stats.json", {k: _listed(s) for k, s in self._global_stats().items()})
+            pq.write_table(_tasks_table(self._tasks), meta / "tasks.parquet")
+            _move_into_place(self._partial, self.root, self._overwrite)
+            self._open = False
+        except BaseException:
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        """Forget everything written so far."""
+        self._open = False
+        with contextlib.suppress(OSError, pa.ArrowException):  # a full disk, perhaps; what matters is that it goes
+            self._close_files()
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def __enter__(self) -> "LeRobotWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+    @property
+    def frames(self) -> int:
+        """Frames added so far."""
+        return self._frames
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _all_features(self) -> list[tuple[str, Feature]]:
+        return list((self.features | BOOKKEEPING).items())
+
+    def _write_rows(self, values: Mapping[str, Any]) -> int:
+        """One row group. Returns the number of the file it went to."""
+        if self._sink is not None and self._sink.tell() >= self._file_megabytes * 2**20:
+            self._close_data_file()
+            self._file += 1
+        if self._rows is None:
+            path = self._partial / DATA_PATH.format(chunk_index=self._file // 1000, file_index=self._file % 1000)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._sink = pa.OSFile(str(path), "wb")
+            cameras = {k for k, f in self.features.items() if f.is_camera}
+            coded = [k for k in BOOKKEEPING if k not in ("timestamp", "index")]
+            packing = {f.name: "snappy" for f in self._schema if f.name not in cameras}
+            packing |= {f"{k}.{part}": "none" for k in cameras for part in ("bytes", "path")}  # PNG is packed already
+            self._rows = pq.ParquetWriter(self._sink, self._schema, compression=packing, use_dictionary=coded)
+        arrays = [_arrow(f, values[k]) for k, f in self._all_features()]
+        self._rows.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+        return self._file
+
+    def _write_pending(self) -> None:
+        """Episode rows with their statistics are large as Python objects; few are kept."""
+        table = pa.Table.from_pylist(self._pending)
+        if self._episode_table is None:
+            path = self._partial / EPISODES_PATH.format(chunk_index=0, file_index=0)
+            path.parent.mkdir(parents=True)
+            self._episode_table = pq.ParquetWriter(path, table.schema)
+        self._episode_table.write_table(table)
+        self._pending.clear()
+
+    def _close_data_file(self) -> None:
+        if self._rows is not None and self._sink is not None:
+            self._rows.close()
+            self._sink.close()
+        self._rows = self._sink = None
+
+    def _close_files(self) -> None:
+        self._close_data_file()
+        if self._pending:
+            self._write_pending()
+        if self._episode_table is not None:
+            self._episode_table.close()
+            self._episode_table = None
+
+    def _note(self, values: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+        """This episode's statistics; its values are kept for the global ones."""
+        stats = {}
+        for name, feature in self._all_features():
+            if isinstance(encoded := values[name], EncodedImages):
+                self._histograms[name] += encoded.histogram
+                stats[name] = histogram_stats(encoded.histogram) | {"count": np.array([len(encoded.png)])}
+            elif feature.is_numeric:
+                self._columns[name].append(values[name])
+                stats[name] = numeric_stats(values[name])
+        return stats
+
+    def _global_stats(self) -> dict[str, dict[str, np.ndarray]]:
+        """True ones: over all values at once, not an envelope of the episodes'."""
+        stats = {k: numeric_stats(np.concatenate(parts)) for k, parts in self._columns.items()}
+        counted = {k: histogram_stats(c) | {"count": np.array([self._frames])} for k, c in self._histograms.items()}
+        return stats | counted
+
+    def _info(self) -> Info:
+        return Info(
+            codebase_version=VERSION,
+            fps=self.fps,
+            features=self.features | BOOKKEEPING,
+            total_episodes=self._episodes,
+            total_frames=self._frames,
+            total_tasks=len(self._tasks),
+            robot_type=self.robot_type,
+            data_files_size_in_mb=self._file_megabytes,
+        )
+
+
+def _checked_features(features: Mapping[str, Feature]) -> dict[str, Feature]:
+    for name, feature in features.items():
+        if name in BOOKKEEPING:
+            raise ValueError(f"feature {name!r} is filled in by the writer; leave it out")
+        if not name or "/" in name:
+            raise ValueError(f"feature {name!r}: a name must not be empty nor contain '/'")
+        if feature.dtype == "video":
+            raise ValueError(f"feature {name!r}: got dtype 'video', this writer stores cameras as 'image'")
+        if not feature.is_camera and len(feature.shape) != 1:
+            raise ValueError(f"feature {name!r}: got shape {feature.shape}, expected one axis; flatten it first")
+        if feature.names is not None and not feature.is_camera and len(feature.names) != feature.shape[0]:
+            raise ValueError(f"feature {name!r}: {len(feature.names)} names for {feature.shape[0]} dimensions")
+    if not features:
+        raise ValueError("features: got none, expected at least one column")
+    return dict(features)
+
+
+def _check_episode(frames: Mapping[str, Values], features: Mapping[str, Feature], episode: int) -> int:
+    """The number of frames. Every feature is there, and nothing else."""
+    where = f"episode {episode}"
+    for name in frames:
+        pick(name, features, "feature", where)
+    missing = [name for name in features if name not in frames]
+    if missing:
+        raise DatasetError(f"{where}: lacks {', '.join(missing)}")
+    lengths = {k: len(v.png) if isinstance(v, EncodedImages) else len(v) for k, v in frames.items()}
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        raise DatasetError(f"{where}: features differ in length or are empty: {lengths}")
+    return next(iter(lengths.values()))
+
+
+def _checked(name: str, feature: Feature, values: Values, steps: int, episode: int) -> Any:
+    """`values` in the feature's dtype and shape: EncodedImages, numpy [T] (shape (1,)) or [T, D], or strings."""
+    where = f"episode {episode}, feature {name!r}"
+    if feature.is_camera:
+        encoded = values if isinstance(values, EncodedImages) else encode_images(values)
+        if encoded.size != feature.size:
+            raise DatasetError(f"{where}: got images of {encoded.size}, expected {feature.size} (height, width)")
+        return encoded
+    if isinstance(values, EncodedImages):
+        raise DatasetError(f"{where}: got images, expected {feature.dtype}{list(feature.shape)}")
+    if feature.dtype == "string":
+        return [str(value) for value in values]
+    array = np.asarray(values)
+    if not np.can_cast(array.dtype, feature.dtype, "same_kind"):
+        raise DatasetError(f"{where}: got {array.dtype}, expected {feature.dtype}")
+    if array.shape not in ((steps, *feature.shape), (steps,) if feature.shape == (1,) else ()):
+        raise DatasetError(f"{where}: got shape {array.shape}, expected {(steps, *feature.shape)}")
+    array = array.astype(feature.dtype).reshape((steps,) if feature.shape == (1,) else (steps, *feature.shape))
+    bad = np.argwhere(~np.isfinite(array.reshape(steps, -1)))
+    if len(bad):
+        frame, dim = bad[0].tolist()
+        label = feature.names[dim] if feature.names else dim
+        raise DatasetError(
+            f"{where}: {array.reshape(steps, -1)[frame, dim]} at frame {frame}, dimension {label} "
+            f"({len(bad)} such values); expected finite numbers"
+        )
+    return array
+
+
+def _schema(features: Mapping[str, Feature]) -> pa.Schema:
+    """Arrow types, with the note that makes the `datasets` library read images as images."""
+    fields: list[pa.Field] = []
+    notes: dict[str, dict[str, Any]] = {}
+    for name, feature in features.items():
+        if feature.is_camera:
+            kind, notes[name] = IMAGE, {"_type": "Image"}
+        else:
+            kind, notes[name] = _arrow_type(feature.dtype), {"dtype": feature.dtype, "_type": "Value"}
+            if feature.shape != (1,):
+                kind = pa.list_(kind, feature.shape[0])
+                notes[name] = {"feature": notes[name], "length": feature.shape[0], "_type": "Sequence"}
+        fields.append(pa.field(name, kind))
+    return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": notes}})})
+
+
+def _arrow_type(dtype: str) -> pa.DataType:
+    return pa.string() if dtype == "string" else pa.from_numpy_dtype(np.dtype(dtype))
+
+
+def _arrow(feature: Feature, values: Any) -> pa.Array:
+    if isinstance(values, EncodedImages):
+        paths = [f"frame-{i:06d}.png" for i in range(len(values.png))]
+        return pa.StructArray.from_arrays([pa.array(values.png, pa.binary()), pa.array(paths)], fields=list(IMAGE))
+    if isinstance(values, np.ndarray) and values.ndim == 2:
+        return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), feature.shape[0])
+    return pa.array(values, _arrow_type(feature.dtype))
+
+
+def _tasks_table(tasks: Mapping[str, int]) -> pa.Table:
+    """Columns task and task_index, `task` marked as the index that pandas will see."""
+
+    def describe(name: str, kind: str, numpy: str) -> dict[str, Any]:
+        return {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": numpy, "metadata": None}
+
+    note = {
+        "index_columns": ["task"],
+        "column_indexes": [],
+        "columns": [describe("task_index", "int64", "int64"), describe("task", "unicode", "object")],
+        "creator": {"library": "pyarrow", "version": pa.__version__},
+        "pandas_version": "2.0.0",
+    }
+    columns = {"task_index": pa.array(list(tasks.values()), pa.int64()), "task": pa.array(list(tasks), pa.string())}
+    return pa.table(columns).replace_schema_metadata({"pandas": json.dumps(note)})
+
+
+def _listed(stats: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return {name: value.tolist() for name, value in stats.items()}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _move_into_place(partial: Path, root: Path, overwrite: bool) -> None:
+    """Rename; what was at `root` goes aside first and is removed last."""
+    aside = None
+    if root.exists() and overwrite:
+        aside = partial.with_name(partial.name.replace("partial", "replaced"))
+        root.rename(aside)
+    elif root.exists():
+        root.rmdir()  # an empty directory; anything else appeared meanwhile, and must not be lost
+    try:
+        partial.rename(root)
+    except OSError:
+        if aside is not None:
+            aside.rename(root)
+        raise
+    if aside is not None:
+        shutil.rmtree(aside) if aside.is_dir() else aside.unlink()

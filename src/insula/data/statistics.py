@@ -1,0 +1,41 @@
+"""The statistics a LeRobot data set carries: min, max, mean, std, count and true quantiles of every feature."""
+
+import numpy as np
+
+QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
+
+
+def numeric_stats(values: np.ndarray) -> dict[str, np.ndarray]:
+    """min, max, mean, std, count and quantiles per dimension, float64, of [T, D] or [T] (one dimension)."""
+    rows = values.reshape(len(values), -1).astype(np.float64)
+    quantiles = np.quantile(rows, list(QUANTILES.values()), axis=0)
+    return {
+        "min": rows.min(0),
+        "max": rows.max(0),
+        "mean": rows.mean(0),
+        "std": rows.std(0),
+        "count": np.array([len(rows)]),
+        **dict(zip(QUANTILES, quantiles, strict=True)),
+    }
+
+
+def histogram(images: np.ndarray) -> np.ndarray:
+    """How often each value occurs per channel: uint8 [..., 3] to int64 [3, 256]."""
+    return np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)])
+
+
+def histogram_stats(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """min, max, mean, std and quantiles in [0, 1], each [3, 1, 1] as LeRobot stores them, from int64 [3, 256]."""
+    values = np.arange(256) / 255
+    total = counts.sum(1, keepdims=True)
+    mean = (counts * values).sum(1, keepdims=True) / total
+    variance = (counts * (values - mean) ** 2).sum(1, keepdims=True) / total
+    seen, cumulative = counts > 0, counts.cumsum(1)
+    stats = {
+        "min": values[seen.argmax(1)],
+        "max": values[255 - seen[:, ::-1].argmax(1)],
+        "mean": mean[:, 0],
+        "std": np.sqrt(variance[:, 0]),
+    }
+    stats |= {name: values[(cumulative >= q * total).argmax(1)] for name, q in QUANTILES.items()}
+    return {name: value.reshape(3, 1, 1) for name, value in stats.items()}

@@ -1,0 +1,1 @@
+"""Open-loop, closed-loop and knowledge evaluation."""

@@ -1,0 +1,44 @@
+"""Flow matching: one time convention everywhere. t = 1 is noise, t = 0 is data.
+
+openpi, LeRobot and transformers' PI0 use this direction; the papers (Lipman et al. 2023; Black et al. 2024, π0 §IV)
+write time the other way round.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from insula.shapes import Array, Float, PRNGKeyArray
+
+
+def sample_time(rng: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Training times, t ~ 0.999 · Beta(1.5, 1) + 0.001: most weight on noisy chunks (π0, appendix B).
+
+    Beta(a, 1) has the closed inverse u^(1/a), so no rejection sampling is needed.
+    """
+    return jax.random.uniform(rng, shape) ** (1 / 1.5) * 0.999 + 0.001
+
+
+def add_noise(actions: Float[Array, "*c H D"], noise: Float[Array, "*b H D"], time: Float[Array, "*b"]) -> Array:
+    """x_t = t · noise + (1 − t) · actions."""
+    t = time[..., None, None]
+    return t * noise + (1 - t) * actions
+
+
+def target_velocity(actions: Float[Array, "*c H D"], noise: Float[Array, "*b H D"]) -> Array:
+    """u = dx_t/dt = noise − actions, constant along the straight path."""
+    return noise - actions
+
+
+def integrate(velocity: Callable[[Array, Array], Array], noise: Float[Array, "B H D"], steps: int) -> Array:
+    """Carry noise (t = 1) to actions (t = 0) in `steps` Euler steps of dt = −1/steps.
+
+    `velocity(x [B, H, D], time [B]) -> [B, H, D]`.
+    """
+
+    def step(i: Array, x: Array) -> Array:
+        time = jnp.full(x.shape[0], 1 - i / steps, x.dtype)
+        return x - velocity(x, time) / steps
+
+    return jax.lax.fori_loop(0, steps, step, noise)

@@ -1,0 +1,178 @@
+"""Token cross-entropy, flow-matching error, and their weighted sum."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from insula import flow
+from insula.batch import Batch
+from insula.model import Params
+from insula.model.backbone import Prefix, run_backbone
+from insula.model.config import Config
+from insula.model.expert import run_expert
+from insula.model.insulation import freeze, insulate
+from insula.shapes import Array, Bool, Float, Int, PRNGKeyArray
+
+Metrics = dict[str, Array]
+
+
+def compute_loss(params: Params, config: Config, batch: Batch, rng: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
+    """total = flow + ki_fast_loss_weight · fast, from one backbone pass (π0.5 + KI, Driess et al. 2025, eq. 4).
+
+    `metrics`: the differentiable scalars "fast" and "flow", "scored_tokens" (how many the token loss averages over)
+    and "token_accuracy". Without tokens, or with none to score, "fast" is 0.
+    """
+    vision, backbone = params.vision, params.backbone
+    if config.freeze_backbone:
+        vision, backbone = freeze((vision, backbone))
+
+    prefix = run_backbone(vision, backbone, config, batch.observation, batch.ar_mask)
+    memory = insulate(prefix, config.num_memory, stop=config.knowledge_insulation)
+
+    time_rng, noise_rng = jax.random.split(rng)
+    draws = (batch.actions.shape[0], config.flow_samples)
+    time = flow.sample_time(time_rng, draws)
+    noise = jax.random.normal(noise_rng, (*draws, *batch.actions.shape[1:]))
+    actions = batch.actions[:, None]
+    velocity = run_expert(
+        params.expert, config, memory, batch.observation.state, flow.add_noise(actions, noise, time), time
+    )
+
+    fast, token_metrics = token_loss(prefix, backbone.embedding, batch, config)
+    mask = batch.action_mask[:, None]
+    losses = {"fast": fast, "flow": average(flow_loss(velocity, flow.target_velocity(actions, noise), mask), mask)}
+    weights = {"fast": config.ki_fast_loss_weight, "flow": 1.0}
+    assert losses.keys() == weights.keys() and all(loss.shape == () for loss in losses.values())
+    total = jnp.sum(jnp.stack([weights[name] * losses[name] for name in losses]))
+    return total, losses | token_metrics
+
+
+def language_loss(params: Params, config: Config, batch: Batch, rng: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
+    """The token loss alone, for samples without actions; the expert is not run. Same signature as `compute_loss`."""
+    prefix = run_backbone(params.vision, params.backbone, config, batch.observation, batch.ar_mask)
+    fast, metrics = token_loss(prefix, params.backbone.embedding, batch, config)
+    return fast, {"fast": fast} | metrics
+
+
+def predict_tokens(
+    params: Params, config: Config, batch: Batch
+) -> tuple[Int[Array, "B s"], Int[Array, "B s"], Bool[Array, "B s"]]:
+    """The likeliest token at each scored position given the true ones before it, the true one, and whether scored."""
+    prefix = run_backbone(params.vision, params.backbone, config, batch.observation, batch.ar_mask)
+    hidden, labels, scored = scored_positions(prefix, batch, config.max_fast_len)
+    return jnp.argmax(hidden @ params.backbone.embedding.T, axis=-1), labels, scored
+
+
+def flow_loss(
+    velocity: Float[Array, "*b H D"], target: Float[Array, "*b H D"], action_mask: Bool[Array, "*c H D"]
+) -> Float[Array, "*b H"]:
+    """Squared error of each step of the horizon: the mean over the action dimensions the robot has."""
+    error = jnp.where(action_mask, jnp.square(velocity - target), 0.0)
+    return jnp.sum(error, axis=-1) / jnp.maximum(jnp.sum(action_mask, axis=-1), 1)
+
+
+def average(per_step: Float[Array, "*b H"], action_mask: Bool[Array, "*c H D"]) -> Float[Array, ""]:
+    """Mean over every real step. Padded steps hold 0 already and are not counted."""
+    real = jnp.broadcast_to(jnp.any(action_mask, axis=-1), per_step.shape)
+    return jnp.sum(per_step) / jnp.maximum(jnp.sum(real), 1)
+
+
+def token_loss(
+    prefix: Prefix, embedding: Float[Array, "V W"], batch: Batch, config: Config
+) -> tuple[Float[Array, ""], Metrics]:
+    """Mean next-token cross-entropy over exactly the tokens of `loss_mask`; the token before each predicts it.
+
+    Scored positions are gathered before the vocabulary product, at most `max_fast_len` per sample.
+    """
+    if batch.observation.tokens is None or batch.loss_mask is None:
+        nothing = jnp.zeros(())
+        return nothing, {"scored_tokens": nothing, "token_accuracy": nothing}
+    hidden, labels, scored = scored_positions(prefix, batch, config.max_fast_len)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    loss, right = cross_entropy(rows, embedding, labels.reshape(-1), config.compute_dtype, config.vocab_chunk)
+    weight = scored.reshape(-1).astype(jnp.float32)
+    count = jnp.sum(weight)
+    denominator = jnp.maximum(count, 1)
+    return jnp.sum(loss * weight) / denominator, {
+        "scored_tokens": count,
+        "token_accuracy": jnp.sum(right * weight) / denominator,
+    }
+
+
+def scored_positions(
+    prefix: Prefix, batch: Batch, limit: int
+) -> tuple[Float[Array, "B s W"], Int[Array, "B s"], Bool[Array, "B s"]]:
+    """Hidden states that predict a scored token, the token, and whether the slot is used. s = min(limit, L)."""
+    tokens = batch.observation.tokens
+    images = prefix.hidden.shape[1] - tokens.shape[1]
+    order = jnp.argsort(~jnp.asarray(batch.loss_mask, bool), axis=1, stable=True)[:, :limit]
+    hidden = jnp.take_along_axis(prefix.hidden, (images + order - 1)[..., None], axis=1)
+    return hidden, jnp.take_along_axis(tokens, order, axis=1), jnp.take_along_axis(batch.loss_mask, order, axis=1)
+
+
+def cross_entropy(
+    hidden: Float[Array, "n W"], embedding: Float[Array, "V W"], labels: Int[Array, "n"], dtype: str, chunk: int | None
+) -> tuple[Float[Array, "n"], Bool[Array, "n"]]:
+    """−log softmax(hidden · embeddingᵀ)[label], and whether the label is the likeliest token.
+
+    With `chunk`, logits exist for so many vocabulary entries at a time, in the forward and the backward pass.
+    Raises ValueError where `chunk` does not divide the vocabulary.
+    """
+    chunk = chunk or embedding.shape[0]
+    if embedding.shape[0] % chunk:
+        raise ValueError(f"vocab_chunk is {chunk}, expected a divisor of the vocabulary's {embedding.shape[0]} entries")
+    log_z, best = _log_partition(hidden, embedding, dtype, chunk)
+    own = jnp.sum(_read(hidden, dtype) * _read(embedding[labels], dtype), axis=-1)
+    return log_z - own, own >= best
+
+
+def _read(x: Array, dtype: str) -> Array:
+    """What a product in `dtype` sees of x."""
+    return x.astype(dtype).astype(jnp.float32)
+
+
+def _logits(hidden: Array, piece: Array, dtype: str) -> Array:
+    return jax.lax.dot_general(
+        hidden.astype(dtype), piece.astype(dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _log_partition(hidden: Array, embedding: Array, dtype: str, chunk: int) -> tuple[Array, Array]:
+    """log Σ exp(logit) and the largest logit of each row, one vocabulary chunk at a time (online softmax)."""
+
+    def step(carry: tuple[Array, Array], piece: Array) -> tuple[tuple[Array, Array], None]:
+        best, total = carry
+        logits = _logits(hidden, piece, dtype)
+        new = jnp.maximum(best, jnp.max(logits, axis=1))
+        return (new, total * jnp.exp(best - new) + jnp.sum(jnp.exp(logits - new[:, None]), axis=1)), None
+
+    rows = hidden.shape[0]
+    start = (jnp.full(rows, -jnp.inf), jnp.zeros(rows))
+    (best, total), _ = jax.lax.scan(step, start, embedding.reshape(-1, chunk, embedding.shape[1]))
+    return best + jnp.log(total), best
+
+
+def _log_partition_forward(hidden: Array, embedding: Array, dtype: str, chunk: int) -> tuple[tuple[Array, Array], tuple]:
+    out = _log_partition(hidden, embedding, dtype, chunk)
+    return out, (hidden, embedding, out[0])
+
+
+def _log_partition_backward(dtype: str, chunk: int, residuals: tuple, gradient: tuple[Array, Array]) -> tuple[Array, Array]:
+    hidden, embedding, log_z = residuals
+
+    def step(d_hidden: Array, piece: Array) -> tuple[Array, Array]:
+        weight = (jnp.exp(_logits(hidden, piece, dtype) - log_z[:, None]) * gradient[0][:, None]).astype(dtype)
+        d_piece = jax.lax.dot_general(
+            weight, hidden.astype(dtype), (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        d_hidden += jnp.dot(weight, piece.astype(dtype), preferred_element_type=jnp.float32)
+        return d_hidden, d_piece
+
+    pieces = embedding.reshape(-1, chunk, embedding.shape[1])
+    d_hidden, d_pieces = jax.lax.scan(step, jnp.zeros_like(hidden), pieces)
+    return d_hidden, d_pieces.reshape(embedding.shape)
+
+
+_log_partition.defvjp(_log_partition_forward, _log_partition_backward)

@@ -1,0 +1,116 @@
+"""The VLM backbone: a Gemma-style text model over [images | prompt | FAST], read once.
+
+Training and serving call the same function; at serving the FAST suffix is simply absent.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from insula.batch import Observation
+from insula.model import layers
+from insula.model.attention import attend
+from insula.model.config import Config
+from insula.model.vision import Vision, encode_images
+from insula.model.weights import Weight, dense, zeros
+from insula.shapes import Array, Bool, Float
+from insula.tokens import masks
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BackboneLayer:
+    """Gemma layer; leaves are stacked over depth."""
+
+    attention_norm: Array
+    query: Array
+    key: Array
+    value: Array
+    out: Array
+    mlp_norm: Array
+    gate: Array
+    up: Array
+    down: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    embedding: Array
+    layers: BackboneLayer
+    norm: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """One backbone pass: final hidden states, keys and values of every layer (leading axis depth), and what is real."""
+
+    hidden: Float[Array, "B T W"]
+    keys: Float[Array, "depth B T G E"]
+    values: Float[Array, "depth B T G E"]
+    input_mask: Bool[Array, "B T"]
+    ar_mask: Bool[Array, "B T"]
+
+
+def weights(config: Config) -> Backbone:
+    """The weight table. `D` counts layers (depth)."""
+    c = config.backbone
+    d, w, f, n, g, e = c.depth, c.width, c.mlp_dim, c.num_heads, c.num_kv_heads, c.head_dim
+    return Backbone(
+        embedding=Weight((config.vocab_size, w), "VW", "normal", w**-0.5),
+        layers=BackboneLayer(
+            attention_norm=zeros("DW", d, w),
+            query=dense("DWNE", d, w, n, e, fan_in=w),
+            key=dense("DWGE", d, w, g, e, fan_in=w),
+            value=dense("DWGE", d, w, g, e, fan_in=w),
+            out=dense("DNEW", d, n, e, w, fan_in=n * e),
+            mlp_norm=zeros("DW", d, w),
+            gate=dense("DWF", d, w, f, fan_in=w),
+            up=dense("DWF", d, w, f, fan_in=w),
+            down=dense("DFW", d, f, w, fan_in=f),
+        ),
+        norm=zeros("W", w),
+    )
+
+
+def embed(
+    vision: Vision, backbone: Backbone, config: Config, observation: Observation, ar_mask: Bool[Array, "B L"] | None
+) -> tuple[Float[Array, "B T W"], Bool[Array, "B T"], Bool[Array, "B T"]]:
+    """The sequence [images | tokens]: embeddings, input mask, ar mask. Images come first and are bidirectional."""
+    x, input_mask = encode_images(vision, config, observation.images, observation.image_mask)
+    block = jnp.zeros(input_mask.shape, bool)
+    if observation.tokens is not None:
+        text = backbone.embedding[observation.tokens] * backbone.embedding.shape[-1] ** 0.5
+        text_ar = jnp.zeros(observation.tokens.shape, bool) if ar_mask is None else ar_mask
+        x = jnp.concatenate([x, text], axis=1)
+        input_mask = jnp.concatenate([input_mask, observation.token_mask], axis=1)
+        block = jnp.concatenate([block, text_ar], axis=1)
+    return x, input_mask, block
+
+
+def run_backbone(
+    vision: Vision,
+    backbone: Backbone,
+    config: Config,
+    observation: Observation,
+    ar_mask: Bool[Array, "B L"] | None = None,
+) -> Prefix:
+    """Embed and read the whole sequence once. `ar_mask` is None when there is no FAST suffix (serving)."""
+    x, input_mask, block = embed(vision, backbone, config, observation, ar_mask)
+    mask = masks.make_attn_mask(input_mask, block)
+    positions = masks.positions(input_mask)
+    dtype = config.compute_dtype
+
+    def layer(x: Array, p: BackboneLayer) -> tuple[Array, tuple[Array, Array]]:
+        y = layers.rms_norm(x, p.attention_norm)
+        q = layers.rope(layers.linear(y, p.query, dtype), positions) * p.query.shape[-1] ** -0.5
+        k = layers.rope(layers.linear(y, p.key, dtype), positions)
+        v = layers.linear(y, p.value, dtype)
+        x = x + layers.merge_heads(attend(q, k, v, mask), p.out, dtype)
+        x = x + layers.geglu(layers.rms_norm(x, p.mlp_norm), p.gate, p.up, p.down, dtype)
+        return x, (k, v)
+
+    x, (keys, values) = layers.walk(layer, x, backbone.layers, config.layers)
+    return Prefix(layers.rms_norm(x, backbone.norm), keys, values, input_mask, block)

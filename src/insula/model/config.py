@@ -1,0 +1,181 @@
+"""Sizes and settings of a model, and the presets that name them."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+from insula.errors import did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """SigLIP-style ViT. `patch_sizes` nest: (14,) is one linear patch embedding of 14 px; (4, 2, 2) embeds 4 px
+    patches, then merges 2×2 of them twice through a GELU, which is a strided convolutional stem with 16 px tokens."""
+
+    image_size: int
+    patch_sizes: tuple[int, ...]
+    stem_widths: tuple[int, ...]
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // math.prod(self.patch_sizes)
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid**2
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Gemma-style decoder: the backbone's text model, and the action expert."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A knowledge-insulated VLA. Change fields with `dataclasses.replace`; the whole is checked each time.
+
+    Raises ValueError where fields contradict each other, naming them.
+    """
+
+    name: str
+    vision: VisionConfig
+    backbone: TransformerConfig
+    expert: TransformerConfig
+    vocab_size: int
+    cameras: tuple[str, ...]
+    max_prompt_len: int
+    max_fast_len: int
+    horizon: int
+    action_dim: int
+    state_dim: int
+    state_input: Literal["prompt", "token"] = "prompt"
+    knowledge_insulation: bool = True
+    ki_fast_loss_weight: float = 1.0
+    freeze_backbone: bool = False
+    flow_samples: int = 1
+    """Noise draws per sample that share one backbone pass; each costs only the expert."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What matrix products read. They accumulate in float32, and all else is float32, either way."""
+    layers: Literal["unrolled", "scan"] = "unrolled"
+    """How depth is walked: unrolled is faster for small models; scan (with rematerialisation) saves memory."""
+    vocab_chunk: int | None = None
+    """Vocabulary entries per step of the token loss; None takes all at once."""
+
+    @property
+    def max_token_len(self) -> int:
+        return self.max_prompt_len + self.max_fast_len
+
+    @property
+    def num_image_tokens(self) -> int:
+        return len(self.cameras) * self.vision.num_patches
+
+    @property
+    def num_memory(self) -> int:
+        """Columns of the prefix kept for the expert: all image tokens and the longest prompt."""
+        return self.num_image_tokens + self.max_prompt_len
+
+    def __post_init__(self) -> None:
+        for field in ("depth", "num_heads", "num_kv_heads", "head_dim"):
+            backbone, expert = getattr(self.backbone, field), getattr(self.expert, field)
+            if backbone != expert:
+                raise ValueError(f"config {self.name!r}: backbone.{field} is {backbone}, expert.{field} is {expert}; "
+                                 "they share attention per layer, so both must be equal")
+        if self.backbone.num_heads % self.backbone.num_kv_heads:
+            raise ValueError(f"config {self.name!r}: num_heads {self.backbone.num_heads} is no multiple of "
+                             f"num_kv_heads {self.backbone.num_kv_heads}")
+        if len(self.vision.stem_widths) != len(self.vision.patch_sizes) - 1:
+            raise ValueError(f"config {self.name!r}: vision.stem_widths {self.vision.stem_widths} must have one entry "
+                             f"fewer than vision.patch_sizes {self.vision.patch_sizes}")
+        if self.vision.image_size % math.prod(self.vision.patch_sizes):
+            raise ValueError(f"config {self.name!r}: vision.image_size {self.vision.image_size} is no multiple of the "
+                             f"patch, {math.prod(self.vision.patch_sizes)} px")
+        if self.ki_fast_loss_weight < 0 or not math.isfinite(self.ki_fast_loss_weight):
+            raise ValueError(f"config {self.name!r}: ki_fast_loss_weight is {self.ki_fast_loss_weight}, expected ≥ 0")
+        if self.flow_samples < 1:
+            raise ValueError(f"config {self.name!r}: flow_samples is {self.flow_samples}, expected ≥ 1")
+        for field, known in (("state_input", ("prompt", "token")), ("compute_dtype", ("float32", "bfloat16")),
+                             ("layers", ("unrolled", "scan"))):
+            value = getattr(self, field)
+            if value not in known:
+                raise ValueError(f"config {self.name!r}: {field} is {value!r}, expected one of {known}{did_you_mean(str(value), known)}")
+        if self.knowledge_insulation and self.ki_fast_loss_weight == 0 and not self.freeze_backbone:
+            raise ValueError(f"config {self.name!r}: knowledge_insulation with ki_fast_loss_weight = 0 leaves the backbone "
+                             "without any gradient; set a weight > 0, or freeze_backbone=True if that is what you want")
+
+
+def _gemma(width: int, mlp_dim: int) -> TransformerConfig:
+    return TransformerConfig(width=width, depth=18, mlp_dim=mlp_dim, num_heads=8, num_kv_heads=1, head_dim=256)
+
+
+TINY = Config(
+    name="tiny",
+    vision=VisionConfig(
+        image_size=64, patch_sizes=(4, 2, 2), stem_widths=(32, 96), width=128, depth=2, mlp_dim=256, num_heads=4
+    ),
+    backbone=TransformerConfig(width=128, depth=4, mlp_dim=384, num_heads=4, num_kv_heads=4, head_dim=32),
+    expert=TransformerConfig(width=96, depth=4, mlp_dim=256, num_heads=4, num_kv_heads=4, head_dim=32),
+    vocab_size=3200,
+    cameras=("front", "wrist"),
+    max_prompt_len=20,
+    max_fast_len=20,
+    horizon=6,
+    action_dim=7,
+    state_dim=5,
+    flow_samples=2,
+)
+
+PI05 = Config(
+    name="pi05",
+    vision=VisionConfig(image_size=224, patch_sizes=(14,), stem_widths=(), width=1152, depth=27, mlp_dim=4304, num_heads=16),
+    backbone=_gemma(2048, 16384),
+    expert=_gemma(1024, 4096),
+    vocab_size=257_152,
+    cameras=("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"),
+    max_prompt_len=200,
+    max_fast_len=180,
+    horizon=50,
+    action_dim=32,
+    state_dim=32,
+    compute_dtype="bfloat16",
+    layers="scan",
+    vocab_chunk=16_072,
+)
+
+PRESETS = {config.name: config for config in (TINY, PI05)}
+
+
+def preset(name: str) -> Config:
+    """The named config. Raises KeyError with the nearest name where there is none."""
+    if name not in PRESETS:
+        raise KeyError(f"no preset {name!r}{did_you_mean(name, PRESETS)}; known: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def config_from_dict(raw: dict[str, Any], where: str = "config") -> Config:
+    """The inverse of `dataclasses.asdict`. Raises ValueError for a missing or unknown field, naming the nearest."""
+    parts = {"vision": VisionConfig, "backbone": TransformerConfig, "expert": TransformerConfig}
+    nested = {name: build(kind, raw.get(name, {}), f"{where}: {name}") for name, kind in parts.items()}
+    return build(Config, {**raw, **nested}, where)
+
+
+def build(kind: type, raw: dict[str, Any], where: str) -> Any:
+    """A dataclass from plain values, strictly. Raises ValueError for a missing or unknown field."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    for name in raw:
+        if name not in known:
+            raise ValueError(f"{where}: unknown field {name!r}{did_you_mean(name, known)}")
+    needed = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+    if missing := sorted(needed - raw.keys()):
+        raise ValueError(f"{where}: no {', '.join(missing)}; expected the fields of {kind.__name__}")
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()})

@@ -1,0 +1,115 @@
+"""The action expert: a Gemma-style transformer that turns noisy actions into a velocity (π0 §IV, π0.5 §IV-C).
+
+It attends to the backbone's memory and to itself in one softmax per layer; the flow time enters through adaRMS.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from insula.model import layers
+from insula.model.attention import attend_with_memory
+from insula.model.config import Config
+from insula.model.insulation import Memory
+from insula.model.layers import Affine, affine
+from insula.model.weights import dense, zeros
+from insula.shapes import Array, Float
+from insula.tokens import masks
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExpertLayer:
+    """Gemma layer with adaRMS in place of RMSNorm; leaves are stacked over depth."""
+
+    attention_norm: Affine
+    query: Array
+    key: Array
+    value: Array
+    out: Array
+    mlp_norm: Affine
+    gate: Array
+    up: Array
+    down: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Expert:
+    action_in: Affine
+    time_in: Affine
+    time_out: Affine
+    layers: ExpertLayer
+    norm: Affine
+    action_out: Affine
+    state_in: Affine | None
+    """Only where `config.state_input` is "token"."""
+
+
+def weights(config: Config) -> Expert:
+    """The weight table. `D` counts layers (depth), `a` action dimensions, `s` state dimensions, `Z` 3·W modulations."""
+    c = config.expert
+    d, w, f, n, g, e = c.depth, c.width, c.mlp_dim, c.num_heads, c.num_kv_heads, c.head_dim
+    modulation = Affine(zeros("DWZ", d, w, 3 * w), zeros("DZ", d, 3 * w))
+
+    def table(axes: str, i: int, o: int) -> Affine:
+        return Affine(dense(axes, i, o, fan_in=i), zeros(axes[-1], o))
+
+    return Expert(
+        action_in=table("aW", config.action_dim, w),
+        time_in=table("WW", w, w),
+        time_out=table("WW", w, w),
+        layers=ExpertLayer(
+            attention_norm=modulation,
+            query=dense("DWNE", d, w, n, e, fan_in=w),
+            key=dense("DWGE", d, w, g, e, fan_in=w),
+            value=dense("DWGE", d, w, g, e, fan_in=w),
+            out=dense("DNEW", d, n, e, w, fan_in=n * e),
+            mlp_norm=modulation,
+            gate=dense("DWF", d, w, f, fan_in=w),
+            up=dense("DWF", d, w, f, fan_in=w),
+            down=dense("DFW", d, f, w, fan_in=f),
+        ),
+        norm=Affine(zeros("WZ", w, 3 * w), zeros("Z", 3 * w)),
+        action_out=table("Wa", w, config.action_dim),
+        state_in=table("sW", config.state_dim, w) if config.state_input == "token" else None,
+    )
+
+
+def run_expert(
+    expert: Expert,
+    config: Config,
+    memory: Memory,
+    state: Float[Array, "B S"],
+    noisy_actions: Float[Array, "B K H D"],
+    time: Float[Array, "B K"],
+) -> Float[Array, "B K H D"]:
+    """Velocity of each of K noisy chunks at its own time, all reading one memory."""
+    dtype = config.compute_dtype
+    horizon, width = config.horizon, config.expert.width
+    x = affine(noisy_actions, expert.action_in, dtype)
+    if expert.state_in is not None:
+        token = affine(state, expert.state_in, dtype)[:, None, None, :]
+        x = jnp.concatenate([jnp.broadcast_to(token, (*x.shape[:2], 1, width)), x], axis=2)
+    condition = jax.nn.silu(affine(layers.time_embedding(time, width), expert.time_in, dtype))
+    condition = jax.nn.silu(affine(condition, expert.time_out, dtype))
+
+    ar = masks.suffix_ar_mask(horizon, expert.state_in is not None)[None]
+    self_mask = masks.make_attn_mask(jnp.ones_like(ar), ar)[0]
+    positions = (memory.length[:, None] + jnp.arange(x.shape[2]))[:, None, :]  # after the visible prefix, [B, 1, A]
+
+    def layer(x: Array, inputs: tuple[ExpertLayer, Array, Array]) -> tuple[Array, None]:
+        p, memory_k, memory_v = inputs
+        y, gate = layers.ada_rms_norm(x, affine(condition, p.attention_norm, dtype))
+        q = layers.rope(layers.linear(y, p.query, dtype), positions) * p.query.shape[-1] ** -0.5
+        k = layers.rope(layers.linear(y, p.key, dtype), positions)
+        v = layers.linear(y, p.value, dtype)
+        y = attend_with_memory(q, k, v, memory_k, memory_v, memory.mask, self_mask)
+        x = x + gate * layers.merge_heads(y, p.out, dtype)
+        y, gate = layers.ada_rms_norm(x, affine(condition, p.mlp_norm, dtype))
+        return x + gate * layers.geglu(y, p.gate, p.up, p.down, dtype), None
+
+    x, _ = layers.walk(layer, x, (expert.layers, memory.keys, memory.values), config.layers)
+    x, _ = layers.ada_rms_norm(x, affine(condition, expert.norm, dtype))
+    return affine(x[:, :, -horizon:], expert.action_out, dtype)

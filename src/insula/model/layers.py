@@ -1,0 +1,129 @@
+"""The small functions every tower is made of. All are plain functions of (weights, inputs)."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from insula.shapes import Array, Float, Int
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Array, w: Array, dtype: str) -> Array:
+    """[..., i] @ [i, o]. Reads `dtype`, accumulates float32, forwards and backwards."""
+    return lax.dot_general(
+        x.astype(dtype), w.astype(dtype), (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+    )
+
+
+def _product_forward(x: Array, w: Array, dtype: str) -> tuple[Array, tuple[Array, Array]]:
+    return _product(x, w, dtype), (x, w)
+
+
+def _product_backward(dtype: str, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = residuals
+    rows = tuple(range(x.ndim - 1))
+    g16, x16, w16 = g.astype(dtype), x.astype(dtype), w.astype(dtype)
+    dx = lax.dot_general(g16, w16, (((g.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    dw = lax.dot_general(x16, g16, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def linear(x: Float[Array, "*b i"], w: Float[Array, "i *o"], dtype: str) -> Float[Array, "..."]:
+    """A matrix product over the last axis of x and the first of w; further axes of w (heads) come out as they are."""
+    out = _product(x, w.reshape(w.shape[0], -1), dtype)
+    return out.reshape(*x.shape[:-1], *w.shape[1:])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Affine:
+    """A matrix and an offset."""
+
+    kernel: Array
+    bias: Array
+
+
+def affine(x: Float[Array, "*b i"], weight: Affine, dtype: str) -> Float[Array, "..."]:
+    return linear(x, weight.kernel, dtype) + weight.bias
+
+
+def merge_heads(x: Float[Array, "*b N E"], w: Float[Array, "N E W"], dtype: str) -> Float[Array, "*b W"]:
+    """The attention output projection: heads and head dimension back to the residual width."""
+    return _product(x.reshape(*x.shape[:-2], -1), w.reshape(-1, w.shape[-1]), dtype)
+
+
+def rms_norm(x: Float[Array, "*b W"], scale: Float[Array, "W"]) -> Float[Array, "*b W"]:
+    """Gemma's RMSNorm: the learned scale is an offset from one."""
+    return _unit_rms(x) * (1 + scale)
+
+
+def ada_rms_norm(
+    x: Float[Array, "B K A W"], modulation: Float[Array, "B K 3*W"]
+) -> tuple[Float[Array, "B K A W"], Float[Array, "B K 1 W"]]:
+    """adaRMS (π0.5): scale and shift come from the flow time, and so does the gate of the residual branch.
+
+    Returns the modulated input and the gate, for `x + gate * branch(...)`.
+    """
+    scale, shift, gate = jnp.split(modulation[:, :, None, :], 3, axis=-1)
+    return _unit_rms(x) * (1 + scale) + shift, gate
+
+
+def _unit_rms(x: Array) -> Array:
+    return x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+
+
+def layer_norm(x: Float[Array, "*b W"], scale: Float[Array, "W"], bias: Float[Array, "W"]) -> Float[Array, "*b W"]:
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    return centred * lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + 1e-6) * scale + bias
+
+
+def geglu(x: Array, gate: Array, up: Array, down: Array, dtype: str) -> Array:
+    """Gemma's feed-forward: down(gelu(gate(x)) · up(x))."""
+    return linear(jax.nn.gelu(linear(x, gate, dtype)) * linear(x, up, dtype), down, dtype)
+
+
+def rope(x: Float[Array, "*b T N E"], positions: Int[Array, "*#b T"]) -> Float[Array, "*b T N E"]:
+    """Rotary position embedding, halves rotated against each other, wavelengths 2π … 10,000 · 2π (Gemma)."""
+    half = x.shape[-1] // 2
+    frequency = 10_000.0 ** -(jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    a, b = x[..., :half], x[..., half:]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def time_embedding(
+    time: Float[Array, "*b"], width: int, min_period: float = 4e-3, max_period: float = 4.0
+) -> Float[Array, "*b width"]:
+    """Sine and cosine of the flow time at `width / 2` periods, spaced geometrically."""
+    fraction = jnp.linspace(0.0, 1.0, width // 2)
+    period = min_period * (max_period / min_period) ** fraction
+    angle = 2 * jnp.pi * time[..., None] / period
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+def walk(
+    body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, layers: Any, how: Literal["unrolled", "scan"]
+) -> tuple[Any, Any]:
+    """`lax.scan(body, carry, layers)` over stacked layers, unrolled or rematerialised.
+
+    Unrolled, the stack is cut by one `split`, whose gradient is one concatenation (indexing would add depth copies).
+    """
+    if how == "scan":
+        return lax.scan(jax.checkpoint(body, prevent_cse=False), carry, layers)
+    leaves, tree = jax.tree.flatten(layers)
+    depth = leaves[0].shape[0]
+    pieces = [[piece[0] for piece in lax.split(leaf, [1] * depth)] for leaf in leaves]
+    outputs = []
+    for i in range(depth):
+        carry, out = body(carry, jax.tree.unflatten(tree, [piece[i] for piece in pieces]))
+        outputs.append(out)
+    return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *outputs)

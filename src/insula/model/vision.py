@@ -1,0 +1,130 @@
+"""Vision encoder: a SigLIP-style ViT (Zhai et al. 2023) whose output tokens have the backbone's width."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+
+from insula.model import layers
+from insula.model.attention import attend
+from insula.model.config import Config
+from insula.model.layers import Affine, affine
+from insula.model.weights import Weight, dense, zeros
+from insula.shapes import Array, Bool, Float, UInt8
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerNorm:
+    scale: Array
+    bias: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class VisionLayer:
+    """Pre-norm transformer layer with biases; leaves are stacked over depth."""
+
+    attention_norm: LayerNorm
+    query: Affine
+    key: Affine
+    value: Affine
+    out: Affine
+    mlp_norm: LayerNorm
+    up: Affine
+    down: Affine
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Vision:
+    stem: tuple[Affine, ...]
+    position: Array
+    layers: VisionLayer
+    norm: LayerNorm
+    head: Affine
+
+
+def weights(config: Config) -> Vision:
+    """The weight table. `D` counts layers (depth), `X` the values of one patch."""
+    c = config.vision
+    d, w, f, n, e = c.depth, c.width, c.mlp_dim, c.num_heads, c.width // c.num_heads
+
+    def norm(*lead: int) -> LayerNorm:
+        return LayerNorm(Weight((*lead, w), "DW"[-len(lead) - 1 :], "ones"), zeros("DW"[-len(lead) - 1 :], *lead, w))
+
+    widths = (3, *c.stem_widths, w)
+    stem = tuple(
+        Affine(dense("XW", p * p * i, o, fan_in=p * p * i), zeros("W", o))
+        for p, (i, o) in zip(c.patch_sizes, itertools.pairwise(widths), strict=True)
+    )
+    heads = Affine(dense("DWNE", d, w, n, e, fan_in=w), zeros("DNE", d, n, e))
+    return Vision(
+        stem=stem,
+        position=Weight((c.num_patches, w), "PW", "grid", 1.0),
+        layers=VisionLayer(
+            attention_norm=norm(d),
+            query=heads,
+            key=heads,
+            value=heads,
+            out=Affine(dense("DNEW", d, n, e, w, fan_in=w), zeros("DW", d, w)),
+            mlp_norm=norm(d),
+            up=Affine(dense("DWF", d, w, f, fan_in=w), zeros("DF", d, f)),
+            down=Affine(dense("DFW", d, f, w, fan_in=f), zeros("DW", d, w)),
+        ),
+        norm=norm(),
+        head=Affine(dense("WW", w, config.backbone.width, fan_in=w), zeros("W", config.backbone.width)),
+    )
+
+
+def encode_images(
+    vision: Vision, config: Config, images: dict[str, UInt8[Array, "B h w 3"]], image_mask: dict[str, Bool[Array, "B"]]
+) -> tuple[Float[Array, "B T W"], Bool[Array, "B T"]]:
+    """All cameras in one batched call, in the order of `config.cameras`.
+
+    Returns image tokens and whether each is real. Raises KeyError where a camera of the config is missing.
+    """
+    missing = [name for name in config.cameras if name not in images]
+    if missing:
+        raise KeyError(f"observation has cameras {sorted(images)}, config {config.name!r} also expects {missing}; "
+                       "give a black image with image_mask False for a camera that is absent")
+    size = config.vision.image_size
+    pixels = jnp.stack([_resize(images[name], size) for name in config.cameras], axis=1)
+    tokens = _encode(vision, config, pixels.reshape(-1, size, size, 3))
+    tokens = tokens.reshape(pixels.shape[0], -1, tokens.shape[-1])
+    mask = jnp.stack([image_mask[name] for name in config.cameras], axis=1)
+    return tokens, jnp.repeat(mask, config.vision.num_patches, axis=1)
+
+
+def _resize(image: Array, size: int) -> Array:
+    """uint8 → [−1, 1], resized on the device where the camera has another resolution."""
+    pixels = image.astype(jnp.float32) / 127.5 - 1
+    if image.shape[1:3] == (size, size):
+        return pixels
+    return jax.image.resize(pixels, (image.shape[0], size, size, 3), "bilinear")
+
+
+def _encode(vision: Vision, config: Config, x: Float[Array, "X h w 3"]) -> Float[Array, "X P W"]:
+    c, dtype = config.vision, config.compute_dtype
+    for i, (patch, weight) in enumerate(zip(c.patch_sizes, vision.stem, strict=True)):
+        x = affine(_patchify(jax.nn.gelu(x) if i else x, patch), weight, dtype)
+    x = x.reshape(x.shape[0], c.num_patches, c.width) + vision.position
+
+    def layer(x: Array, p: VisionLayer) -> tuple[Array, None]:
+        y = layers.layer_norm(x, p.attention_norm.scale, p.attention_norm.bias)
+        q, k, v = (affine(y, a, dtype) for a in (p.query, p.key, p.value))
+        y = attend(q * q.shape[-1] ** -0.5, k, v, None)
+        x = x + layers.merge_heads(y, p.out.kernel, dtype) + p.out.bias
+        y = layers.layer_norm(x, p.mlp_norm.scale, p.mlp_norm.bias)
+        return x + affine(jax.nn.gelu(affine(y, p.up, dtype)), p.down, dtype), None
+
+    x, _ = layers.walk(layer, x, vision.layers, config.layers)
+    return affine(layers.layer_norm(x, vision.norm.scale, vision.norm.bias), vision.head, dtype)
+
+
+def _patchify(x: Array, patch: int) -> Array:
+    """[X, h, w, c] → [X, h/patch, w/patch, patch·patch·c]."""
+    n, h, w, c = x.shape
+    x = x.reshape(n, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(n, h // patch, w // patch, patch * patch * c)

@@ -1,0 +1,67 @@
+"""One table per module says, for each weight, its shape, its axes and how it starts; everything else derives from it."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from insula.shapes import Array, PRNGKeyArray
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """Shape, axis letters (`insula.shapes`; lower case for the input of a product) and start of one parameter.
+
+    `normal` draws with standard deviation `std`; `grid` is a fixed 2-D sine/cosine position table scaled by `std`.
+    """
+
+    shape: tuple[int, ...]
+    axes: str
+    start: Literal["zeros", "ones", "normal", "grid"] = "normal"
+    std: float = 0.0
+
+
+def zeros(axes: str, *shape: int) -> Weight:
+    return Weight(shape, axes, "zeros")
+
+
+def dense(axes: str, *shape: int, fan_in: int) -> Weight:
+    """A matrix that keeps the variance of its input."""
+    return Weight(shape, axes, "normal", 1 / math.sqrt(fan_in))
+
+
+def _grid(shape: tuple[int, ...], scale: float) -> np.ndarray:
+    """Sine/cosine of row and column, a quarter of the width each, as in ViT's 2-D table (MoCo v3, §A)."""
+    patches, width = shape
+    side = math.isqrt(patches)
+    row, column = np.divmod(np.arange(patches), side)
+    omega = 1 / 10 ** (np.arange(-(-width // 4)) / max(width // 4, 1) * 2)
+    angle = [np.pi * p[:, None] / side * 2 * omega for p in (row, column)]
+    table = np.concatenate([f(a) for a in angle for f in (np.sin, np.cos)], axis=1)[:, :width]
+    return (scale * table).astype(np.float32)
+
+
+def _start(weight: Weight, rng: PRNGKeyArray) -> Array:
+    match weight.start:
+        case "zeros":
+            return jnp.zeros(weight.shape)
+        case "ones":
+            return jnp.ones(weight.shape)
+        case "grid":
+            return jnp.asarray(_grid(weight.shape, weight.std))
+        case "normal":
+            return weight.std * jax.random.normal(rng, weight.shape)
+
+
+def is_weight(x: object) -> bool:
+    return isinstance(x, Weight)
+
+
+def initialise(table: Any, rng: PRNGKeyArray) -> Any:
+    """The table's tree with every `Weight` drawn, float32."""
+    leaves, tree = jax.tree.flatten(table, is_leaf=is_weight)
+    keys = jax.random.split(rng, len(leaves))
+    return jax.tree.unflatten(tree, [_start(w, key) for w, key in zip(leaves, keys, strict=True)])

@@ -1,0 +1,118 @@
+"""From an observation to a chunk of actions: transforms, one backbone pass, Euler steps on the expert."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from insula import flow
+from insula.assets import Assets, read_assets
+from insula.batch import Observation
+from insula.checkpoints.store import CheckpointError, CheckpointStore
+from insula.model import Params, abstract_params
+from insula.model.backbone import run_backbone
+from insula.model.config import Config
+from insula.model.expert import run_expert
+from insula.model.insulation import Memory, insulate
+from insula.shapes import Array, Float, PRNGKeyArray
+
+FLOW_STEPS = 10
+
+
+def sample_actions(
+    params: Params, config: Config, observation: Observation, noise: Float[Array, "B H D"], steps: int = FLOW_STEPS
+) -> Float[Array, "B H D"]:
+    """Normalised chunks: the prefix is read once, then the expert alone takes `steps` Euler steps from t = 1 to 0."""
+    memory = read_prefix(params, config, observation)
+
+    def velocity(x: Array, time: Array) -> Array:
+        return run_expert(params.expert, config, memory, observation.state, x[:, None], time[:, None])[:, 0]
+
+    return flow.integrate(velocity, noise, steps)
+
+
+def read_prefix(params: Params, config: Config, observation: Observation) -> Memory:
+    """The same path as in training, with no FAST suffix."""
+    prefix = run_backbone(params.vision, params.backbone, config, observation)
+    return insulate(prefix, config.num_memory, stop=config.knowledge_insulation)
+
+
+class Policy:
+    """A trained model that acts. Observations are {"images": {camera: uint8[h, w, 3]}, "state": [S], "task": str}."""
+
+    def __init__(self, params: Params, assets: Assets, seed: int = 0, steps: int = FLOW_STEPS):
+        self.params, self.assets, self.config = params, assets, assets.config
+        self._rng, self._calls = jax.random.key(seed), 0
+
+        def chunk(params: Params, observation: Observation, rng: PRNGKeyArray) -> Array:
+            shape = (observation.state.shape[0], self.config.horizon, self.config.action_dim)
+            return sample_actions(params, self.config, observation, jax.random.normal(rng, shape), steps)
+
+        self._chunk = jax.jit(chunk)
+
+    @classmethod
+    def load(cls, run: str | Path, step: int | None = None, seed: int = 0) -> "Policy":
+        """The newest checkpoint of a run, or the one at `step`. Raises CheckpointError where there is none or it is
+        damaged."""
+        folder = Path(run) / "checkpoints"
+        if not folder.is_dir():
+            raise CheckpointError(f"{run}: no checkpoints here; expected a folder that `insula train --run` wrote")
+        with CheckpointStore(folder) as store:
+            assets = read_assets(store.assets(step))
+            params = store.restore("params", abstract_params(assets.config), step)
+        return cls(params, assets, seed)
+
+    def act(self, observation: dict[str, Any]) -> Float[np.ndarray, "H D"]:
+        """The next H actions, in the robot's units. Raises ValueError naming what is wrong in the observation."""
+        return self.act_batch([observation])[0]
+
+    def act_batch(self, observations: list[dict[str, Any]]) -> Float[np.ndarray, "B H D"]:
+        """A chunk for each observation. Each batch size compiles once. Raises FloatingPointError for a NaN action."""
+        inputs = self.observe(observations)
+        self._calls += 1
+        chunk = np.asarray(self._chunk(self.params, inputs, jax.random.fold_in(self._rng, self._calls)))
+        if not np.isfinite(chunk).all():
+            raise FloatingPointError("the policy produced NaN or infinite actions; do not execute them, check the weights")
+        return self.assets.stats["actions"].unnormalise(chunk)
+
+    def observe(self, observations: list[dict[str, Any]]) -> Observation:
+        """Check, normalise and tokenise: exactly the prefix of training."""
+        for observation in observations:
+            self._check(observation)
+        state = self.assets.stats["state"].normalise(np.stack([o["state"] for o in observations]))
+        in_prompt = self.config.state_input == "prompt"
+        width = self.config.max_prompt_len
+        rows = [
+            self.assets.tokenizer.tokenize(o["task"], s if in_prompt else None)
+            for o, s in zip(observations, state, strict=True)
+        ]
+        return Observation(
+            images={name: np.stack([o["images"][name] for o in observations]) for name in self.config.cameras},
+            image_mask={name: np.ones(len(rows), bool) for name in self.config.cameras},
+            state=state,
+            tokens=np.stack([row.tokens[:width] for row in rows]),
+            token_mask=np.stack([row.token_mask[:width] for row in rows]),
+        )
+
+    def _check(self, observation: dict[str, Any]) -> None:
+        for key in ("images", "state", "task"):
+            if key not in observation:
+                raise ValueError(f"observation has {sorted(observation)}, expected also {key!r}")
+        for name in self.config.cameras:
+            image = observation["images"].get(name)
+            if image is None:
+                raise ValueError(f"observation has cameras {sorted(observation['images'])}, expected also {name!r}")
+            image = np.asarray(image)
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+                raise ValueError(f"image {name!r} is {image.dtype}{list(image.shape)}, expected uint8[h, w, 3]")
+        state = np.asarray(observation["state"])
+        if state.shape != (self.config.state_dim,):
+            raise ValueError(f"state has shape {state.shape}, expected ({self.config.state_dim},)")
+        if not np.isfinite(state).all():
+            raise ValueError(f"state[{int(np.argmin(np.isfinite(state)))}] is not finite: {state}")
+        if not isinstance(observation["task"], str):
+            raise ValueError(f"task is {type(observation['task']).__name__}, expected a string")
+
+

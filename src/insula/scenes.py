@@ -1,0 +1,106 @@
+"""Rendered tabletop scenes with questions the simulator can answer, as batches for the token loss."""
+
+import dataclasses
+import multiprocessing
+from typing import Any
+
+import numpy as np
+
+from insula.batch import Batch, Observation
+from insula.model.config import Config
+from insula.tokens.sequence import FASTTokenizer, Tokenized
+
+KIND_WEIGHTS = {
+    "block": 2.0,
+    "bowl": 2.0,
+    "gripper": 1.0,
+    "wrist": 3.0,
+    "colours": 0.5,
+    "count": 0.5,
+    "side": 0.5,
+    "holding": 1.0,
+    "inside": 1.0,
+    "offset": 4.0,
+    "task": 3.0,
+    "reach": 6.0,
+}
+"""How often each kind of question is asked: mostly the ones about where things are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenes:
+    """`images[camera]` uint8 [N, h, w, 3]; `questions[n]` is a list of (kind, question, answer)."""
+
+    images: dict[str, np.ndarray]
+    questions: list[list[tuple[str, str, str]]]
+
+
+def render_scenes(seeds: range, questions_each: int, image_size: int, processes: int = 2) -> Scenes:
+    """One independent scene per seed. The result does not depend on the number of processes."""
+    parts = [seeds[i::processes] for i in range(processes)]
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        done = pool.starmap(_render, [(part, questions_each, image_size) for part in parts])
+    order = np.argsort(np.concatenate([np.arange(len(seeds))[i::processes] for i in range(processes)]))
+    images = {name: np.concatenate([part.images[name] for part in done])[order] for name in done[0].images}
+    asked = [q for part in done for q in part.questions]
+    return Scenes(images, [asked[i] for i in order])
+
+
+def _render(seeds: range, questions_each: int, image_size: int) -> Scenes:
+    import gymnasium  # the simulator loads in the worker, not in whoever imports this module
+
+    import insula.sim
+
+    env: Any = gymnasium.make(insula.sim.TABLETOP, image_size=image_size, disable_env_checker=True).unwrapped
+    images: dict[str, np.ndarray] = {}
+    asked = []
+    for n, seed in enumerate(seeds):
+        rng = np.random.default_rng(seed)
+        observation = env.randomise(rng)
+        for name, image in observation["images"].items():
+            images.setdefault(name, np.empty((len(seeds), *image.shape), np.uint8))[n] = image
+        asked.append(_draw(env.facts(), rng, questions_each))
+    env.close()
+    return Scenes(images, asked)
+
+
+def _draw(facts: Any, rng: np.random.Generator, count: int) -> list[tuple[str, str, str]]:
+    """`count` questions; a kind with no plain answer in this scene is drawn again."""
+    from insula.sim.questions import questions
+
+    pairs = {kind: questions(facts, kind) for kind in KIND_WEIGHTS}
+    kinds = [kind for kind in KIND_WEIGHTS if pairs[kind]]
+    weights = np.array([KIND_WEIGHTS[kind] for kind in kinds])
+    chosen = rng.choice(len(kinds), count, p=weights / weights.sum())
+    return [(kinds[k], *pairs[kinds[k]][rng.integers(len(pairs[kinds[k]]))]) for k in chosen]
+
+
+FIELDS = ("tokens", "token_mask", "ar_mask", "loss_mask")
+
+
+def tokenise(scenes: Scenes, tokenizer: FASTTokenizer) -> Tokenized:
+    """Every question, each field [N, Q, L], cut to the longest."""
+    rows = [tokenizer.question(question, answer) for asked in scenes.questions for _, question, answer in asked]
+    longest = max(int(row.token_mask.sum()) for row in rows)
+    shape = (len(scenes.questions), -1, longest)
+    return Tokenized(*(np.stack([getattr(row, name)[:longest] for row in rows]).reshape(shape) for name in FIELDS))
+
+
+def question_batch(scenes: Scenes, tokens: Tokenized, index: np.ndarray, which: np.ndarray, config: Config) -> Batch:
+    """Scene `index[b]` with its question `which[b]`. No actions: every step is padding, so the flow loss is 0."""
+    rows = len(index)
+    pick = {name: getattr(tokens, name)[index, which] for name in FIELDS}
+    return Batch(
+        observation=Observation(
+            images={name: scenes.images[name][index] for name in config.cameras},
+            image_mask={name: np.ones(rows, bool) for name in config.cameras},
+            state=np.zeros((rows, config.state_dim), np.float32),
+            tokens=pick["tokens"],
+            token_mask=pick["token_mask"],
+        ),
+        actions=np.zeros((rows, config.horizon, config.action_dim), np.float32),
+        action_is_pad=np.ones((rows, config.horizon), bool),
+        action_dim_mask=np.ones((rows, config.action_dim), bool),
+        ar_mask=pick["ar_mask"],
+        loss_mask=pick["loss_mask"],
+    )

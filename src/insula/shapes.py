@@ -1,0 +1,28 @@
+"""Axis letters, used in every annotation and einsum of the package.
+
+====  =====================================================================
+B     batch
+C     cameras
+P     patches (tokens) of one image
+L     text tokens of one sequence: prompt, then FAST tokens, then padding
+T     backbone positions: C·P image tokens, then L text tokens
+M     memory columns: the part of T the action expert may be shown
+K     flow samples (noise draws) that share one backbone pass
+H     horizon: steps of one action chunk
+A     action-expert positions: H action tokens, after one state token if any
+D     action dimension
+S     state dimension
+W     width of a residual stream
+F     width of a feed-forward layer
+N     query heads
+G     key/value heads (N is a multiple of G)
+R     query heads per key/value head, N / G
+E     head dimension
+V     vocabulary
+====  =====================================================================
+"""
+
+from jax import Array
+from jaxtyping import Bool, Float, Int, PRNGKeyArray, UInt8
+
+__all__ = ["Array", "Bool", "Float", "Int", "PRNGKeyArray", "UInt8"]

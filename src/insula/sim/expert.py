@@ -1,0 +1,118 @@
+"""A scripted expert and its demonstrations. It reads the truth, and its action depends on the present state alone:
+whatever noise did before, the label is right for the state at hand, so a policy can clone it from one observation.
+
+        hover ──► above the block, down the funnel ──► close ──► lift ──► above the bowl ──► lower, open ──► retreat
+DART (Laskey et al. 2017, arXiv:1703.09327): execute the noisy action, record the clean one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from insula.sim.facts import Block, Bowl, Table
+from insula.sim.scene import BLOCK_HALF, BOWL_RADIUS
+from insula.sim.tabletop import MAX_STEP
+
+GRASP, HOVER, CARRY, DROP = 0.021, 0.095, 0.105, 0.055  # heights of the fingertips, metres
+OPEN, CLOSE = -1.0, 1.0
+
+
+def act(table: Table, task: tuple[str, str]) -> np.ndarray:
+    """The clean action float32 [7] in [-1, 1] for this state and this task (block colour, bowl colour)."""
+    block, bowl = table.block(task[0]), table.bowl(task[1])
+    if table.held == block.colour:
+        return _carry(table, bowl.position)
+    if table.held is None and (table.container(block.colour) == bowl.colour or _falling(table, block, bowl)):
+        return _action(table, np.array([*table.gripper[:2], HOVER]), OPEN)
+    return _fetch(table, block.position)
+
+
+def _falling(table: Table, block: Block, bowl: Bowl) -> bool:
+    """Just let go of, above the bowl."""
+    let_go = np.hypot(*(table.gripper - block.position)[:2]) < 0.03 and block.position[2] > 1.5 * BLOCK_HALF
+    return bool(let_go and np.hypot(*(block.position - bowl.position)[:2]) < 0.5 * BOWL_RADIUS)
+
+
+def _ramp(value: float, start: float, stop: float) -> float:
+    """0 before `start`, 1 after `stop`, linear between."""
+    return float(np.clip((value - start) / (stop - start), 0.0, 1.0))
+
+
+def _fetch(table: Table, block: np.ndarray) -> np.ndarray:
+    """Come down a funnel over the block and close. Low and beside it: rise first, so as not to push it away.
+
+    The wrist never turns: the open fingers are wide enough for any yaw, and closing them squares the block up.
+    """
+    offset = block - table.gripper
+    distance, height = float(np.hypot(*offset[:2])), table.gripper[2]
+    grasp = max(GRASP, block[2])
+    if distance < 0.016 and abs(height - grasp) < 0.014 and table.held is None:
+        return _action(table, np.array([*block[:2], grasp]), CLOSE)
+    ready = table.opening > 0.75 and table.held is None
+    funnel = _ramp(distance, 0.01, 0.035) if ready else 1.0
+    goal = np.array([*block[:2], grasp + funnel * (HOVER - grasp)])
+    freedom = max(_ramp(height, 0.05, 0.075), 1.0 - _ramp(distance, 0.02, 0.03))  # may it move sideways here?
+    goal[:2] = table.gripper[:2] + freedom * offset[:2]
+    return _action(table, goal, OPEN)
+
+
+def _carry(table: Table, bowl: np.ndarray) -> np.ndarray:
+    """Lift, cross, lower and let go. Sideways only as high as the block's bottom clears the other blocks."""
+    offset = bowl - table.gripper
+    distance, height = float(np.hypot(*offset[:2])), table.gripper[2]
+    if distance < 0.02 and height < DROP + 0.012:
+        return _action(table, np.array([*bowl[:2], DROP]), OPEN)
+    over = 1.0 - _ramp(distance, 0.012, 0.045)
+    goal = np.array([*bowl[:2], CARRY + over * (DROP - CARRY)])
+    freedom = max(_ramp(height, 0.045, 0.08), over)
+    goal[:2] = table.gripper[:2] + freedom * offset[:2]
+    return _action(table, goal, CLOSE)
+
+
+def _action(table: Table, goal: np.ndarray, grip: float) -> np.ndarray:
+    """Proportional, clipped as a vector in the plane so that the path stays straight; the wrist does not turn."""
+    move = (goal - table.gripper) / MAX_STEP
+    move[:2] /= max(1.0, float(np.abs(move[:2]).max()))
+    return np.clip(np.array([*move, 0.0, 0.0, 0.0, grip]), -1, 1).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Episode:
+    """`observations` [T], clean `labels` float32 [T, 7], `executed` float32 [T, 7], and how it ended."""
+
+    observations: list[dict[str, Any]]
+    labels: np.ndarray
+    executed: np.ndarray
+    success: bool
+    wrong_object: bool
+    task: str
+
+
+def disturb(action: np.ndarray, rng: np.random.Generator, noise: float) -> np.ndarray:
+    """DART: Gaussian noise of deviation `noise` on moves and turn, in action units; the gripper is left alone."""
+    noisy = action.copy()
+    noisy[[0, 1, 2, 5]] += rng.normal(0.0, noise, 4).astype(np.float32)
+    return np.clip(noisy, -1, 1)
+
+
+def rollout(
+    env: Any, rng: np.random.Generator, noise: float = 0.3, seed: int | None = None, options: dict | None = None
+) -> Episode:
+    """One episode of the expert in a (wrapped) tabletop. Observation t precedes label t; failures are returned too."""
+    observation, info = env.reset(seed=seed, options=options)
+    truth = env.unwrapped
+    observations, labels, executed = [], [], []
+    done = False
+    while not done:
+        label = act(truth.table(), truth.task)
+        command = disturb(label, rng, noise) if noise else label
+        observations.append(observation)
+        labels.append(label)
+        executed.append(command)
+        observation, _, terminated, truncated, info = env.step(command)
+        done = terminated or truncated
+    task = observations[0]["task"]
+    return Episode(observations, np.stack(labels), np.stack(executed), info["success"], info["wrong_object"], task)

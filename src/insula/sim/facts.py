@@ -1,0 +1,128 @@
+"""What is true of a scene: metric truth (`Table`, read by the expert and the judge) and where it shows (`Facts`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mujoco
+import numpy as np
+
+from insula.sim.scene import BLOCK_HALF, BOWL_FLOOR, BOWL_HEIGHT, BOWL_RADIUS, BOWL_WALL, CAMERAS
+
+
+@dataclass(frozen=True)
+class Block:
+    colour: str
+    position: np.ndarray  # [3] centre, metres
+    yaw: float  # radians, of the square's side nearest to the x axis: in [-pi/4, pi/4]
+    speed: float  # metres per second
+
+
+@dataclass(frozen=True)
+class Bowl:
+    colour: str
+    position: np.ndarray  # [3] centre of its floor, metres
+
+
+@dataclass(frozen=True)
+class Table:
+    """The scene in metres. `held`: colour of the block that both fingers touch, or None."""
+
+    blocks: tuple[Block, ...]
+    bowls: tuple[Bowl, ...]
+    gripper: np.ndarray  # [3] the point between the fingertips
+    yaw: float
+    opening: float  # 0 closed .. 1 open
+    held: str | None
+
+    def block(self, colour: str) -> Block:
+        return next(b for b in self.blocks if b.colour == colour)
+
+    def bowl(self, colour: str) -> Bowl:
+        return next(b for b in self.bowls if b.colour == colour)
+
+    def container(self, colour: str) -> str | None:
+        """Colour of the bowl that the named block lies in (not held, centre inside the wall, low enough), or None."""
+        block = self.block(colour)
+        if colour == self.held or block.position[2] > BOWL_FLOOR + 2 * BLOCK_HALF:
+            return None
+        for bowl in self.bowls:
+            if np.hypot(*(block.position - bowl.position)[:2]) < BOWL_RADIUS:
+                return bowl.colour
+        return None
+
+
+@dataclass(frozen=True)
+class Pixel:
+    """A thing in an image. `x`, `y`: its centre, pixels from the top left corner (may lie outside the image);
+    `in_frame`: the centre lies inside; `visible`: share of nine sample points that the image shows.
+    The gripper counts as visible wherever it is in the frame (it is never far behind anything)."""
+
+    x: float
+    y: float
+    in_frame: bool
+    visible: float
+
+
+@dataclass(frozen=True)
+class Facts:
+    """`pixels[camera][name]`, names "{colour} block", "{colour} bowl", "gripper"; images are `image_size` square."""
+
+    table: Table
+    pixels: dict[str, dict[str, Pixel]]
+    image_size: int
+
+
+def _cube(half: float) -> np.ndarray:
+    signs = [(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)]
+    return np.array([(0, 0, 0), *signs]) * half
+
+
+def _rim(radius: float, height: float) -> np.ndarray:
+    turns = np.arange(8) * np.pi / 4
+    circle = np.stack([radius * np.cos(turns), radius * np.sin(turns), np.full(8, height)], axis=1)
+    return np.concatenate([np.zeros((1, 3)), circle])
+
+
+# A centre and eight points just inside the surface, in the body's own frame.
+_SAMPLES = {"block": _cube(0.95 * BLOCK_HALF), "bowl": _rim(BOWL_RADIUS + BOWL_WALL / 2, 0.9 * BOWL_HEIGHT)}
+_PER_BODY = 9
+
+
+def project(model: mujoco.MjModel, data: mujoco.MjData, camera: str, points: np.ndarray, size: int) -> np.ndarray:
+    """World `points` [N, 3] to pixels [N, 2] (x, y from the top left). NaN for points behind the camera."""
+    index = model.camera(camera).id
+    local = (points - data.cam_xpos[index]) @ data.cam_xmat[index].reshape(3, 3)
+    focal = size / 2 / np.tan(np.radians(model.cam_fovy[index]) / 2)
+    depth = np.where(local[:, 2] < -1e-6, -local[:, 2], np.nan)
+    return np.stack([size / 2 + focal * local[:, 0] / depth, size / 2 - focal * local[:, 1] / depth], axis=1)
+
+
+def _first_body(model: mujoco.MjModel, data: mujoco.MjData, camera: str, points: np.ndarray) -> np.ndarray:
+    """The body that the ray from the camera through each of `points` [N, 3] meets first; -1 for none. int [N]."""
+    eye = data.cam_xpos[model.camera(camera).id]
+    rays = np.ascontiguousarray(points - eye).reshape(-1)
+    geom, distance = np.empty(len(points), np.int32), np.empty(len(points))
+    mujoco.mj_multiRay(model, data, eye, rays, None, True, -1, geom, distance, None, len(points), 1e3)
+    return np.where(geom < 0, -1, model.geom_bodyid[geom])
+
+
+def look(model: mujoco.MjModel, data: mujoco.MjData, table: Table, bodies: dict[str, int], size: int) -> Facts:
+    """Project everything into every camera. `bodies`: body index of each "{colour} block" and "{colour} bowl"."""
+    names = list(bodies)
+    clouds = [data.xpos[b] + _SAMPLES[name.split()[1]] @ data.xmat[b].reshape(3, 3).T for name, b in bodies.items()]
+    points = np.concatenate(clouds)
+    centres = np.stack([data.xpos[b] for b in bodies.values()] + [table.gripper])
+    pixels: dict[str, dict[str, Pixel]] = {}
+    for camera in CAMERAS:
+        where = project(model, data, camera, centres, size)
+        inside = np.all((where >= 0) & (where < size), axis=1)
+        spots = project(model, data, camera, points, size)
+        itself = _first_body(model, data, camera, points) == np.repeat(list(bodies.values()), _PER_BODY)
+        seen = itself & np.all((spots >= 0) & (spots < size), axis=1)
+        share = [*seen.reshape(-1, _PER_BODY).mean(axis=1), 1.0 if inside[-1] else 0.0]
+        pixels[camera] = {
+            name: Pixel(float(xy[0]), float(xy[1]), bool(i), float(v))
+            for name, xy, i, v in zip([*names, "gripper"], where, inside, share, strict=True)
+        }
+    return Facts(table, pixels, size)

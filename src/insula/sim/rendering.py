@@ -1,0 +1,105 @@
+"""Off-screen images of a MuJoCo scene, without a window. EGL is tried first, then OSMesa; `MUJOCO_GL` overrides.
+
+Multisampling, shadows and reflections are off: they cost more than everything else at 64 x 64.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import weakref
+from typing import Any
+
+import mujoco
+import numpy as np
+
+BACKENDS = ("egl", "osmesa")
+PACKAGES = "libegl1 libgl1-mesa-dri libosmesa6"
+
+
+class GLError(RuntimeError):
+    """No off-screen OpenGL backend works here."""
+
+
+def _forget_pyopengl() -> None:
+    """PyOpenGL binds to one platform at import; forget it so that another can be tried."""
+    os.environ.pop("PYOPENGL_PLATFORM", None)
+    bound = ("OpenGL", "mujoco.egl", "mujoco.osmesa")
+    for name in [n for n in sys.modules if n.startswith(bound)]:
+        del sys.modules[name]
+
+
+def _open(backend: str, size: int) -> Any:
+    context = importlib.import_module(f"mujoco.{backend}").GLContext(size, size)
+    context.make_current()
+    return context
+
+
+def open_context(size: int) -> Any:
+    """A current OpenGL context able to draw `size` x `size` pixels. Raises GLError naming what to install."""
+    chosen = os.environ.get("MUJOCO_GL", "").lower()
+    if chosen and chosen not in BACKENDS:
+        raise GLError(f"MUJOCO_GL={chosen!r}: expected one of {', '.join(BACKENDS)}, or leave it unset")
+    failures = []
+    for backend in (chosen,) if chosen else BACKENDS:
+        try:
+            context = _open(backend, size)
+        except Exception as error:  # ctypes, PyOpenGL and MuJoCo each raise their own kinds here
+            failures.append(f"{backend}: {type(error).__name__}: {error}")
+            _forget_pyopengl()
+        else:
+            os.environ["MUJOCO_GL"] = backend  # MuJoCo's own loader reads it to find the same library
+            return context
+    raise GLError(
+        "cannot draw off-screen, no OpenGL backend works (" + "; ".join(failures) + f"). On Debian or Ubuntu: apt-get "
+        f"install {PACKAGES}"
+    )
+
+
+def _release(gl: Any, context: mujoco.MjrContext) -> None:
+    gl.make_current()
+    context.free()
+    gl.free()
+
+
+class Renderer:
+    """Draws square images of one model. `close()` frees the GL context; drawing afterwards raises GLError."""
+
+    def __init__(self, model: mujoco.MjModel, size: int) -> None:
+        model.vis.quality.offsamples = 0  # must precede MjrContext
+        self.model, self.size = model, size
+        self._gl: Any = open_context(size)
+        self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+        self._scene = mujoco.MjvScene(model, maxgeom=200)
+        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION, mujoco.mjtRndFlag.mjRND_HAZE):
+            self._scene.flags[flag] = False
+        self._viewport = mujoco.MjrRect(0, 0, size, size)
+        self._option, self._camera = mujoco.MjvOption(), mujoco.MjvCamera()
+        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        self._buffer = np.empty((size, size, 3), np.uint8)
+        self._release = weakref.finalize(self, _release, self._gl, self._context)  # also at exit, before EGL is gone
+
+    def draw(self, data: mujoco.MjData, cameras: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """One fresh uint8 image [size, size, 3] per camera name."""
+        if self._gl is None:
+            raise GLError("the renderer is closed")
+        self._gl.make_current()
+        images = {}
+        for k, name in enumerate(cameras):
+            self._camera.fixedcamid = self.model.camera(name).id
+            if k == 0:
+                category = mujoco.mjtCatBit.mjCAT_ALL
+                mujoco.mjv_updateScene(self.model, data, self._option, None, self._camera, category, self._scene)
+            else:  # same geoms, another eye
+                mujoco.mjv_updateCamera(self.model, data, self._camera, self._scene)
+            mujoco.mjr_render(self._viewport, self._scene, self._context)
+            mujoco.mjr_readPixels(self._buffer, None, self._viewport, self._context)
+            images[name] = self._buffer[::-1].copy()
+        return images
+
+    def close(self) -> None:
+        """Free the GL context; a second call does nothing."""
+        self._release()
+        self._gl = None

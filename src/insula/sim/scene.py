@@ -1,0 +1,223 @@
+"""What stands on the table: the MuJoCo model (one, compiled once) and the random layouts poured into it.
+
+Metres and radians. x grows to the right of the `front` image, y away from that camera, z up; the table top is z = 0.
+The gripper's position is the point between its fingertips.
+
+             y  +0.13 ┌──────────────────────────┐
+                      │   ▪        ( bowl )      │       ▪ 3 blocks, 4 cm
+                      │       ▪              ▪   │       2 bowls, 12 cm inside
+                -0.13 └──────────────────────────┘
+                   x -0.18        ▲          +0.18
+                              front camera
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from insula.sim.instructions import COLOURS
+
+BLOCKS, BOWLS = 3, 2
+BLOCK_HALF = 0.02
+BOWL_RADIUS = 0.06  # inner
+BOWL_WALL, BOWL_HEIGHT, BOWL_FLOOR, BOWL_SIDES = 0.005, 0.022, 0.002, 12
+FINGER_TRAVEL = 0.045  # each; the opening between the fingers is twice that
+FINGER_HALF = (0.005, 0.010, 0.040)
+HELD_TRAVEL = BLOCK_HALF - 0.0003  # a finger pressing a block
+
+BLOCK_AREA = (0.18, 0.13)  # |x|, |y| of block centres
+BOWL_AREA = (0.135, 0.085)
+GRIPPER_LOW = np.array([-0.20, -0.15, 0.02])
+GRIPPER_HIGH = np.array([0.20, 0.15, 0.18])
+YAW_LIMIT = 1.2
+BLOCK_YAW = 0.5
+CAMERAS = ("front", "wrist")
+
+RGBA = {
+    "red": (0.86, 0.06, 0.08, 1.0),
+    "green": (0.05, 0.62, 0.12, 1.0),
+    "blue": (0.08, 0.22, 0.95, 1.0),
+    "yellow": (0.98, 0.90, 0.05, 1.0),
+    "purple": (0.55, 0.10, 0.75, 1.0),
+    "orange": (1.00, 0.50, 0.00, 1.0),
+}
+assert tuple(RGBA) == COLOURS
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One arrangement. `block_poses` [3, (x, y, z, yaw)], `bowl_xy` [2, 2], `gripper` (x, y, z, yaw); `travel` of a
+    finger: 0 closed to FINGER_TRAVEL open."""
+
+    block_colours: tuple[str, ...]
+    block_poses: np.ndarray
+    bowl_colours: tuple[str, ...]
+    bowl_xy: np.ndarray
+    gripper: np.ndarray
+    travel: float
+    task: tuple[str, str]  # colours of the block and the bowl asked for
+
+
+# --- the model ------------------------------------------------------------------------------------------------------
+
+
+def _bowl(index: int) -> str:
+    radius, half = BOWL_RADIUS + BOWL_WALL / 2, BOWL_HEIGHT / 2
+    side = radius * math.tan(math.pi / BOWL_SIDES) + BOWL_WALL / 2
+    walls = "".join(
+        f'<geom class="bowl" type="box" size="{BOWL_WALL / 2} {side} {half}" '
+        f'pos="{radius * math.cos(a)} {radius * math.sin(a)} {half}" euler="0 0 {a}"/>'
+        for a in (2 * math.pi * k / BOWL_SIDES for k in range(BOWL_SIDES))
+    )
+    floor = f'<geom class="bowl" type="cylinder" size="{radius} {BOWL_FLOOR / 2}" pos="0 0 {BOWL_FLOOR / 2}"/>'
+    return f'<body name="bowl{index}" mocap="true">{floor}{walls}</body>'
+
+
+def _block(index: int) -> str:
+    size = f"{BLOCK_HALF} {BLOCK_HALF} {BLOCK_HALF}"
+    return (
+        f'<body name="block{index}" pos="{0.1 * index} 0 {BLOCK_HALF}"><freejoint/>'
+        f'<geom name="block{index}" class="block" type="box" size="{size}"/></body>'
+    )
+
+
+def _finger(name: str, sign: int) -> str:
+    x, y, z = FINGER_HALF
+    return (
+        f'<body name="{name}" gravcomp="1">'
+        f'<joint name="{name}" class="finger" axis="{sign} 0 0" range="0 {FINGER_TRAVEL}"/>'
+        f'<geom name="{name}" class="finger" size="{x} {y} {z}" pos="{sign * x} 0 {z - 0.014}"/></body>'
+    )
+
+
+def mjcf(offscreen: int) -> str:
+    """The model as MJCF, from primitives only. `offscreen`: side of the largest image, pixels.
+
+    Collision bits: blocks meet everything; fingers meet blocks only (not bowls, table or each other), so a gripper
+    low in a bowl cannot jam. Bowls are mocap bodies: moved by a layout, immovable in physics.
+    """
+    lo, hi = GRIPPER_LOW, GRIPPER_HIGH
+    slides = "".join(
+        f'<joint name="{n}" type="slide" axis="{a}" range="{lo[i]} {hi[i]}" armature="0.2"/>'
+        for i, (n, a) in enumerate((("x", "1 0 0"), ("y", "0 1 0"), ("z", "0 0 1")))
+    )
+    motors = "".join(f'<position joint="{n}" kp="12000" dampratio="1"/>' for n in "xyz")
+    fingers = "".join(f'<position joint="{n}" kp="300" dampratio="1" forcerange="-5 5"/>' for n in ("left", "right"))
+    firm = (
+        'solref="0.01 1" solimp="0.97 0.995 0.001"'  # fingers press 5 N: the default contact gives way by millimetres
+    )
+    return f"""
+<mujoco model="insula tabletop">
+  <compiler angle="radian"/>
+  <option timestep="0.005" integrator="implicitfast" cone="elliptic" iterations="50" ls_iterations="30"/>
+  <statistic extent="1" center="0 0 0"/>
+  <visual>
+    <global offwidth="{offscreen}" offheight="{offscreen}"/>
+    <headlight ambient="0.62 0.62 0.62" diffuse="0 0 0" specular="0 0 0"/>
+    <map znear="0.01" zfar="10"/>
+  </visual>
+  <default>
+    <default class="block">
+      <geom mass="0.08" friction="1 0.01 0.0005" condim="4" contype="3" conaffinity="3" {firm}/>
+    </default>
+    <default class="finger">
+      <joint type="slide" damping="2" armature="0.1"/>
+      <geom type="box" mass="0.05" friction="1.5 0.02 0.0005" condim="4" contype="2" conaffinity="0" {firm}
+            rgba=".1 .1 .1 1"/>
+    </default>
+    <default class="palm"><geom type="box" contype="0" conaffinity="0" rgba=".35 .35 .35 1"/></default>
+    <default class="bowl"><geom contype="1" conaffinity="0" friction="0.6 0.005 0.0001"/></default>
+  </default>
+  <worldbody>
+    <light directional="true" pos="0 0 2" dir="0.15 0.35 -1" diffuse=".38 .38 .38" specular="0 0 0" castshadow="false"/>
+    <camera name="front" pos="0 -0.45 0.48" xyaxes="1 0 0 0 0.660 0.752" fovy="43"/>
+    <geom name="table" type="box" size="2 2 0.05" pos="0 0 -0.05" rgba=".74 .74 .74 1" contype="1" conaffinity="0"/>
+    <body name="gripper" gravcomp="1">
+      {slides}
+      <joint name="yaw" type="hinge" axis="0 0 1" range="-{YAW_LIMIT} {YAW_LIMIT}" armature="0.002"/>
+      <geom size="0.052 0.012 0.008" pos="0 0 0.074" class="palm" mass="0.3"/>
+      <geom size="0.012 0.012 0.015" pos="0 0 0.095" class="palm" mass="0.2"/>
+      <camera name="wrist" pos="0 -0.045 0.068" xyaxes="1 0 0 0 0.93 0.37" fovy="92"/>
+      {_finger("left", -1)}{_finger("right", 1)}
+    </body>
+    {"".join(_bowl(i) for i in range(BOWLS))}
+    {"".join(_block(i) for i in range(BLOCKS))}
+  </worldbody>
+  <actuator>{motors}<position joint="yaw" kp="60" dampratio="1"/>{fingers}</actuator>
+</mujoco>"""
+
+
+# --- layouts --------------------------------------------------------------------------------------------------------
+
+
+def _apart(points: np.ndarray, point: np.ndarray, distance: float) -> bool:
+    return len(points) == 0 or bool(np.min(np.hypot(*(points - point).T)) >= distance)
+
+
+def _positions(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Non-overlapping bowls [2, 2] and blocks [3, 2], with room for the fingers around every block."""
+    while True:
+        bowls = rng.uniform(-1, 1, (BOWLS, 2)) * BOWL_AREA
+        if not _apart(bowls[:1], bowls[1], 2 * (BOWL_RADIUS + BOWL_WALL) + 0.01):
+            continue
+        blocks = np.zeros((0, 2))
+        for _ in range(60):
+            point = rng.uniform(-1, 1, 2) * BLOCK_AREA
+            if _apart(bowls, point, BOWL_RADIUS + BOWL_WALL + 0.032) and _apart(blocks, point, 0.085):
+                blocks = np.concatenate([blocks, point[None]])
+            if len(blocks) == BLOCKS:
+                return bowls, blocks
+
+
+def _colours(rng: np.random.Generator, count: int) -> tuple[str, ...]:
+    return tuple(COLOURS[i] for i in rng.permutation(len(COLOURS))[:count])
+
+
+def draw_layout(rng: np.random.Generator) -> Layout:
+    """The start of an episode: blocks on the table, the gripper open and above the middle."""
+    bowls, blocks = _positions(rng)
+    yaw = rng.uniform(-BLOCK_YAW, BLOCK_YAW, (BLOCKS, 1))
+    block_colours, bowl_colours = _colours(rng, BLOCKS), _colours(rng, BOWLS)
+    gripper = rng.uniform([-0.06, -0.05, 0.11, -0.2], [0.06, 0.05, 0.15, 0.2])
+    return Layout(
+        block_colours=block_colours,
+        block_poses=np.concatenate([blocks, np.full((BLOCKS, 1), BLOCK_HALF), yaw], axis=1),
+        bowl_colours=bowl_colours,
+        bowl_xy=bowls,
+        gripper=gripper,
+        travel=FINGER_TRAVEL,
+        task=(block_colours[rng.integers(BLOCKS)], bowl_colours[rng.integers(BOWLS)]),
+    )
+
+
+def draw_anything(rng: np.random.Generator) -> Layout:
+    """A scene out of nowhere: any gripper pose; a quarter holds a block, a quarter has a block in a bowl."""
+    start = draw_layout(rng)
+    poses = start.block_poses.copy()
+    order = rng.permutation(BLOCKS)
+    if rng.random() < 0.25:
+        angle, radius = rng.uniform(0, 2 * math.pi), 0.028 * math.sqrt(rng.random())
+        centre = start.bowl_xy[rng.integers(BOWLS)] + radius * np.array([math.cos(angle), math.sin(angle)])
+        poses[order[0]] = [*centre, BLOCK_HALF + BOWL_FLOOR, rng.uniform(-0.7, 0.7)]
+    holding = rng.random() < 0.25
+    others = np.delete(poses, order[1], axis=0) if holding else poses
+    gripper = _free_gripper(rng, others)
+    if holding:
+        poses[order[1]] = [*gripper[:2], max(gripper[2] + rng.uniform(-0.004, 0.004), BLOCK_HALF), gripper[3]]
+    travel = HELD_TRAVEL if holding else FINGER_TRAVEL * (1.0 if rng.random() < 0.6 else rng.random())
+    return Layout(start.block_colours, poses, start.bowl_colours, start.bowl_xy, gripper, float(travel), start.task)
+
+
+def _free_gripper(rng: np.random.Generator, blocks: np.ndarray) -> np.ndarray:
+    """A random gripper pose (x, y, z, yaw) that does not stand inside a block; half of them near one."""
+    while True:
+        xyz = rng.uniform(GRIPPER_LOW, GRIPPER_HIGH)
+        if rng.random() < 0.5:
+            xyz[:2] = np.clip(
+                blocks[rng.integers(len(blocks)), :2] + rng.normal(0, 0.03, 2), GRIPPER_LOW[:2], GRIPPER_HIGH[:2]
+            )
+        if xyz[2] > 3 * BLOCK_HALF or _apart(blocks[:, :2], xyz[:2], 0.075):
+            return np.array([*xyz, rng.uniform(-0.7, 0.7)])

@@ -1,0 +1,277 @@
+"""FAST: a chunk of actions as a few tokens (Pertsch et al. 2025, "FAST: Efficient Action Tokenization for VLAs").
+
+    actions [H, D] ─ DCT-II along time ─ round(scale · c) ─ flatten, low frequencies first ─ one symbol each ─ BPE ─ ids
+
+Numbers and files are those of the authors' released tokenizers. Two things differ. Nothing is lost silently: whatever
+cannot be encoded is an error, and whatever cannot be decoded is said to be invalid, never a chunk of zeros. And a
+fitted codec knows every symbol and leaves room below the corpus' lowest coefficient, so a chunk it has never seen
+still encodes.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from operator import index
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+from scipy.fft import dct, idct
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+CONFIG_FILE = "processor_config.json"
+TOKENIZER_FILE = "tokenizer.json"
+FAST_PLUS_MIN_TOKEN = -354
+"""`min_token` of the released FAST+: the coefficient 0 becomes a letter, with only letters far around it, which the
+pre-tokenizer keeps together. (Nearer to 0 it may split at every digit or comma: a third more tokens were measured.)"""
+SURROGATES = range(0xD800, 0xE000)
+LAST_SYMBOL = 0x10FFFF
+
+
+class FASTRangeError(ValueError):
+    """A coefficient of the chunk has no symbol in this codec."""
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """Either `actions` [H, D] float64, or why there are none: `invalid` is "because ..."."""
+
+    actions: np.ndarray | None
+    invalid: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class FASTCodec:
+    """Chunks [H, D] of actions normalised to about [−1, 1] ↔ token ids. Make one with `fit` or `load`.
+
+    `vocab_size` bounds the ids; a codec fitted on little data may use fewer. `action_dim` and `time_horizon` say what
+    it was fitted on, if that was uniform; they bind nothing.
+    """
+
+    tokenizer: Tokenizer
+    scale: float
+    min_token: int
+    vocab_size: int
+    action_dim: int | None = None
+    time_horizon: int | None = None
+
+    @classmethod
+    def fit(
+        cls, chunks: np.ndarray | Sequence[np.ndarray], vocab_size: int = 1024, scale: float | int = 10.0
+    ) -> "FASTCodec":
+        """Learn which runs of coefficients deserve a token. `chunks`: [N, H, D], or a sequence of [H, D].
+
+        `min_token` is at least twice as low as the lowest coefficient, and no higher than FAST+'s. Deterministic.
+        Raises ValueError for no chunks, NaN or infinity, a wrong rank, or a vocabulary smaller than the 256 bytes.
+        """
+        if vocab_size < 256:
+            raise ValueError(f"FASTCodec.fit: vocab_size is {vocab_size}, expected ≥ 256, the bytes every codec knows")
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"FASTCodec.fit: scale is {scale}, expected a finite number > 0")
+        if len(chunks) == 0:
+            raise ValueError("FASTCodec.fit: no chunks to fit on, expected [N, H, D] with N ≥ 1")
+        coefficients = [_quantise(_checked(chunk, f"chunk {n}"), scale) for n, chunk in enumerate(chunks)]
+        min_token = min(FAST_PLUS_MIN_TOKEN, 2 * int(min(c.min() for c in coefficients)))
+        shapes = {c.shape for c in coefficients}
+        horizon, dim = shapes.pop() if len(shapes) == 1 else (None, None)
+
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            max_token_length=10_000,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # all 256: no coefficient is ever dropped
+            special_tokens=[],
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator((_symbols(c, min_token) for c in coefficients), trainer=trainer)
+        return cls(tokenizer, float(scale), min_token, vocab_size, action_dim=dim, time_horizon=horizon)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "FASTCodec":
+        """Read `processor_config.json` and `tokenizer.json` of a directory, and nothing else there.
+
+        Raises FileNotFoundError where one is missing, ValueError where one is malformed.
+        """
+        config_path, tokenizer_path = Path(path) / CONFIG_FILE, Path(path) / TOKENIZER_FILE
+        config = read_json(config_path)
+        scale = _number(config, "scale", config_path)
+        min_token = _integer(config, "min_token", config_path)
+        vocab_size = _integer(config, "vocab_size", config_path)
+        optional = {k: None if config.get(k) is None else _integer(config, k, config_path) for k in _OPTIONAL}
+        tokenizer = read_tokenizer(tokenizer_path)
+        if not scale > 0:
+            raise ValueError(f"{config_path}: scale is {scale}, expected a finite number > 0")
+        size = tokenizer.get_vocab_size()
+        if size > vocab_size:
+            raise ValueError(f"{config_path}: vocab_size is {vocab_size}, but {TOKENIZER_FILE} has {size} entries")
+        codec = cls(tokenizer, scale, min_token, vocab_size, **optional)
+        try:
+            codec._token_bytes  # noqa: B018 - computed now, so that a foreign alphabet is reported here
+        except ValueError as error:
+            raise ValueError(f"{tokenizer_path}: {error}") from None
+        return codec
+
+    def save(self, path: str | Path) -> None:
+        """Write the two files `load` reads, the same bytes every time."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        keys = ("scale", "min_token", "vocab_size", *_OPTIONAL)
+        write_json(path / CONFIG_FILE, {key: getattr(self, key) for key in keys})
+        (path / TOKENIZER_FILE).write_text(self.tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
+
+    def encode(self, actions: np.ndarray) -> list[int]:
+        """Ids of a chunk [H, D].
+
+        Raises ValueError for a wrong rank, NaN or infinity, naming where; FASTRangeError (a ValueError) for a
+        coefficient this codec has no symbol for, naming it and the limit.
+        """
+        text = _symbols(_quantise(_checked(actions, "actions"), self.scale), self.min_token)
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if self._bytes(ids) != text.encode():
+            lost = next(
+                s for s in text if self._bytes(self.tokenizer.encode(s, add_special_tokens=False).ids) != s.encode()
+            )
+            raise FASTRangeError(
+                f"coefficient {ord(lost) + self.min_token} has no token in this codec: it was fitted without all 256 "
+                "byte symbols; fit it again with FASTCodec.fit"
+            )
+        return ids
+
+    def decode(self, ids: Iterable[SupportsIndex], horizon: int, action_dim: int) -> Decoded:
+        """The chunk [horizon, action_dim] that `ids` stand for, or `invalid`: a model may generate anything.
+
+        Raises ValueError where `horizon` or `action_dim` is not positive, TypeError where an id is no integer.
+        """
+        if horizon < 1 or action_dim < 1:
+            raise ValueError(f"FASTCodec.decode: horizon {horizon}, action_dim {action_dim}; expected both ≥ 1")
+        tokens = [index(i) for i in ids]
+        for position, i in enumerate(tokens):
+            if not 0 <= i < len(self._token_bytes):
+                return _invalid(
+                    f"id {i} at position {position} is outside the codec's {len(self._token_bytes)} entries"
+                )
+        try:
+            text = self._bytes(tokens).decode()
+        except UnicodeDecodeError as error:
+            return _invalid(f"the ids do not join to whole symbols ({error.reason} at byte {error.start})")
+        if len(text) != horizon * action_dim:
+            return _invalid(
+                f"the ids hold {len(text)} coefficients, expected horizon {horizon} × action_dim {action_dim} = "
+                f"{horizon * action_dim}"
+            )
+        coefficients = np.frombuffer(text.encode("utf-32-le"), "<u4").astype(np.int64) + self.min_token
+        return Decoded(idct(coefficients.reshape(horizon, action_dim) / self.scale, axis=0, norm="ortho"))
+
+    @cached_property
+    def _token_bytes(self) -> list[bytes]:
+        """The bytes each id stands for. Joined here rather than by the tokenizer, which replaces what is malformed."""
+        vocab = self.tokenizer.get_vocab()
+        token_of = {i: token for token, i in vocab.items()}
+        try:
+            return [bytes(_BYTE_OF[symbol] for symbol in token_of[i]) for i in range(len(vocab))]
+        except KeyError as error:
+            raise ValueError(f"not a byte-level tokenizer with contiguous ids: {error} is missing") from None
+
+    def _bytes(self, ids: list[int]) -> bytes:
+        return b"".join([self._token_bytes[i] for i in ids])
+
+
+_OPTIONAL = ("action_dim", "time_horizon")
+
+
+def _checked(actions: Any, what: str) -> np.ndarray:
+    """The chunk as an array of rank 2 with numbers throughout."""
+    actions = np.asarray(actions)
+    if actions.ndim != 2 or 0 in actions.shape:
+        raise ValueError(f"FASTCodec: {what} has shape {list(actions.shape)}, expected [H, D] with H, D ≥ 1")
+    if actions.dtype.kind not in "fiu":
+        raise ValueError(f"FASTCodec: {what} has dtype {actions.dtype}, expected real numbers")
+    finite = np.isfinite(actions)
+    if not finite.all():
+        step, dim = np.argwhere(~finite)[0].tolist()
+        raise ValueError(f"FASTCodec: {what}[{step}, {dim}] is {actions[step, dim]}, expected finite numbers")
+    return actions
+
+
+def _quantise(actions: np.ndarray, scale: float | int) -> np.ndarray:
+    """Rounded DCT coefficients [H, D], still floats of the reference's precision."""
+    return np.around(dct(actions, axis=0, norm="ortho") * scale)
+
+
+def _symbols(coefficients: np.ndarray, min_token: int) -> str:
+    """One character per coefficient, all D dimensions of the lowest frequency first."""
+    codes = coefficients - min_token
+    encodable = (codes >= 0) & (codes <= LAST_SYMBOL) & ((codes < SURROGATES.start) | (codes >= SURROGATES.stop))
+    if not encodable.all():
+        frequency, dim = np.argwhere(~encodable)[0].tolist()
+        raise FASTRangeError(
+            f"FAST coefficient of frequency {frequency}, dimension {dim} is {coefficients[frequency, dim]:.0f}, "
+            f"expected {min_token} (min_token) … {SURROGATES.start - 1 + min_token}; "
+            "are the actions normalised to about [−1, 1]?"
+        )
+    return codes.astype("<u4").tobytes().decode("utf-32-le")
+
+
+def _invalid(reason: str) -> Decoded:
+    return Decoded(None, f"because {reason}")
+
+
+def _byte_symbols() -> dict[str, int]:
+    """GPT-2's byte alphabet: printable Latin-1 characters stand for themselves, the other bytes for U+0100 onwards."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_symbols()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises FileNotFoundError, or ValueError naming the file where it is no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A `tokenizer.json`, without its padding and truncation, and with special tokens never read out of plain text.
+
+    Raises FileNotFoundError, or ValueError naming the file where it is none.
+    """
+    source = path.read_bytes()
+    try:
+        tokenizer = Tokenizer.from_buffer(source)
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _number(config: dict[str, Any], key: str, path: Path) -> float:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{path}: {key} is {value!r}, expected a finite number")
+    return float(value)
+
+
+def _integer(config: dict[str, Any], key: str, path: Path) -> int:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{path}: {key} is {value!r}, expected an integer")
+    return value

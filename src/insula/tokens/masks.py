@@ -1,0 +1,54 @@
+"""Every mask of the system, drawn.
+
+`make_attn_mask` is the rule for one sequence of blocks (big_vision's). An `ar_mask` of 1 starts a new block; a token
+sees its own block and all earlier ones::
+
+    ar_mask 0 0 0 1 1 1          keys  i i p f f f     i image, p prompt, f FAST
+                          queries  i   ■ ■ ■ · · ·     prefix: bidirectional, blind to FAST
+                                   i   ■ ■ ■ · · ·
+                                   p   ■ ■ ■ · · ·
+                                   f   ■ ■ ■ ■ · ·     FAST: causal, one block each
+                                   f   ■ ■ ■ ■ ■ ·
+                                   f   ■ ■ ■ ■ ■ ■
+
+The action expert reads the prefix and itself, never FAST (`visible_to_expert`), here with H = 2 actions::
+
+                          keys  i i p f f f | a a
+                 queries  a     ■ ■ ■ · · · | ■ ■
+                          a     ■ ■ ■ · · · | ■ ■
+"""
+
+import jax.numpy as jnp
+
+from insula.shapes import Array, Bool, Int
+
+
+def make_attn_mask(input_mask: Bool[Array, "B T"], ar_mask: Bool[Array, "B T"]) -> Bool[Array, "B T T"]:
+    """`mask[b, q, k]`: may query q attend to key k? Padding (`input_mask` False) neither sees nor is seen.
+
+    Raises ValueError where the two masks differ in shape.
+    """
+    if input_mask.shape != ar_mask.shape:
+        raise ValueError(f"make_attn_mask: input_mask is {input_mask.shape}, ar_mask {ar_mask.shape}; expected the same [B, T]")
+    block = jnp.cumsum(jnp.asarray(ar_mask, jnp.int32), axis=1)
+    seen = block[:, None, :] <= block[:, :, None]
+    real = jnp.asarray(input_mask, bool)
+    return seen & real[:, None, :] & real[:, :, None]
+
+
+def visible_to_expert(input_mask: Bool[Array, "B T"], ar_mask: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
+    """The columns the action expert may read: real tokens of the bidirectional prefix, so never a FAST token."""
+    causal = jnp.cumsum(jnp.asarray(ar_mask, jnp.int32), axis=1) > 0
+    return jnp.asarray(input_mask, bool) & ~causal
+
+
+def suffix_ar_mask(horizon: int, state_token: bool) -> Bool[Array, "A"]:
+    """Blocks inside the action expert: the state token alone, then all action tokens together (π0 §IV)."""
+    first = jnp.ones(1, bool)
+    rest = jnp.zeros(horizon - 1, bool)
+    return jnp.concatenate([first, first, rest] if state_token else [first, rest])
+
+
+def positions(input_mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """Rotary positions count real tokens only, so padding shifts nothing."""
+    return jnp.maximum(jnp.cumsum(jnp.asarray(input_mask, jnp.int32), axis=1) - 1, 0)

@@ -1,0 +1,205 @@
+"""Instruction, state and action as one sequence of tokens with its masks.
+
+    tokens      BOS Task : ... Action :   f0  f1  f2  |   EOS  pad pad
+    ar_mask      0   0   0  0    0    0    1   1   1  1    1    0   0    causal from here on
+    loss_mask    0   0   0  0    0    0    1   1   1  1    0    0   0    scored
+
+Serving sees exactly the columns before the first FAST id. FAST ids live in the text vocabulary, counted downwards from
+`fast_last_id` (π0-FAST's rule): id t is token `fast_last_id − t`, inverted arithmetically, never through text.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby, takewhile
+from operator import index
+from pathlib import Path
+from typing import SupportsIndex
+
+import numpy as np
+
+from insula.errors import did_you_mean
+from insula.tokens import text as texts
+from insula.tokens.dialects import dialect as named_dialect
+from insula.tokens.fast import Decoded, FASTCodec, read_json, write_json
+from insula.tokens.text import TextTokenizer
+
+PALIGEMMA_FAST_LAST_ID = 257_152 - 1 - 128
+"""`fast_last_id` of π0-FAST: below the segmentation tokens, over the location tokens and rare pieces."""
+SETTINGS_FILE = "sequence.json"
+STATE_EDGES = np.linspace(-1, 1, 257)[1:-1]
+STOP = "|"
+
+
+class TokenBudgetError(ValueError):
+    """A part of a sample takes `length` tokens, more than its `limit`. Nothing is ever cut silently."""
+
+    def __init__(self, part: str, length: int, limit: int, remedy: str) -> None:
+        super().__init__(f"the {part} takes {length} tokens, the limit is {limit}; {remedy}")
+        self.part, self.length, self.limit, self.remedy = part, length, limit, remedy
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.part, self.length, self.limit, self.remedy)
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenized:
+    """One sample, each [max_token_len]: tokens int32; token_mask, ar_mask, loss_mask bool. Padding only at the end."""
+
+    tokens: np.ndarray
+    token_mask: np.ndarray
+    ar_mask: np.ndarray
+    loss_mask: np.ndarray
+
+
+class FASTTokenizer:
+    """Samples to sequences, and generated ids back to actions.
+
+    `max_token_len` columns. With `max_prompt_len`, the bidirectional part must fit in that many (the action expert
+    reads no further) and the causal part in the rest (the token loss scores no more). `fast_last_id` None puts the FAST
+    ids right after the text vocabulary. `score_eos` also scores EOS after an action.
+    """
+
+    def __init__(
+        self,
+        text: TextTokenizer,
+        fast: FASTCodec,
+        dialect: str = "pi05",
+        *,
+        max_token_len: int,
+        max_prompt_len: int | None = None,
+        fast_last_id: int | None = None,
+        score_eos: bool = False,
+    ) -> None:
+        """Raises ValueError for an unknown dialect, limits that contradict each other, a `fast_last_id` that puts FAST
+        ids over a control token, or a text tokenizer in which "|" is not one token."""
+        prompt_limit = max_token_len if max_prompt_len is None else max_prompt_len
+        if not 0 < prompt_limit <= max_token_len:
+            raise ValueError(
+                f"max_prompt_len is {max_prompt_len}, max_token_len {max_token_len}; expected 0 < prompt ≤ all"
+            )
+        stop = text.encode(STOP)
+        if len(stop) != 1:
+            raise ValueError(f"the text tokenizer gives {len(stop)} tokens for {STOP!r}, expected 1: it ends an action")
+        self.text, self.fast, self.dialect = text, fast, named_dialect(dialect)
+        self.max_token_len, self.max_prompt_len, self.score_eos = max_token_len, max_prompt_len, score_eos
+        self.stop_id = stop[0]
+        self.fast_last_id = text.vocab_size + fast.vocab_size - 1 if fast_last_id is None else fast_last_id
+        self.action_head = text.encode(self.dialect.action_head)
+        first = self.fast_last_id - fast.vocab_size + 1
+        taken = {"BOS": text.bos_id, "EOS": text.eos_id, "padding": text.pad_id, STOP: self.stop_id}
+        for name, token in taken.items():
+            if first < 0 or first <= token <= self.fast_last_id:
+                raise ValueError(
+                    f"fast_last_id {self.fast_last_id} puts the {fast.vocab_size} FAST ids at {first} … "
+                    f"{self.fast_last_id}; expected all ≥ 0 and clear of {name} at {token}"
+                )
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries the model's embedding needs: text and FAST."""
+        return max(self.text.vocab_size, self.fast_last_id + 1)
+
+    def tokenize(self, prompt: str, state: np.ndarray | None, actions: np.ndarray | None = None) -> Tokenized:
+        """One sample. `state` [S] normalised to [−1, 1], or None where the model takes it as a projected token;
+        `actions` [H, D] normalised, or None when serving: then exactly the training sequence's bidirectional part.
+
+        Raises TokenBudgetError where a part is too long, ValueError for NaN or infinity and wrong ranks.
+        """
+        prefix = self.text.encode(self.dialect.write(prompt, None if state is None else state_bins(state)))
+        if actions is None:
+            return self._sequence(prefix, [], [], "action")
+        ids = [*(self.fast_last_id - i for i in self.fast.encode(actions)), self.stop_id]
+        scores = [self.dialect.score_all] * len(self.action_head) + [True] * len(ids)
+        suffix = [*self.action_head, *ids, self.text.eos_id]
+        return self._sequence(prefix, suffix, [*scores, self.dialect.score_all or self.score_eos], "action")
+
+    def question(self, question: str, answer: str | None = None) -> Tokenized:
+        """A vision-language sample: BOS, the question and a newline (bidirectional), then the answer and EOS (causal,
+        all scored). `answer` None when asking. Raises TokenBudgetError where a part is too long."""
+        suffix = [] if answer is None else [*self.text.encode(answer), self.text.eos_id]
+        return self._sequence(self.text.encode(f"{question}\n"), suffix, [True] * len(suffix), "answer")
+
+    def actions_from(self, ids: Iterable[SupportsIndex], horizon: int, action_dim: int) -> Decoded:
+        """The chunk [horizon, action_dim] in generated token ids, which end at the first "|", or why there is none."""
+        tokens = [index(i) for i in ids]
+        head = len(self.action_head) if tokens[: len(self.action_head)] == self.action_head else 0
+        if self.stop_id not in tokens:
+            return Decoded(None, f"because no {STOP!r} ends the action within {len(tokens)} tokens")
+        fast = []
+        for position, i in enumerate(tokens[head : tokens.index(self.stop_id)], start=head):
+            if not 0 <= self.fast_last_id - i < self.fast.vocab_size:
+                return Decoded(None, f"because token {i} at position {position} is no FAST token")
+            fast.append(self.fast_last_id - i)
+        return self.fast.decode(fast, horizon, action_dim)
+
+    def text_from(self, ids: Iterable[SupportsIndex]) -> str:
+        """Generated token ids, up to EOS, as text; ids that are no text are written as "<3199>"."""
+        answer = takewhile(lambda i: i != self.text.eos_id, map(index, ids))
+        runs = groupby(answer, key=lambda i: 0 <= i < self.text.vocab_size)
+        return "".join(self.text.decode(run) if is_text else "".join(f"<{i}>" for i in run) for is_text, run in runs)
+
+    def save(self, path: str | Path) -> None:
+        """Write all of it into a directory: `load` needs nothing else."""
+        path = Path(path)
+        self.text.save(path / "text")
+        self.fast.save(path / "fast")
+        settings = {key: getattr(self, key) for key in _SETTINGS if key != "dialect"}
+        write_json(path / SETTINGS_FILE, {"dialect": self.dialect.name, **settings})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "FASTTokenizer":
+        """Read what `save` wrote. Raises FileNotFoundError, or ValueError naming what is malformed."""
+        path = Path(path)
+        settings = read_json(path / SETTINGS_FILE)
+        for key in settings:
+            if key not in _SETTINGS:
+                raise ValueError(f"{path / SETTINGS_FILE}: unknown setting {key!r}{did_you_mean(key, _SETTINGS)}")
+        for key, kind in _SETTINGS.items():
+            if type(settings.get(key)) not in kind:
+                raise ValueError(f"{path / SETTINGS_FILE}: {key} is {settings.get(key)!r}, expected {kind[0].__name__}")
+        return cls(texts.load(path / "text"), FASTCodec.load(path / "fast"), **settings)
+
+    def _sequence(self, prefix: list[int], suffix: list[int], scored: list[bool], part: str) -> Tokenized:
+        """BOS and prefix, then suffix, then padding."""
+        prefix = [self.text.bos_id, *prefix]
+        length, whole = len(prefix) + len(suffix), self.max_token_len
+        prompt_limit = self.max_prompt_len or whole
+        suffix_limit = whole - self.max_prompt_len if self.max_prompt_len else whole
+        for name, taken, limit, remedy in (
+            ("prompt", len(prefix), prompt_limit, "shorten the instruction or raise max_prompt_len"),
+            (part, len(suffix), suffix_limit, "shorten it or raise max_token_len − max_prompt_len"),
+            (f"prompt with its {part}", length, whole, "shorten it or raise max_token_len"),
+        ):
+            if taken > limit:
+                raise TokenBudgetError(name, taken, limit, remedy)
+        tokens = np.full(self.max_token_len, self.text.pad_id, np.int32)
+        token_mask, ar_mask, loss_mask = np.zeros((3, self.max_token_len), bool)
+        tokens[:length] = prefix + suffix
+        token_mask[:length] = True
+        ar_mask[len(prefix) : length] = True
+        loss_mask[len(prefix) : length] = scored
+        return Tokenized(tokens, token_mask, ar_mask, loss_mask)
+
+
+_SETTINGS: dict[str, tuple[type, ...]] = {
+    "dialect": (str,),
+    "max_token_len": (int,),
+    "max_prompt_len": (int, type(None)),
+    "fast_last_id": (int,),
+    "score_eos": (bool,),
+}
+
+
+def state_bins(state: np.ndarray) -> list[int]:
+    """Each value of a normalised state [S] as one of 256 bins over [−1, 1]; beyond it, the outermost.
+
+    Raises ValueError for a wrong rank, NaN or infinity, naming the entry.
+    """
+    state = np.asarray(state)
+    if state.ndim != 1 or state.dtype.kind not in "fiu":
+        raise ValueError(f"state is {state.dtype}{list(state.shape)}, expected real numbers [S]")
+    finite = np.isfinite(state)
+    if not finite.all():
+        first = int(np.argmin(finite))
+        raise ValueError(f"state[{first}] is {state[first]}, expected finite numbers")
+    return np.digitize(state, STATE_EDGES).tolist()

@@ -1,0 +1,145 @@
+"""The loop: batches in, updates out, everything measured on the way. It knows nothing of models or data."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from insula.train.step import TrainState
+
+Metrics = dict[str, float]
+
+
+class NonFiniteError(FloatingPointError):
+    """A metric became NaN or infinite; training stopped before any later checkpoint was written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Every:
+    """Do `action(state)` after each `steps`-th update. Metrics it returns are written to the log."""
+
+    steps: int
+    action: Callable[[TrainState], Metrics | None]
+
+
+class MetricsLog:
+    """One JSON object per line and step. TensorBoard as well where a writer is given."""
+
+    def __init__(self, path: Path, tensorboard: Any = None):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = tensorboard
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Raises NonFiniteError naming metric and step."""
+        self._file.write(json.dumps({"step": step, **{k: _short(v) for k, v in metrics.items()}}) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(
+                    f"{name} is {value} at step {step}; the newest checkpoint is from before. "
+                    "Resume from it with a lower learning rate, or look at that step's batch"
+                )
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def _short(value: float) -> float | str:
+    return float(f"{value:.6g}") if math.isfinite(value) else str(value)  # NaN is no JSON
+
+
+def fit(
+    state: TrainState,
+    step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
+    batches: Iterator[Any],
+    steps: int,
+    log: MetricsLog,
+    log_every: int = 20,
+    hooks: tuple[Every, ...] = (),
+    quiet: bool = False,
+) -> tuple[TrainState, bool]:
+    """Update until `state.step == steps`. Returns the state, and whether all steps were made: the first Ctrl-C (or
+    SIGTERM) ends the loop after the running update, a second one at once.
+
+    The device's metrics are fetched once per `log_every` updates, and each update's are checked.
+    """
+    done = int(state.step)
+    pending: list[dict[str, jax.Array]] = []
+    waited, since = 0.0, time.perf_counter()
+    with _interrupts() as interrupted, _progress(quiet) as bar:
+        task = bar.add_task("training", total=steps, completed=done, figures="")
+        while done < steps and not interrupted():
+            before = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - before
+            state, metrics = step(state, batch)
+            pending.append(metrics)
+            done += 1
+            if done % log_every == 0 or done == steps:
+                rows = jax.device_get(pending)
+                seconds = (time.perf_counter() - since) / len(rows)
+                averages = {name: sum(float(row[name]) for row in rows) / len(rows) for name in rows[0]}
+                _refuse_non_finite(log, done - len(rows), rows)
+                log.write(done, averages | {"step_seconds": seconds, "data_wait_seconds": waited / len(rows)})
+                figures = " ".join(f"{k} {averages[k]:.3f}" for k in ("total", "flow", "fast") if k in averages)
+                bar.update(task, figures=f"{figures} {seconds * 1e3:.0f} ms/step")
+                pending, waited, since = [], 0.0, time.perf_counter()
+            bar.update(task, completed=done)
+            for hook in hooks:
+                if done % hook.steps == 0 or done == steps:
+                    found = hook.action(state)
+                    if found:
+                        log.write(done, found)
+                    since = time.perf_counter()
+        return state, done >= steps
+
+
+def _refuse_non_finite(log: MetricsLog, start: int, rows: list[dict[str, Any]]) -> None:
+    for i, row in enumerate(rows):
+        if not all(math.isfinite(float(value)) for value in row.values()):
+            log.write(start + i + 1, {name: float(value) for name, value in row.items()})
+
+
+def _progress(quiet: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} {task.fields[figures]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        disable=quiet,
+    )
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM set a flag instead of tearing through a half-made update."""
+    seen = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        if seen:
+            raise KeyboardInterrupt
+        seen = True
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: seen
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,154 @@
+"""A training run from data set to checkpoints: what `insula train` does."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from insula.assets import Assets, read_assets
+from insula.checkpoints.pretrained import load_pretrained
+from insula.checkpoints.store import CheckpointError, CheckpointStore
+from insula.data.lerobot import LeRobotDataset
+from insula.data.loader import Loader
+from insula.data.samples import Samples, action_chunks, fit_stats, prepare, split_episodes
+from insula.losses import compute_loss
+from insula.model import init_params
+from insula.tokens import text
+from insula.tokens.fast import FASTCodec
+from insula.tokens.sequence import FASTTokenizer
+from insula.train.config import TrainConfig, from_dict, to_dict
+from insula.train.loop import Every, Metrics, MetricsLog, fit
+from insula.train.optimiser import make_optimiser
+from insula.train.step import TrainState, make_train_step, start_state
+
+log = logging.getLogger(__name__)
+FAST_FIT_CHUNKS = 20_000
+
+
+def train(config: TrainConfig, quiet: bool = False) -> bool:
+    """Train until `config.steps`. Returns False where Ctrl-C ended it early; `resume` then goes on.
+
+    Raises DatasetError, CheckpointError, ValueError or NonFiniteError, each with what to do about it.
+    """
+    if config.resume:
+        config = _stored(config)
+    if config.data is None:
+        raise ValueError("no data set; give --data, a LeRobot v3.0 folder (insula collect makes one)")
+    dataset = LeRobotDataset(config.data)
+    episodes, held_out = split_episodes(len(dataset.episodes), config.held_out_fraction, config.seed)
+    with CheckpointStore(config.run / "checkpoints") as store:
+        if not config.resume and store.latest() is not None:
+            raise CheckpointError(f"{config.run} holds a run at step {store.latest()}; resume it, or choose another folder")
+        assets = read_assets(store.assets()) if config.resume else make_assets(config, dataset, episodes)
+        samples = _prepare(config, assets, dataset, episodes)
+        unseen = _prepare(config, assets, dataset, held_out) if len(held_out) else None
+        _write_config(config)
+
+        init_rng, step_rng, eval_rng = jax.random.split(jax.random.key(config.seed), 3)
+        optimiser = make_optimiser(config.optimiser, config.steps, config.model.freeze_backbone)
+        params = init_params(config.model, init_rng)
+        if not config.from_scratch:
+            params = load_pretrained(config.model, params)
+        state = start_state(params, optimiser)
+        if config.resume:
+            state = store.restore("train_state", state)
+        step = make_train_step(config.model, optimiser, config.optimiser.ema_decay, step_rng)
+
+        def save(state: TrainState) -> None:
+            store.save(int(state.step), state.average, state, assets.write)
+
+        hooks = [Every(config.checkpoint_every, save)]
+        if unseen is not None:
+            hooks.insert(0, Every(config.evaluate_every, held_out_losses(config, unseen, eval_rng)))
+        with contextlib.ExitStack() as stack:
+            metrics = stack.enter_context(contextlib.closing(_metrics_log(config)))
+            loader = Loader(samples, config.batch_size, config.seed, start_step=int(state.step))
+            batches = stack.enter_context(loader)
+            state, complete = fit(
+                state, step, batches, config.steps, metrics, config.log_every, tuple(hooks), quiet
+            )
+        save(state)
+    return complete
+
+
+def make_assets(config: TrainConfig, dataset: LeRobotDataset, episodes: np.ndarray) -> Assets:
+    """Normalisation and FAST fitted on the training episodes, and the tokenizer made of them."""
+    model = config.model
+    stats = fit_stats(dataset, episodes)
+    for name, width in (("state", model.state_dim), ("actions", model.action_dim)):
+        if stats[name].dim != width:
+            raise ValueError(f"data set {dataset.root}: {name} has {stats[name].dim} dimensions, config {model.name!r} "
+                             f"expects {width}; set {'state_dim' if name == 'state' else 'action_dim'}={stats[name].dim}")
+    chunks = action_chunks(dataset, stats, model.horizon, episodes, limit=FAST_FIT_CHUNKS)
+    codec = FASTCodec.fit(chunks, config.fast_vocab, config.fast_scale)
+    tokenizer = FASTTokenizer(
+        text.embedded(),
+        codec,
+        config.dialect,
+        max_token_len=model.max_token_len,
+        max_prompt_len=model.max_prompt_len,
+    )
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(f"text and FAST tokens need {tokenizer.vocab_size} entries, config {model.name!r} has "
+                         f"vocab_size {model.vocab_size}; raise it, or lower fast_vocab")
+    return Assets(model, tokenizer, stats)
+
+
+def _prepare(config: TrainConfig, assets: Assets, dataset: LeRobotDataset, episodes: np.ndarray) -> Samples:
+    return prepare(
+        dataset,
+        assets.tokenizer,
+        assets.stats,
+        config.model.horizon,
+        config.model.cameras,
+        config.on_overflow,
+        episodes,
+        state_in_prompt=config.model.state_input == "prompt",
+    )
+
+
+def held_out_losses(
+    config: TrainConfig, samples: Samples, rng: Any, batches: int = 8
+) -> Callable[[TrainState], Metrics]:
+    """Mean losses of the averaged parameters on the same unseen samples, noise and times each time."""
+    size = min(config.batch_size, len(samples))
+    rows = np.random.default_rng(config.seed).permutation(len(samples))[: max(1, batches * size // size) * size]
+    groups = [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)]
+    loss = jax.jit(lambda params, batch, key: compute_loss(params, config.model, batch, key))
+
+    def look(state: TrainState) -> Metrics:
+        found = [loss(state.average, samples.batch(g), jax.random.fold_in(rng, i))[1] for i, g in enumerate(groups)]
+        return {f"held_out/{k}": float(np.mean([m[k] for m in found])) for k in ("flow", "fast", "token_accuracy")}
+
+    return look
+
+
+def _metrics_log(config: TrainConfig) -> MetricsLog:
+    writer = None
+    if config.tensorboard:
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise ValueError("tensorboard=True needs the extra: pip install 'insula[tensorboard]'") from error
+        writer = SummaryWriter(str(config.run / "tensorboard"))
+    return MetricsLog(config.run / "metrics.jsonl", writer)
+
+
+def _write_config(config: TrainConfig) -> None:
+    path = config.run / "train.json"
+    path.write_text(json.dumps(to_dict(dataclasses.replace(config, resume=False)), indent=1) + "\n", encoding="utf-8")
+
+
+def _stored(config: TrainConfig) -> TrainConfig:
+    """The settings a run was started with."""
+    path = Path(config.run) / "train.json"
+    if not path.is_file():
+        raise CheckpointError(f"{config.run}: nothing to resume, {path.name} is not there; start without resume")
+    stored = from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
+    return dataclasses.replace(stored, run=config.run, resume=True)

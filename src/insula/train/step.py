@@ -1,0 +1,60 @@
+"""One update: loss, gradients, per-part norms, optimiser, running average."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from insula.batch import Batch
+from insula.losses import Metrics, compute_loss
+from insula.model import Params
+from insula.model.config import Config
+from insula.shapes import Array, Int, PRNGKeyArray
+from insula.train.optimiser import PARTS
+
+
+Loss = Callable[[Params, Config, Batch, PRNGKeyArray], tuple[Array, Metrics]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that changes while training. `average` is the running mean of `params` that is evaluated and served."""
+
+    step: Int[Array, ""]
+    params: Params
+    average: Params
+    optimiser: optax.OptState
+
+
+def start_state(params: Params, optimiser: optax.GradientTransformation) -> TrainState:
+    average = jax.tree.map(jnp.copy, params)  # a buffer of its own: both are donated to the step
+    return TrainState(jnp.zeros((), jnp.int32), params, average, optimiser.init(params))
+
+
+def make_train_step(
+    config: Config,
+    optimiser: optax.GradientTransformation,
+    ema_decay: float,
+    rng: PRNGKeyArray,
+    loss: Loss = compute_loss,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted step. Its randomness depends on the state's step alone, so a resumed run repeats it exactly.
+
+    Metrics are those of the loss, "total", and the gradient norm of each part before clipping.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(rng, state.step)
+        value_and_grad = jax.value_and_grad(loss, has_aux=True)
+        (total, metrics), gradients = value_and_grad(state.params, config, batch, key)
+        norms = {f"gradient_norm/{part}": optax.global_norm(getattr(gradients, part)) for part in PARTS}
+        updates, optimiser_state = optimiser.update(gradients, state.optimiser, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))  # short memory while all is new
+        average = optax.incremental_update(params, state.average, 1 - decay)
+        return TrainState(state.step + 1, params, average, optimiser_state), metrics | norms | {"total": total}
+
+    return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,77 @@
+"""Demonstrations of the tabletop, through the same files as anybody's."""
+
+import json
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+
+from insula.data import collect as module
+from insula.data.collect import collect
+from insula.data.lerobot import LeRobotDataset
+from insula.sim.expert import rollout
+from insula.sim.seeds import DEMONSTRATIONS, EVALUATION
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def test_what_is_written_is_what_the_expert_did(tmp_path):
+    seen: list[int] = []
+    collected = collect(tmp_path / "set", episodes=3, first_seed=10, noise=0.2, processes=1, progress=seen.append)
+    dataset = LeRobotDataset(collected.root)
+    assert len(dataset.episodes) == len(collected.seeds) == 3 and len(dataset) == collected.frames
+    assert seen[-1] == 3 and dataset.fps == 10 and dataset.info.robot_type == "insula_tabletop"
+    assert dataset.cameras == ("observation.images.front", "observation.images.wrist")
+    assert dataset.feature("action").names == ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
+
+    env = gymnasium.make("insula/Tabletop-v0", disable_env_checker=True)
+    try:
+        episode = rollout(env, np.random.default_rng([collected.seeds[1], 1]), noise=0.2, seed=collected.seeds[1])
+    finally:
+        env.close()
+    rows = slice(int(dataset.episodes.start[1]), int(dataset.episodes.stop[1]))
+    assert dataset.episodes.tasks[1] == (episode.task,)
+    np.testing.assert_array_equal(dataset.column("action")[rows], episode.labels)
+    assert (dataset.column("action")[rows] != episode.executed).any()  # noise was executed, not recorded
+    for camera in ("front", "wrist"):
+        np.testing.assert_array_equal(
+            dataset.images(f"observation.images.{camera}", np.arange(rows.start, rows.stop)),
+            np.stack([o["images"][camera] for o in episode.observations]),
+        )
+    np.testing.assert_array_equal(
+        dataset.column("observation.state")[rows], np.stack([o["state"] for o in episode.observations])
+    )
+
+
+@pytest.mark.slow
+def test_processes_change_nothing(tmp_path):
+    for processes in (1, 2):
+        collect(tmp_path / str(processes), episodes=20, processes=processes)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+def test_failures_are_discarded_counted_and_logged(tmp_path, monkeypatch, caplog):
+    honest = module.rollout
+
+    def clumsy(env, rng, noise, seed):
+        episode = honest(env, rng, noise=noise, seed=seed)
+        return episode if seed % 2 else type(episode)(**{**vars(episode), "success": False})
+
+    monkeypatch.setattr(module, "rollout", clumsy)
+    collected = collect(tmp_path / "set", episodes=2, first_seed=4, noise=0.0, processes=1)
+    assert collected.seeds == (5, 7) and collected.discarded == (4, 6)
+    assert "2 of 4 demonstrations failed" in caplog.text
+    assert json.loads((tmp_path / "set/meta/collected.json").read_text())["discarded_seeds"] == [4, 6]
+    assert len(LeRobotDataset(tmp_path / "set").episodes) == 2
+
+
+def test_seeds_kept_for_evaluation_are_refused(tmp_path):
+    for first in (EVALUATION.start, DEMONSTRATIONS.stop - 3):
+        with pytest.raises(ValueError, match="kept for another purpose"):
+            collect(tmp_path / "set", episodes=4, first_seed=first)
+    with pytest.raises(ValueError, match="at least 1"):
+        collect(tmp_path / "set", episodes=0)
+    assert not list(tmp_path.iterdir())

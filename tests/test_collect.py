@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from insula.data import collect as module
-from insula.data.collect import collect
+from insula.collect import collect
 from insula.data.lerobot import LeRobotDataset
 from insula.sim.expert import rollout
 from insula.sim.seeds import DEMONSTRATIONS, EVALUATION

@@ -1,8 +1,8 @@
 """Knowledge-insulated vision-language-action models: train, inspect, evaluate, serve.
 
-    config = insula.preset("tiny")
-    params = insula.init_params(config, jax.random.key(0))
-    total, metrics = insula.compute_loss(params, config, batch, jax.random.key(1))
+config = insula.preset("tiny")
+params = insula.init_params(config, jax.random.key(0))
+total, metrics = insula.compute_loss(params, config, batch, jax.random.key(1))
 """
 
 import importlib

@@ -1,8 +1,8 @@
 """What travels inside every checkpoint besides the weights: enough to serve from the checkpoint alone.
 
-    config.json        the model's config and the version that wrote it
-    norm_stats.json    normalisation, openpi's format
-    tokenizer/         text tokenizer, FAST codec, dialect
+config.json        the model's config and the version that wrote it
+norm_stats.json    normalisation, openpi's format
+tokenizer/         text tokenizer, FAST codec, dialect
 """
 
 import dataclasses

@@ -17,7 +17,7 @@ import dataclasses
 
 import jax
 
-from insula.shapes import Array, Bool, Float, Int, UInt8
+from insula.shapes import AnyArray, Bool, Float, Int, UInt8
 
 
 @jax.tree_util.register_dataclass
@@ -25,11 +25,11 @@ from insula.shapes import Array, Bool, Float, Int, UInt8
 class Observation:
     """Model inputs. Images are uint8 and become floats on the device; `tokens` is None without a tokenised prompt."""
 
-    images: dict[str, UInt8[Array, "B h w 3"]]
-    image_mask: dict[str, Bool[Array, "B"]]
-    state: Float[Array, "B S"]
-    tokens: Int[Array, "B L"] | None = None
-    token_mask: Bool[Array, "B L"] | None = None
+    images: dict[str, UInt8[AnyArray, "B h w 3"]]
+    image_mask: dict[str, Bool[AnyArray, "B"]]
+    state: Float[AnyArray, "B S"]
+    tokens: Int[AnyArray, "B L"] | None = None
+    token_mask: Bool[AnyArray, "B L"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -38,13 +38,13 @@ class Batch:
     """An observation with its targets: FAST tokens inside `observation.tokens`, and the normalised action chunk."""
 
     observation: Observation
-    actions: Float[Array, "B H D"]
-    action_is_pad: Bool[Array, "B H"]
-    action_dim_mask: Bool[Array, "B D"]
-    ar_mask: Bool[Array, "B L"] | None = None
-    loss_mask: Bool[Array, "B L"] | None = None
+    actions: Float[AnyArray, "B H D"]
+    action_is_pad: Bool[AnyArray, "B H"]
+    action_dim_mask: Bool[AnyArray, "B D"]
+    ar_mask: Bool[AnyArray, "B L"] | None = None
+    loss_mask: Bool[AnyArray, "B L"] | None = None
 
     @property
-    def action_mask(self) -> Bool[Array, "B H D"]:
+    def action_mask(self) -> Bool[AnyArray, "B H D"]:
         """True on every real action value: the only mask of the flow loss."""
         return ~self.action_is_pad[:, :, None] & self.action_dim_mask[:, None, :]

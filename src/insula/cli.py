@@ -60,7 +60,7 @@ def collect(out: Path, episodes: int = 400, first_seed: int = 0, noise: float = 
         noise: DART noise on the executed moves; the clean action is recorded.
         overwrite: Replace what is in `out`.
     """
-    from insula.data.collect import collect as run
+    from insula.collect import collect as run
 
     done = run(out, episodes, first_seed, noise, overwrite=overwrite)
     print(f"{len(done.seeds)} demonstrations, {done.frames} frames, {len(done.discarded)} discarded: {done.root}")
@@ -75,13 +75,16 @@ def pretrain(out: Path, steps: int | None = None, scenes: int | None = None, see
         scenes: Rendered scenes; the shipped backbone's number unless given.
         seed: Of initial weights and sampling.
     """
-    from insula.pretrain import PretrainConfig
+    from insula.pretrain import PretrainConfig, question_tokenizer
     from insula.pretrain import pretrain as run
 
-    given = {k: v for k, v in {"steps": steps, "scenes": scenes}.items() if v is not None}
-    known = run(PretrainConfig(out, seed=seed, **given))
-    print(f"held-out accuracy {known.mean:.1%} over {len(known.accuracy)} kinds, "
-          f"locations {known.location_error:.2f} bins of 128 off: {out}")
+    config = PretrainConfig(out, seed=seed)
+    config = dataclasses.replace(config, steps=steps or config.steps, scenes=scenes or config.scenes)
+    known = run(config, question_tokenizer(config.model))
+    print(
+        f"held-out accuracy {known.mean:.1%} over {len(known.accuracy)} kinds, "
+        f"locations {known.location_error:.2f} bins of 128 off: {out}"
+    )
 
 
 def evaluate(

@@ -104,11 +104,11 @@ def scored_positions(
     prefix: Prefix, batch: Batch, limit: int
 ) -> tuple[Float[Array, "B s W"], Int[Array, "B s"], Bool[Array, "B s"]]:
     """Hidden states that predict a scored token, the token, and whether the slot is used. s = min(limit, L)."""
-    tokens = batch.observation.tokens
+    tokens, loss_mask = jnp.asarray(batch.observation.tokens), jnp.asarray(batch.loss_mask, bool)
     images = prefix.hidden.shape[1] - tokens.shape[1]
-    order = jnp.argsort(~jnp.asarray(batch.loss_mask, bool), axis=1, stable=True)[:, :limit]
+    order = jnp.argsort(~loss_mask, axis=1, stable=True)[:, :limit]
     hidden = jnp.take_along_axis(prefix.hidden, (images + order - 1)[..., None], axis=1)
-    return hidden, jnp.take_along_axis(tokens, order, axis=1), jnp.take_along_axis(batch.loss_mask, order, axis=1)
+    return hidden, jnp.take_along_axis(tokens, order, axis=1), jnp.take_along_axis(loss_mask, order, axis=1)
 
 
 def cross_entropy(

@@ -74,7 +74,9 @@ class Policy:
         self._calls += 1
         chunk = np.asarray(self._chunk(self.params, inputs, jax.random.fold_in(self._rng, self._calls)))
         if not np.isfinite(chunk).all():
-            raise FloatingPointError("the policy produced NaN or infinite actions; do not execute them, check the weights")
+            raise FloatingPointError(
+                "the policy produced NaN or infinite actions; do not execute them, check the weights"
+            )
         return self.assets.stats["actions"].unnormalise(chunk)
 
     def observe(self, observations: list[dict[str, Any]]) -> Observation:
@@ -114,5 +116,3 @@ class Policy:
             raise ValueError(f"state[{int(np.argmin(np.isfinite(state)))}] is not finite: {state}")
         if not isinstance(observation["task"], str):
             raise ValueError(f"task is {type(observation['task']).__name__}, expected a string")
-
-

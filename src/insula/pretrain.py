@@ -1,6 +1,11 @@
-"""Give the small backbone some knowledge to insulate: questions about rendered scenes, no robot actions.
+"""Give the small backbone some knowledge to insulate, from rendered scenes and what the simulator knows about them.
 
-Scenes come from seeds that no demonstration and no evaluation uses.
+    grounding   image tokens learn the words for what they show, and where      (no sentences yet)
+    pointing    "where is the red block" → two location tokens, front camera    (the first sentences)
+    all         every kind of question
+
+Without the first two, a small backbone learns to ignore its images before it learns to look (docs/log.md). There are no
+robot actions in it, and scenes come from seeds that no demonstration and no evaluation uses.
 """
 
 import dataclasses
@@ -10,20 +15,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from insula.batch import Batch
 from insula.checkpoints import weights
 from insula.evaluate.knowledge import Knowledge, measure_knowledge
+from insula.grounding import Head, grounding_loss, name_tokens
 from insula.losses import language_loss
 from insula.model import Params, init_params
 from insula.model.config import TINY, Config
-from insula.scenes import Scenes, question_batch, render_scenes, tokenise
+from insula.scenes import KIND_WEIGHTS, Scenes, question_batch, render_scenes, tokenise
+from insula.shapes import Array, Float
 from insula.sim.seeds import PRETRAINING
+from insula.tokens.fast import FASTCodec
 from insula.tokens.sequence import FASTTokenizer
-from insula.train.loop import Every, MetricsLog, fit
+from insula.tokens.text import TextTokenizer, embedded
+from insula.train.loop import Every, Metrics, MetricsLog, fit
 from insula.train.optimiser import OptimiserConfig, make_optimiser
 from insula.train.step import TrainState, make_train_step, start_state
+
+POINTING = ("block", "bowl", "gripper")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,36 +44,50 @@ class PretrainConfig:
     """`insula pretrain`. Writes `backbone.safetensors` and `backbone.json` to `out`."""
 
     out: Path
-    model: Config = TINY
-    scenes: int = 60_000
-    held_out_scenes: int = 1_000
-    questions_each: int = 8
+    model: Config = dataclasses.replace(TINY, compute_dtype="bfloat16")
+    scenes: int = 40_000
+    held_out_scenes: int = 500
+    questions_each: int = 12
+    grounding_steps: int = 1500
+    grounding_rate: float = 2e-3
+    pointing_steps: int = 2000
     steps: int = 12_000
-    batch_size: int = 64
+    """All updates on questions, those of pointing among them."""
+    batch_size: int = 32
     seed: int = 0
     optimiser: OptimiserConfig = OptimiserConfig(vision_rate=1e-3, backbone_rate=1e-3)
 
 
 def pretrain(config: PretrainConfig, tokenizer: FASTTokenizer) -> Knowledge:
-    """Train vision and backbone on questions, measure on held-out scenes, write the weights."""
+    """Train vision and backbone, measure on held-out scenes, write the weights.
+
+    Raises KeyboardInterrupt where it was interrupted: it writes weights only when complete.
+    """
     model, started = config.model, time.time()
     size = model.vision.image_size
     seeds = PRETRAINING.take(config.held_out_scenes + config.scenes)
     held_out = render_scenes(seeds[: config.held_out_scenes], config.questions_each, size)
     scenes = render_scenes(seeds[config.held_out_scenes :], config.questions_each, size)
+    log = MetricsLog(config.out / "metrics.jsonl")
 
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
+    params = init_params(model, init_key)
+    params = start_locations(params, tokenizer.text)
+    params = ground(params, config, tokenizer.text, scenes, log)
+
     optimiser = make_optimiser(config.optimiser, config.steps, freeze_backbone=False)
-    state = start_state(init_params(model, init_key), optimiser)
+    state = start_state(params, optimiser)
     step = make_train_step(model, optimiser, config.optimiser.ema_decay, step_key, loss=language_loss)
 
-    def look(state: TrainState) -> dict[str, float]:
+    def look(state: TrainState) -> Metrics:
         known = measure_knowledge(state.average, model, tokenizer, held_out)
-        return {f"held_out/{k}": v for k, v in known.accuracy.items()} | {"held_out/location_error": known.location_error}
+        return {f"held_out/{k}": v for k, v in known.accuracy.items()} | {
+            "held_out/location_error": known.location_error
+        }
 
-    log = MetricsLog(config.out / "metrics.jsonl")
-    batches = _batches(scenes, tokenizer, config)
-    state, complete = fit(state, step, batches, config.steps, log, hooks=(Every(1000, look),))
+    state, complete = fit(
+        state, step, _batches(scenes, tokenizer, config), config.steps, log, hooks=(Every(1000, look),)
+    )
     log.close()
     if not complete:
         raise KeyboardInterrupt("pretraining was interrupted; it writes weights only when complete")
@@ -69,12 +96,68 @@ def pretrain(config: PretrainConfig, tokenizer: FASTTokenizer) -> Knowledge:
     return known
 
 
-def _batches(scenes: Scenes, tokenizer: FASTTokenizer, config: PretrainConfig) -> Iterator[Batch]:
-    tokens = tokenise(scenes, tokenizer)
+def question_tokenizer(model: Config) -> FASTTokenizer:
+    """The embedded text tokenizer with the model's limits. Questions have no FAST tokens: the codec is a stand-in."""
+    text = embedded()
+    stand_in = np.zeros((1, model.horizon, model.action_dim))
+    codec = FASTCodec.fit(stand_in, vocab_size=model.vocab_size - text.vocab_size)
+    return FASTTokenizer(text, codec, max_token_len=model.max_token_len, max_prompt_len=model.max_prompt_len)
+
+
+def start_locations(params: Params, text: TextTokenizer) -> Params:
+    """Location tokens start along a smooth curve, so that neighbouring places are alike from the beginning."""
+    embedding = params.backbone.embedding
+    first, last = text.encode("<loc0000>")[0], text.encode("<loc0127>")[0]
+    x = np.arange(last - first + 1) / (last - first + 1)
+    angle = np.pi * x[:, None] * np.geomspace(0.5, 16, embedding.shape[1] // 2)
+    curve = np.concatenate([np.sin(angle), np.cos(angle)], axis=1) / np.sqrt(embedding.shape[1])
+    embedding = embedding.at[first : last + 1].set(curve)
+    return dataclasses.replace(params, backbone=dataclasses.replace(params.backbone, embedding=embedding))
+
+
+def ground(params: Params, config: PretrainConfig, text: TextTokenizer, scenes: Scenes, log: MetricsLog) -> Params:
+    """`grounding_steps` updates of vision and word embeddings on `grounding_loss`."""
+    words = name_tokens(text)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.grounding_rate, 100, max(config.grounding_steps, 200), 0.1 * config.grounding_rate
+    )
+    optimiser = optax.adamw(schedule, weight_decay=1e-4)
+    trained = (params.vision, params.backbone.embedding, Head.start(config.model.backbone.width))
+
+    @jax.jit
+    def update(trained: tuple, state: optax.OptState, images: dict, places: dict) -> tuple:
+        def loss(trained: tuple) -> tuple[Float[Array, ""], dict[str, Array]]:
+            vision, embedding, head = trained
+            backbone = dataclasses.replace(params.backbone, embedding=embedding)
+            return grounding_loss(vision, backbone, head, config.model, jnp.asarray(words), images, places)
+
+        gradients, metrics = jax.grad(loss, has_aux=True)(trained)
+        updates, state = optimiser.update(gradients, state, trained)
+        return optax.apply_updates(trained, updates), state, metrics
+
     rng = np.random.default_rng(config.seed)
-    while True:
-        index = rng.integers(len(scenes.questions), size=config.batch_size)
-        which = rng.integers(config.questions_each, size=config.batch_size)
+    state = optimiser.init(trained)
+    for step in range(1, config.grounding_steps + 1):
+        index = rng.integers(len(scenes.questions), size=2 * config.batch_size)
+        pick = [{name: part[name][index] for name in config.model.cameras} for part in (scenes.images, scenes.places)]
+        trained, state, metrics = update(trained, state, *pick)
+        if step % 100 == 0:
+            log.write(step, {f"grounding/{name}": float(value) for name, value in metrics.items()})
+    vision, embedding, _ = trained
+    return Params(vision, dataclasses.replace(params.backbone, embedding=embedding), params.expert)
+
+
+def _batches(scenes: Scenes, tokenizer: FASTTokenizer, config: PretrainConfig) -> Iterator[Batch]:
+    """Pointing first, then everything."""
+    tokens = tokenise(scenes, tokenizer)
+    kinds = np.array([[kind for kind, _, _ in asked] for asked in scenes.questions])
+    rng = np.random.default_rng(config.seed)
+    pointing = np.argwhere(np.isin(kinds, POINTING))
+    everything = np.argwhere(kinds != "")
+    assert set(POINTING) <= KIND_WEIGHTS.keys() and len(pointing)
+    for step in range(config.steps):
+        pool = pointing if step < config.pointing_steps else everything
+        index, which = pool[rng.integers(len(pool), size=config.batch_size)].T
         yield question_batch(scenes, tokens, index, which, config.model)
 
 
@@ -82,10 +165,8 @@ def save(config: PretrainConfig, params: Params, known: Knowledge, seconds: floa
     """bfloat16 weights of vision and backbone, and a record of what made them."""
     record = {
         "command": f"insula pretrain --steps {config.steps} --scenes {config.scenes} --seed {config.seed}",
-        "config": dataclasses.asdict(config.model),
+        "config": dataclasses.asdict(dataclasses.replace(config, out=Path(config.out.name))),
         "seeds": [PRETRAINING.start, PRETRAINING.start + config.held_out_scenes + config.scenes],
-        "steps": config.steps,
-        "batch_size": config.batch_size,
         "seconds": round(seconds),
         "held_out": {"questions": known.answered, "accuracy": known.accuracy, "location_error": known.location_error},
     }

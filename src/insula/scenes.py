@@ -8,6 +8,7 @@ import numpy as np
 
 from insula.batch import Batch, Observation
 from insula.model.config import Config
+from insula.sim.instructions import COLOURS
 from insula.tokens.sequence import FASTTokenizer, Tokenized
 
 KIND_WEIGHTS = {
@@ -26,12 +27,16 @@ KIND_WEIGHTS = {
 }
 """How often each kind of question is asked: mostly the ones about where things are."""
 
+NAMES = (*(f"{colour} {noun}" for noun in ("block", "bowl") for colour in COLOURS), "gripper")
+
 
 @dataclasses.dataclass(frozen=True)
 class Scenes:
-    """`images[camera]` uint8 [N, h, w, 3]; `questions[n]` is a list of (kind, question, answer)."""
+    """`images[camera]` uint8 [N, h, w, 3]; `places[camera]` float32 [N, len(NAMES), 2] is where each named thing shows
+    (y, x as fractions of the image; NaN where it does not); `questions[n]` lists (kind, question, answer)."""
 
     images: dict[str, np.ndarray]
+    places: dict[str, np.ndarray]
     questions: list[list[tuple[str, str, str]]]
 
 
@@ -41,9 +46,12 @@ def render_scenes(seeds: range, questions_each: int, image_size: int, processes:
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         done = pool.starmap(_render, [(part, questions_each, image_size) for part in parts])
     order = np.argsort(np.concatenate([np.arange(len(seeds))[i::processes] for i in range(processes)]))
-    images = {name: np.concatenate([part.images[name] for part in done])[order] for name in done[0].images}
+
+    def merge(arrays: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        return {name: np.concatenate([part[name] for part in arrays])[order] for name in arrays[0]}
+
     asked = [q for part in done for q in part.questions]
-    return Scenes(images, [asked[i] for i in order])
+    return Scenes(merge([p.images for p in done]), merge([p.places for p in done]), [asked[i] for i in order])
 
 
 def _render(seeds: range, questions_each: int, image_size: int) -> Scenes:
@@ -53,15 +61,22 @@ def _render(seeds: range, questions_each: int, image_size: int) -> Scenes:
 
     env: Any = gymnasium.make(insula.sim.TABLETOP, image_size=image_size, disable_env_checker=True).unwrapped
     images: dict[str, np.ndarray] = {}
+    places: dict[str, np.ndarray] = {}
     asked = []
     for n, seed in enumerate(seeds):
         rng = np.random.default_rng(seed)
         observation = env.randomise(rng)
         for name, image in observation["images"].items():
             images.setdefault(name, np.empty((len(seeds), *image.shape), np.uint8))[n] = image
-        asked.append(_draw(env.facts(), rng, questions_each))
+        facts = env.facts()
+        for camera, pixels in facts.pixels.items():
+            places.setdefault(camera, np.full((len(seeds), len(NAMES), 2), np.nan, np.float32))
+            for name, pixel in pixels.items():
+                if pixel.in_frame and pixel.visible > 0:
+                    places[camera][n, NAMES.index(name)] = pixel.y / image_size, pixel.x / image_size
+        asked.append(_draw(facts, rng, questions_each))
     env.close()
-    return Scenes(images, asked)
+    return Scenes(images, places, asked)
 
 
 def _draw(facts: Any, rng: np.random.Generator, count: int) -> list[tuple[str, str, str]]:

@@ -22,7 +22,14 @@ V     vocabulary
 ====  =====================================================================
 """
 
+from typing import Any
+
 from jax import Array
 from jaxtyping import Bool, Float, Int, PRNGKeyArray, UInt8
 
-__all__ = ["Array", "Bool", "Float", "Int", "PRNGKeyArray", "UInt8"]
+AnyArray = Any
+"""On the device, or (numpy) still on the host; shapes and dtypes are checked all the same."""
+Leaf = Any
+"""A leaf of a parameter tree: an array, or what stands for one (`Weight`, a shape, a label, a sharding)."""
+
+__all__ = ["AnyArray", "Array", "Bool", "Float", "Int", "Leaf", "PRNGKeyArray", "UInt8"]

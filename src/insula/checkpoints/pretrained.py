@@ -20,5 +20,7 @@ def load_pretrained(config: Config, params: Params) -> Params:
     try:
         loaded = weights.load(FOLDER / "backbone.safetensors", {"vision": like.vision, "backbone": like.backbone})
     except CheckpointError as error:
-        raise CheckpointError(f"{error}; the embedded backbone fits the preset 'tiny' only, use --from-scratch") from error
+        raise CheckpointError(
+            f"{error}; the embedded backbone fits the preset 'tiny' only, use --from-scratch"
+        ) from error
     return Params(loaded["vision"], loaded["backbone"], params.expert)

@@ -105,11 +105,15 @@ class CheckpointStore:
         wanted = _named_leaves(like)
         for name, leaf in _named_leaves(tree).items():
             if leaf.shape != wanted[name].shape:
-                raise CheckpointError(f"{where}: {name} has shape {leaf.shape}, the config expects {wanted[name].shape}")
+                raise CheckpointError(
+                    f"{where}: {name} has shape {leaf.shape}, the config expects {wanted[name].shape}"
+                )
         for name, value in checksums(tree).items():
             if value != expected.get(name):
-                raise CheckpointError(f"{where}: {name} is damaged, its checksum does not match the manifest; "
-                                      "remove this step to fall back to an earlier one")
+                raise CheckpointError(
+                    f"{where}: {name} is damaged, its checksum does not match the manifest; "
+                    "remove this step to fall back to an earlier one"
+                )
 
     def assets(self, step: int | None = None) -> Path:
         """The folder of files that travel with a step."""

@@ -38,7 +38,9 @@ def load(path: Path, like: Any) -> Any:
             stored = set(file.keys())
             for name in sorted(stored ^ set(names)):
                 kind = "left over" if name in stored else "missing"
-                raise CheckpointError(f"{path}: weight {name} is {kind}{did_you_mean(name, set(names) ^ stored - {name})}")
+                raise CheckpointError(
+                    f"{path}: weight {name} is {kind}{did_you_mean(name, set(names) ^ stored - {name})}"
+                )
             arrays = [file.get_tensor(name) for name in names]
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error

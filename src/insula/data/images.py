@@ -1,6 +1,8 @@
 """Images as PNG bytes and back."""
 
 import io
+import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +12,7 @@ from PIL import Image
 from insula.data.schema import DatasetError
 from insula.data.statistics import histogram
 
+PNG = b"\x89PNG\r\n\x1a\n"
 FORMATS = ("PNG", "JPEG", "WEBP")
 
 
@@ -23,10 +26,21 @@ class EncodedImages:
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """uint8 [h, w, 3] to PNG, losslessly; the fastest compression, a tenth larger than the slowest."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+    """uint8 [h, w, 3] to PNG, losslessly.
+
+    Rows are left unfiltered: on rendered images a quarter smaller than Pillow's choice of filters, five times faster to
+    write and twice as fast to read. (Photographs would be somewhat larger.)
+    """
+    height, width, _ = image.shape
+    rows = np.zeros((height, 1 + 3 * width), np.uint8)  # a row begins with its filter: 0, none
+    rows[:, 1:] = image.reshape(height, -1)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
+    pixels = zlib.compress(rows.tobytes(), level=1)
+    return PNG + _chunk(b"IHDR", header) + _chunk(b"IDAT", pixels) + _chunk(b"IEND", b"")
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def encode_images(images: Sequence[np.ndarray] | np.ndarray) -> EncodedImages:

@@ -14,7 +14,7 @@ from insula.model.attention import attend
 from insula.model.config import Config
 from insula.model.vision import Vision, encode_images
 from insula.model.weights import Weight, dense, zeros
-from insula.shapes import Array, Bool, Float
+from insula.shapes import Array, Bool, Float, Leaf
 from insula.tokens import masks
 
 
@@ -23,23 +23,23 @@ from insula.tokens import masks
 class BackboneLayer:
     """Gemma layer; leaves are stacked over depth."""
 
-    attention_norm: Array
-    query: Array
-    key: Array
-    value: Array
-    out: Array
-    mlp_norm: Array
-    gate: Array
-    up: Array
-    down: Array
+    attention_norm: Leaf
+    query: Leaf
+    key: Leaf
+    value: Leaf
+    out: Leaf
+    mlp_norm: Leaf
+    gate: Leaf
+    up: Leaf
+    down: Leaf
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    embedding: Array
+    embedding: Leaf
     layers: BackboneLayer
-    norm: Array
+    norm: Leaf
 
 
 @jax.tree_util.register_dataclass

@@ -14,7 +14,7 @@ from insula.model.config import Config
 from insula.model.insulation import Memory
 from insula.model.layers import Affine, affine
 from insula.model.weights import dense, zeros
-from insula.shapes import Array, Float
+from insula.shapes import Array, Float, Leaf
 from insula.tokens import masks
 
 
@@ -24,14 +24,14 @@ class ExpertLayer:
     """Gemma layer with adaRMS in place of RMSNorm; leaves are stacked over depth."""
 
     attention_norm: Affine
-    query: Array
-    key: Array
-    value: Array
-    out: Array
+    query: Leaf
+    key: Leaf
+    value: Leaf
+    out: Leaf
     mlp_norm: Affine
-    gate: Array
-    up: Array
-    down: Array
+    gate: Leaf
+    up: Leaf
+    down: Leaf
 
 
 @jax.tree_util.register_dataclass

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from insula.shapes import Array, Float, Int
+from insula.shapes import Array, Float, Int, Leaf
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -47,8 +47,8 @@ def linear(x: Float[Array, "*b i"], w: Float[Array, "i *o"], dtype: str) -> Floa
 class Affine:
     """A matrix and an offset."""
 
-    kernel: Array
-    bias: Array
+    kernel: Leaf
+    bias: Leaf
 
 
 def affine(x: Float[Array, "*b i"], weight: Affine, dtype: str) -> Float[Array, "..."]:

@@ -11,14 +11,14 @@ from insula.model.attention import attend
 from insula.model.config import Config
 from insula.model.layers import Affine, affine
 from insula.model.weights import Weight, dense, zeros
-from insula.shapes import Array, Bool, Float, UInt8
+from insula.shapes import Array, Bool, Float, Leaf, UInt8
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerNorm:
-    scale: Array
-    bias: Array
+    scale: Leaf
+    bias: Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +40,7 @@ class VisionLayer:
 @dataclasses.dataclass(frozen=True)
 class Vision:
     stem: tuple[Affine, ...]
-    position: Array
+    position: Leaf
     layers: VisionLayer
     norm: LayerNorm
     head: Affine

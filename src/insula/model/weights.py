@@ -34,14 +34,16 @@ def dense(axes: str, *shape: int, fan_in: int) -> Weight:
 
 
 def _grid(shape: tuple[int, ...], scale: float) -> np.ndarray:
-    """Sine/cosine of row and column, a quarter of the width each, as in ViT's 2-D table (MoCo v3, §A)."""
+    """Sine and cosine of row and column, a quarter of the width each, at up to one period per two patches.
+
+    The usual geometric frequencies leave most entries constant on a small grid; these all tell patches apart.
+    """
     patches, width = shape
     side = math.isqrt(patches)
-    row, column = np.divmod(np.arange(patches), side)
-    omega = 1 / 10 ** (np.arange(-(-width // 4)) / max(width // 4, 1) * 2)
-    angle = [np.pi * p[:, None] / side * 2 * omega for p in (row, column)]
-    table = np.concatenate([f(a) for a in angle for f in (np.sin, np.cos)], axis=1)[:, :width]
-    return (scale * table).astype(np.float32)
+    centre = (np.stack(np.divmod(np.arange(patches), side)) + 0.5) / side
+    angle = np.pi * centre[..., None] * np.linspace(0.5, side, -(-width // 4))
+    table = np.concatenate([np.sin(angle[0]), np.cos(angle[0]), np.sin(angle[1]), np.cos(angle[1])], axis=1)
+    return (scale * table[:, :width]).astype(np.float32)
 
 
 def _start(weight: Weight, rng: PRNGKeyArray) -> Array:

@@ -92,9 +92,9 @@ class Episode:
 
 
 def disturb(action: np.ndarray, rng: np.random.Generator, noise: float) -> np.ndarray:
-    """DART: Gaussian noise of deviation `noise` on moves and turn, in action units; the gripper is left alone."""
+    """DART: Gaussian noise of deviation `noise` on the moves, in action units; turn and gripper are left alone."""
     noisy = action.copy()
-    noisy[[0, 1, 2, 5]] += rng.normal(0.0, noise, 4).astype(np.float32)
+    noisy[:3] += rng.normal(0.0, noise, 3).astype(np.float32)
     return np.clip(noisy, -1, 1)
 
 

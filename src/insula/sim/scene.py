@@ -181,7 +181,7 @@ def draw_layout(rng: np.random.Generator) -> Layout:
     bowls, blocks = _positions(rng)
     yaw = rng.uniform(-BLOCK_YAW, BLOCK_YAW, (BLOCKS, 1))
     block_colours, bowl_colours = _colours(rng, BLOCKS), _colours(rng, BOWLS)
-    gripper = rng.uniform([-0.06, -0.05, 0.11, -0.2], [0.06, 0.05, 0.15, 0.2])
+    gripper = np.array([*rng.uniform([-0.06, -0.05, 0.11], [0.06, 0.05, 0.15]), 0.0])
     return Layout(
         block_colours=block_colours,
         block_poses=np.concatenate([blocks, np.full((BLOCKS, 1), BLOCK_HALF), yaw], axis=1),
@@ -220,4 +220,4 @@ def _free_gripper(rng: np.random.Generator, blocks: np.ndarray) -> np.ndarray:
                 blocks[rng.integers(len(blocks)), :2] + rng.normal(0, 0.03, 2), GRIPPER_LOW[:2], GRIPPER_HIGH[:2]
             )
         if xyz[2] > 3 * BLOCK_HALF or _apart(blocks[:, :2], xyz[:2], 0.075):
-            return np.array([*xyz, rng.uniform(-0.7, 0.7)])
+            return np.array([*xyz, rng.normal(0, 0.03)])

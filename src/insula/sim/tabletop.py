@@ -181,6 +181,7 @@ class TabletopEnv(gymnasium.Env):
         """Glide to the measured pose plus the action's offset; the smooth ramp ends before the step does."""
         scale = np.array([MAX_STEP, MAX_STEP, MAX_STEP, MAX_TURN])
         start, fingers = self.data.qpos[:4].copy(), self.data.qpos[4:6].copy()
+        start[3] = self.data.ctrl[3]  # the wrist holds its angle: fingers closing on a turned block would creep
         goal = start + scale * action[[0, 1, 2, 5]]
         goal = np.clip(goal, [*GRIPPER_LOW, -YAW_LIMIT], [*GRIPPER_HIGH, YAW_LIMIT])
         travel = -_FINGER_STEP if action[6] > 0 else _FINGER_STEP

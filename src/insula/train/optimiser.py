@@ -47,7 +47,7 @@ def make_optimiser(config: OptimiserConfig, steps: int, freeze_backbone: bool) -
             "backbone": frozen if freeze_backbone else part(config.backbone_rate),
             "expert": part(config.expert_rate),
         },
-        Params(*PARTS),  # a prefix of the parameters' tree: one label for each part
+        Params(*PARTS),  # type: ignore[arg-type]  # a prefix of the parameters' tree: one label for each part
     )
 
 

@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +17,8 @@ from insula.data.lerobot import LeRobotDataset
 from insula.data.loader import Loader
 from insula.data.samples import Samples, action_chunks, fit_stats, prepare, split_episodes
 from insula.losses import compute_loss
-from insula.model import init_params
+from insula.model import Params, init_params
+from insula.shapes import PRNGKeyArray
 from insula.tokens import text
 from insula.tokens.fast import FASTCodec
 from insula.tokens.sequence import FASTTokenizer
@@ -44,18 +44,17 @@ def train(config: TrainConfig, quiet: bool = False) -> bool:
     episodes, held_out = split_episodes(len(dataset.episodes), config.held_out_fraction, config.seed)
     with CheckpointStore(config.run / "checkpoints") as store:
         if not config.resume and store.latest() is not None:
-            raise CheckpointError(f"{config.run} holds a run at step {store.latest()}; resume it, or choose another folder")
+            raise CheckpointError(
+                f"{config.run} holds a run at step {store.latest()}; resume it, or choose another folder"
+            )
         assets = read_assets(store.assets()) if config.resume else make_assets(config, dataset, episodes)
-        samples = _prepare(config, assets, dataset, episodes)
-        unseen = _prepare(config, assets, dataset, held_out) if len(held_out) else None
+        samples = prepare_samples(config, assets, dataset, episodes)
+        unseen = prepare_samples(config, assets, dataset, held_out) if len(held_out) else None
         _write_config(config)
 
         init_rng, step_rng, eval_rng = jax.random.split(jax.random.key(config.seed), 3)
         optimiser = make_optimiser(config.optimiser, config.steps, config.model.freeze_backbone)
-        params = init_params(config.model, init_rng)
-        if not config.from_scratch:
-            params = load_pretrained(config.model, params)
-        state = start_state(params, optimiser)
+        state = start_state(start_params(config, init_rng), optimiser)
         if config.resume:
             state = store.restore("train_state", state)
         step = make_train_step(config.model, optimiser, config.optimiser.ema_decay, step_rng)
@@ -66,15 +65,19 @@ def train(config: TrainConfig, quiet: bool = False) -> bool:
         hooks = [Every(config.checkpoint_every, save)]
         if unseen is not None:
             hooks.insert(0, Every(config.evaluate_every, held_out_losses(config, unseen, eval_rng)))
-        with contextlib.ExitStack() as stack:
-            metrics = stack.enter_context(contextlib.closing(_metrics_log(config)))
-            loader = Loader(samples, config.batch_size, config.seed, start_step=int(state.step))
-            batches = stack.enter_context(loader)
-            state, complete = fit(
-                state, step, batches, config.steps, metrics, config.log_every, tuple(hooks), quiet
-            )
+        with (
+            contextlib.closing(_metrics_log(config)) as metrics,
+            Loader(samples, config.batch_size, config.seed, start_step=int(state.step)) as batches,
+        ):
+            state, complete = fit(state, step, batches, config.steps, metrics, config.log_every, tuple(hooks), quiet)
         save(state)
     return complete
+
+
+def start_params(config: TrainConfig, rng: PRNGKeyArray) -> Params:
+    """Fresh parameters, with the embedded backbone unless `from_scratch`."""
+    params = init_params(config.model, rng)
+    return params if config.from_scratch else load_pretrained(config.model, params)
 
 
 def make_assets(config: TrainConfig, dataset: LeRobotDataset, episodes: np.ndarray) -> Assets:
@@ -83,8 +86,10 @@ def make_assets(config: TrainConfig, dataset: LeRobotDataset, episodes: np.ndarr
     stats = fit_stats(dataset, episodes)
     for name, width in (("state", model.state_dim), ("actions", model.action_dim)):
         if stats[name].dim != width:
-            raise ValueError(f"data set {dataset.root}: {name} has {stats[name].dim} dimensions, config {model.name!r} "
-                             f"expects {width}; set {'state_dim' if name == 'state' else 'action_dim'}={stats[name].dim}")
+            raise ValueError(
+                f"data set {dataset.root}: {name} has {stats[name].dim} dimensions, config {model.name!r} "
+                f"expects {width}; set {'state_dim' if name == 'state' else 'action_dim'}={stats[name].dim}"
+            )
     chunks = action_chunks(dataset, stats, model.horizon, episodes, limit=FAST_FIT_CHUNKS)
     codec = FASTCodec.fit(chunks, config.fast_vocab, config.fast_scale)
     tokenizer = FASTTokenizer(
@@ -95,12 +100,15 @@ def make_assets(config: TrainConfig, dataset: LeRobotDataset, episodes: np.ndarr
         max_prompt_len=model.max_prompt_len,
     )
     if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(f"text and FAST tokens need {tokenizer.vocab_size} entries, config {model.name!r} has "
-                         f"vocab_size {model.vocab_size}; raise it, or lower fast_vocab")
+        raise ValueError(
+            f"text and FAST tokens need {tokenizer.vocab_size} entries, config {model.name!r} has "
+            f"vocab_size {model.vocab_size}; raise it, or lower fast_vocab"
+        )
     return Assets(model, tokenizer, stats)
 
 
-def _prepare(config: TrainConfig, assets: Assets, dataset: LeRobotDataset, episodes: np.ndarray) -> Samples:
+def prepare_samples(config: TrainConfig, assets: Assets, dataset: LeRobotDataset, episodes: np.ndarray) -> Samples:
+    """Tokenise and normalise `episodes` as this run's model reads them."""
     return prepare(
         dataset,
         assets.tokenizer,
@@ -114,7 +122,7 @@ def _prepare(config: TrainConfig, assets: Assets, dataset: LeRobotDataset, episo
 
 
 def held_out_losses(
-    config: TrainConfig, samples: Samples, rng: Any, batches: int = 8
+    config: TrainConfig, samples: Samples, rng: PRNGKeyArray, batches: int = 8
 ) -> Callable[[TrainState], Metrics]:
     """Mean losses of the averaged parameters on the same unseen samples, noise and times each time."""
     size = min(config.batch_size, len(samples))

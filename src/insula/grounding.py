@@ -1,0 +1,73 @@
+"""Align image tokens with words before any sentence is read: SigLIP's sigmoid loss (Zhai et al. 2023), patch by patch.
+
+A backbone that starts from noise learns to ignore its images before it learns to look. So each image token is first
+taught which named things have their centre in its patch, by similarity to the words' own embeddings, and where in the
+patch, by a small head that is thrown away afterwards.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from insula.model.backbone import Backbone
+from insula.model.config import Config
+from insula.model.vision import Vision, encode_images
+from insula.scenes import NAMES, Scenes
+from insula.shapes import Array, Float, Int
+from insula.tokens.text import TextTokenizer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """Sigmoid temperature and bias, and the offset of each name inside a patch."""
+
+    scale: Array
+    bias: Array
+    offset: Array
+
+    @classmethod
+    def start(cls, width: int) -> "Head":
+        return cls(jnp.asarray(10.0), jnp.asarray(-4.0), jnp.zeros((width, len(NAMES), 2)))
+
+
+def name_tokens(text: TextTokenizer) -> Int[np.ndarray, "n words"]:
+    """Token ids of each of NAMES as it stands inside a sentence, padded by repeating the last."""
+    rows = [text.encode(f" {name}") for name in NAMES]
+    longest = max(map(len, rows))
+    return np.array([row + row[-1:] * (longest - len(row)) for row in rows])
+
+
+def grounding_loss(
+    vision: Vision,
+    backbone: Backbone,
+    head: Head,
+    config: Config,
+    words: Int[Array, "n words"],
+    images: dict[str, Array],
+    places: dict[str, Float[Array, "B n 2"]],
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Sigmoid loss over (patch, name) pairs plus the squared error of offsets where a name is present."""
+    everywhere = {name: jnp.ones(len(images[name]), bool) for name in config.cameras}
+    tokens, _ = encode_images(vision, config, images, everywhere)
+    where = jnp.stack([places[name] for name in config.cameras], axis=1)  # [B, C, n, 2]
+    grid = config.vision.grid
+    cell = jnp.clip(jnp.nan_to_num(where) * grid, 0, grid - 1e-4)
+    present = jax.nn.one_hot(jnp.floor(cell[..., 0]) * grid + jnp.floor(cell[..., 1]), grid * grid, axis=2)
+    present = jnp.where(jnp.isfinite(where[..., :1]).swapaxes(2, 3), present, 0.0)  # [B, C, P, n]
+    present = present.reshape(tokens.shape[0], tokens.shape[1], -1)
+
+    unit = tokens / (jnp.linalg.norm(tokens, axis=-1, keepdims=True) + 1e-6)
+    names = jnp.mean(backbone.embedding[words], axis=1)
+    names = names / (jnp.linalg.norm(names, axis=-1, keepdims=True) + 1e-6)
+    logits = head.scale * jnp.einsum("btw,nw->btn", unit, names) + head.bias
+    sigmoid = jnp.sum(jax.nn.softplus(jnp.where(present > 0, -logits, logits))) / jnp.sum(present)
+
+    inside = (cell - jnp.floor(cell) - 0.5)[:, :, None]  # [B, C, 1, n, 2]
+    inside = jnp.broadcast_to(inside, (*where.shape[:2], grid * grid, *where.shape[2:]))
+    error = jnp.square(jnp.einsum("btw,wnd->btnd", tokens, head.offset) - inside.reshape(*present.shape, 2))
+    offset = jnp.sum(error * present[..., None]) / jnp.sum(present)
+    found = jnp.sum((logits > 0) & (present > 0)) / jnp.sum(present)
+    return sigmoid + 10 * offset, {"sigmoid": sigmoid, "offset": offset, "found": found}

@@ -20,12 +20,9 @@ import numpy as np
 import pytest
 from beartype import beartype
 
-RANK_PROMOTION = "warn"
-"""JAX's rank promotion under test: "raise" once every bias is added with its axes spelled out."""
 DTYPE_PROMOTION = "standard"
 """JAX's dtype promotion under test: "strict" once every model dtype is spelled out."""
 
-jax.config.update("jax_numpy_rank_promotion", RANK_PROMOTION)
 jax.config.update("jax_numpy_dtype_promotion", DTYPE_PROMOTION)
 
 

@@ -6,6 +6,7 @@ total, metrics = insula.compute_loss(params, config, batch, jax.random.key(1))
 """
 
 import importlib
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from insula.tokens.masks import make_attn_mask as make_attn_mask
     from insula.tokens.sequence import FASTTokenizer as FASTTokenizer
 
-__version__ = "0.1.0"
+__version__ = version("insula")
 
 _HOME = {
     "Config": "insula.model.config",
@@ -33,7 +34,7 @@ _HOME = {
     "make_attn_mask": "insula.tokens.masks",
     "preset": "insula.model.config",
 }
-__all__ = [*_HOME, "testing"]  # noqa: PLE0604
+__all__ = [*_HOME, "testing"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,9 +7,9 @@ tokenizer/         text tokenizer, FAST codec, dialect
 
 import dataclasses
 import json
+from importlib.metadata import version
 from pathlib import Path
 
-import insula
 from insula.data import normalise
 from insula.data.normalise import NormStats
 from insula.model.config import Config, config_from_dict
@@ -26,7 +26,7 @@ class Assets:
 
     def write(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        written = {"insula": insula.__version__, "model": dataclasses.asdict(self.config)}
+        written = {"insula": version("insula"), "model": dataclasses.asdict(self.config)}
         (directory / "config.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
         normalise.save(directory / "norm_stats.json", self.stats)
         self.tokenizer.save(directory / "tokenizer")

@@ -17,21 +17,21 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from insula.assets import read_assets
 from insula.checkpoints.pretrained import load_pretrained
-from insula.checkpoints.store import CheckpointStore
 from insula.collect import collect
 from insula.data.lerobot import LeRobotDataset
-from insula.evaluate.closed_loop import evaluate
-from insula.evaluate.knowledge import Knowledge, measure_knowledge
-from insula.inspection.gradients import gradient_table
-from insula.model import abstract_params, init_params
+from insula.data.samples import split_episodes
+from insula.evaluate.closed_loop import ClosedLoop, evaluate
+from insula.evaluate.knowledge import measure_knowledge
+from insula.evaluate.video import reel, write_video
+from insula.inspection.gradients import prove
+from insula.model import init_params
 from insula.policy import Policy
-from insula.report import write_report
+from insula.report import Report, machine, read_metrics, versions, write_report
 from insula.scenes import render_scenes
-from insula.sim.seeds import EVALUATION, PRETRAINING
-from insula.train.config import TrainConfig
-from insula.train.run import prepare_split, train
+from insula.sim.seeds import PRETRAINING
+from insula.train.config import TrainConfig, to_dict
+from insula.train.run import prepare_samples, train
 
 console = Console(stderr=True)
 
@@ -42,13 +42,16 @@ class DemoSettings:
 
     demonstrations: int
     steps: int
+    batch_size: int
     episodes: int
     knowledge_scenes: int
     evaluate_every: int
 
 
-DEMO = DemoSettings(demonstrations=1500, steps=3000, episodes=100, knowledge_scenes=200, evaluate_every=500)
-QUICK = DemoSettings(demonstrations=24, steps=60, episodes=4, knowledge_scenes=20, evaluate_every=60)
+DEMO = DemoSettings(
+    demonstrations=1500, steps=4500, batch_size=32, episodes=100, knowledge_scenes=200, evaluate_every=500
+)
+QUICK = DemoSettings(demonstrations=24, steps=40, batch_size=16, episodes=4, knowledge_scenes=20, evaluate_every=40)
 
 
 def demo(out: Path, settings: DemoSettings, seed: int) -> Path:
@@ -63,18 +66,34 @@ def demo(out: Path, settings: DemoSettings, seed: int) -> Path:
         data=out / "data",
         seed=seed,
         steps=settings.steps,
+        batch_size=settings.batch_size,
         evaluate_every=settings.evaluate_every,
         resume=(out / "run" / "train.json").is_file(),
     )
     stages.do("train", lambda: _train(config))
     policy = Policy.load(out / "run", seed=seed)
     knowledge = stages.do("knowledge", lambda: _knowledge(policy, settings))
-    record, closed_loop = _closed_loop(policy, settings)
-    stages.note("closed_loop", closed_loop)
-    proof = stages.do("insulation", lambda: _insulation(policy, out, seed))
-    report = Report(**_facts(out, settings, seed, stages, data, knowledge, record, proof))
+    proof, fast = stages.do("insulation", lambda: _proof_and_fast(policy, config))
+    closed_loop = _closed_loop(policy, settings, out / "data")
+    (out / "closed_loop.json").write_text(json.dumps(closed_loop.to_json(), indent=1) + "\n", encoding="utf-8")
+    report = Report(
+        closed_loop=closed_loop.to_json(),
+        recordings=closed_loop.recordings,
+        metrics=read_metrics(out / "run" / "metrics.jsonl"),
+        knowledge=knowledge,
+        insulation=proof,
+        fast=fast,
+        demonstrations=data["demonstrations"],
+        seconds={**stages.seconds, "closed loop": closed_loop.seconds},
+        settings=to_dict(config),
+        seed=seed,
+        machine=machine(),
+        versions=versions(),
+    )
+    write_video(out / "rollouts.mp4", reel(closed_loop.recordings))
+    path = write_report(out / "report.html", report)
     stages.note("report", True)
-    return write_report(out / "report.html", report)
+    return path
 
 
 class Stages:
@@ -138,8 +157,35 @@ def _knowledge(policy: Policy, settings: DemoSettings) -> dict[str, Any]:
     return {name: dataclasses.asdict(known) for name, known in found.items()}
 
 
-def _closed_loop(policy: Policy, settings: DemoSettings) -> tuple[ClosedLoop, dict[str, Any]]:
+def _closed_loop(policy: Policy, settings: DemoSettings, data: Path) -> ClosedLoop:
     """Unseen scenes, each with its own instruction and with another one."""
-    done = evaluate(policy, settings.episodes, first_seed=EVALUATION.start)
-    console.print(done.summary())
-    return done, done.to_json()
+    made = json.loads((data / "meta" / "collected.json").read_text(encoding="utf-8"))
+    used = range(made["first_seed"], made["last_seed"] + 1)
+    done = evaluate(policy, settings.episodes, used_seeds=used)
+    console.print(done.summary(), markup=False)
+    return done
+
+
+def _proof_and_fast(policy: Policy, config: TrainConfig) -> tuple[dict[str, Any], dict[str, float]]:
+    """The gradients of this very model on held-out samples, and what FAST makes of their chunks."""
+    assert config.data is not None
+    dataset = LeRobotDataset(config.data)
+    _, held_out = split_episodes(len(dataset.episodes), config.held_out_fraction, config.seed)
+    samples = prepare_samples(config, policy.assets, dataset, held_out)
+    batch = samples.batch(np.random.default_rng(config.seed).permutation(len(samples))[: config.batch_size])
+    exact = dataclasses.replace(policy.config, compute_dtype="float32")
+    proof = prove(policy.params, exact, batch, jax.random.key(config.seed))
+    proof.check()
+
+    codec = policy.assets.tokenizer.fast
+    chunks = np.asarray(batch.actions)
+    decoded = [codec.decode(codec.encode(chunk), *chunk.shape).actions for chunk in chunks]
+    error = float(np.sqrt(np.mean([np.square(d - c) for d, c in zip(decoded, chunks, strict=True)])))
+    lengths = samples.action_tokens
+    fast = {
+        "tokens per chunk, median": float(np.median(lengths)),
+        "tokens per chunk, largest": float(lengths.max()),
+        "limit": float(policy.config.max_fast_len),
+        "reconstruction error (normalised, rms)": error,
+    }
+    return proof.to_json(), fast

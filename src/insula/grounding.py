@@ -14,7 +14,7 @@ import numpy as np
 from insula.model.backbone import Backbone
 from insula.model.config import Config
 from insula.model.vision import Vision, encode_images
-from insula.scenes import NAMES, Scenes
+from insula.scenes import NAMES
 from insula.shapes import Array, Float, Int
 from insula.tokens.text import TextTokenizer
 

@@ -154,12 +154,16 @@ def _log_partition(hidden: Array, embedding: Array, dtype: str, chunk: int) -> t
     return best + jnp.log(total), best
 
 
-def _log_partition_forward(hidden: Array, embedding: Array, dtype: str, chunk: int) -> tuple[tuple[Array, Array], tuple]:
+def _log_partition_forward(
+    hidden: Array, embedding: Array, dtype: str, chunk: int
+) -> tuple[tuple[Array, Array], tuple]:
     out = _log_partition(hidden, embedding, dtype, chunk)
     return out, (hidden, embedding, out[0])
 
 
-def _log_partition_backward(dtype: str, chunk: int, residuals: tuple, gradient: tuple[Array, Array]) -> tuple[Array, Array]:
+def _log_partition_backward(
+    dtype: str, chunk: int, residuals: tuple, gradient: tuple[Array, Array]
+) -> tuple[Array, Array]:
     hidden, embedding, log_z = residuals
 
     def step(d_hidden: Array, piece: Array) -> tuple[Array, Array]:

@@ -1,6 +1,5 @@
 """From an observation to a chunk of actions: transforms, one backbone pass, Euler steps on the expert."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 

@@ -25,7 +25,7 @@ from insula.evaluate.knowledge import Knowledge, measure_knowledge
 from insula.grounding import Head, grounding_loss, name_tokens
 from insula.losses import language_loss
 from insula.model import Params, init_params
-from insula.model.config import TINY, Config
+from insula.model.config import TINY_BFLOAT16, Config
 from insula.scenes import KIND_WEIGHTS, Scenes, question_batch, render_scenes, tokenise
 from insula.shapes import Array, Float
 from insula.sim.seeds import PRETRAINING
@@ -36,6 +36,7 @@ from insula.train.loop import Every, Metrics, MetricsLog, fit
 from insula.train.optimiser import OptimiserConfig, make_optimiser
 from insula.train.step import TrainState, make_train_step, start_state
 
+OPTIMISER = OptimiserConfig(vision_rate=1e-3, backbone_rate=1e-3)
 POINTING = ("block", "bowl", "gripper")
 
 
@@ -44,18 +45,18 @@ class PretrainConfig:
     """`insula pretrain`. Writes `backbone.safetensors` and `backbone.json` to `out`."""
 
     out: Path
-    model: Config = dataclasses.replace(TINY, compute_dtype="bfloat16")
-    scenes: int = 40_000
+    model: Config = TINY_BFLOAT16
+    scenes: int = 30_000
     held_out_scenes: int = 500
     questions_each: int = 12
-    grounding_steps: int = 1500
+    grounding_steps: int = 1200
     grounding_rate: float = 2e-3
-    pointing_steps: int = 2000
-    steps: int = 12_000
+    pointing_steps: int = 1200
+    steps: int = 5000
     """All updates on questions, those of pointing among them."""
     batch_size: int = 32
     seed: int = 0
-    optimiser: OptimiserConfig = OptimiserConfig(vision_rate=1e-3, backbone_rate=1e-3)
+    optimiser: OptimiserConfig = OPTIMISER
 
 
 def pretrain(config: PretrainConfig, tokenizer: FASTTokenizer) -> Knowledge:

@@ -10,7 +10,7 @@ A sample is one frame: the images and state then, the instruction, and the chunk
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 
@@ -90,7 +90,7 @@ def prepare(
     horizon: int,
     cameras: Sequence[str] | Mapping[str, str],
     on_overflow: Literal["error", "drop_token_loss"] = "error",
-    episodes: Iterable[int] | None = None,
+    episodes: Iterable[SupportsIndex] | None = None,
     *,
     state_in_prompt: bool = True,
     state_key: str = STATE,
@@ -123,7 +123,10 @@ def prepare(
 
 
 def fit_stats(
-    dataset: LeRobotDataset, episodes: Iterable[int] | None = None, state_key: str = STATE, action_key: str = ACTION
+    dataset: LeRobotDataset,
+    episodes: Iterable[SupportsIndex] | None = None,
+    state_key: str = STATE,
+    action_key: str = ACTION,
 ) -> dict[str, NormStats]:
     """{"state": ..., "actions": ...} over the frames of `episodes` (all by default)."""
     frames, _ = _frames(dataset, _checked_episodes(dataset, episodes))
@@ -137,7 +140,7 @@ def action_chunks(
     dataset: LeRobotDataset,
     stats: Mapping[str, NormStats],
     horizon: int,
-    episodes: Iterable[int] | None = None,
+    episodes: Iterable[SupportsIndex] | None = None,
     limit: int | None = None,
     action_key: str = ACTION,
 ) -> np.ndarray:
@@ -183,7 +186,7 @@ def named_cameras(dataset: LeRobotDataset, cameras: Sequence[str] | Mapping[str,
     return pairs
 
 
-def _checked_episodes(dataset: LeRobotDataset, episodes: Iterable[int] | None) -> np.ndarray:
+def _checked_episodes(dataset: LeRobotDataset, episodes: Iterable[SupportsIndex] | None) -> np.ndarray:
     count = len(dataset.episodes)
     chosen = np.arange(count) if episodes is None else np.asarray(list(episodes), np.int64)
     outside = chosen[(chosen < 0) | (chosen >= count)]

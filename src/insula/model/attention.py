@@ -13,15 +13,18 @@ MASKED = -2.3819763e38  # as in Gemma: exp underflows to 0.0, yet a fully masked
 
 
 def attend(
-    q: Float[Array, "B T N E"], k: Float[Array, "B S G E"], v: Float[Array, "B S G E"], mask: Bool[Array, "B T S"] | None
+    q: Float[Array, "B T N E"],
+    k: Float[Array, "B S G E"],
+    v: Float[Array, "B S G E"],
+    mask: Bool[Array, "B T S"] | None,
 ) -> Float[Array, "B T N E"]:
     """Softmax attention; `mask[b, t, s]`: may t see s? None: everything."""
-    grouped = _group(q, k.shape[-2])
-    scores = jnp.einsum("btgre,bsge->bgrts", grouped, k)
+    queries = _fold(q, k.shape[-2])
+    scores = jnp.einsum("bqge,bsge->bgqs", queries, k)
     if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, MASKED)
-    out = jnp.einsum("bgrts,bsge->btgre", jax.nn.softmax(scores, axis=-1), v)
-    return out.reshape(q.shape)
+        repeated = jnp.repeat(mask, queries.shape[1] // q.shape[1], axis=1)
+        scores = jnp.where(repeated[:, None], scores, MASKED)
+    return _unfold(jnp.einsum("bgqs,bsge->bqge", jax.nn.softmax(scores, axis=-1), v), q.shape)
 
 
 def attend_with_memory(
@@ -33,19 +36,33 @@ def attend_with_memory(
     memory_mask: Bool[Array, "B M"],
     self_mask: Bool[Array, "A A"],
 ) -> Float[Array, "B K A N E"]:
-    """One softmax over memory and self. The K flow samples read one memory, which is never repeated for them."""
-    grouped = _group(q, k.shape[-2])
-    to_memory = jnp.einsum("bkagre,bmge->bgrkam", grouped, memory_k)
-    to_self = jnp.einsum("bkagre,bkcge->bgrkac", grouped, k)
-    to_memory = jnp.where(memory_mask[:, None, None, None, None], to_memory, MASKED)
-    to_self = jnp.where(self_mask, to_self, MASKED)
+    """One softmax over memory and self. The K flow samples are folded into the query axis, so one memory serves all."""
+    batch, samples, length = q.shape[:3]
+    queries = _fold(q, k.shape[-2])  # [B, K, A·R, G, E]
+    per_sample, groups = queries.shape[2], queries.shape[3]
+    everyone = queries.reshape(batch, -1, groups, queries.shape[-1])
+
+    to_memory = jnp.einsum("bqge,bmge->bgqm", everyone, memory_k)
+    to_memory = jnp.where(memory_mask[:, None, None, :], to_memory, MASKED)
+    to_self = jnp.einsum("bkqge,bkcge->bgkqc", queries, k)
+    to_self = jnp.where(jnp.repeat(self_mask, per_sample // length, axis=0), to_self, MASKED)
+    to_self = to_self.reshape(batch, groups, samples * per_sample, length)
+
     weights = jax.nn.softmax(jnp.concatenate([to_memory, to_self], axis=-1), axis=-1)
     split = memory_k.shape[1]
-    out = jnp.einsum("bgrkam,bmge->bkagre", weights[..., :split], memory_v)
-    out += jnp.einsum("bgrkac,bkcge->bkagre", weights[..., split:], v)
-    return out.reshape(q.shape)
+    from_self = weights[..., split:].reshape(batch, groups, samples, per_sample, length)
+    out = jnp.einsum("bgqm,bmge->bqge", weights[..., :split], memory_v).reshape(queries.shape)
+    return _unfold(out + jnp.einsum("bgkqc,bkcge->bkqge", from_self, v), q.shape)
 
 
-def _group(q: Array, groups: int) -> Array:
-    """[..., N, E] → [..., G, R, E]: consecutive query heads share a key/value head."""
-    return q.reshape(*q.shape[:-2], groups, q.shape[-2] // groups, q.shape[-1])
+def _fold(q: Array, groups: int) -> Array:
+    """[..., T, N, E] → [..., T·R, G, E]: the R query heads that share a key head become R queries. Free for R = 1."""
+    *lead, length, heads, width = q.shape
+    return q.reshape(*lead, length, groups, heads // groups, width).swapaxes(-2, -3).reshape(*lead, -1, groups, width)
+
+
+def _unfold(out: Array, shape: tuple[int, ...]) -> Array:
+    """The inverse of `_fold`, back to `shape`."""
+    *lead, length, heads, width = shape
+    groups = out.shape[-2]
+    return out.reshape(*lead, length, heads // groups, groups, width).swapaxes(-2, -3).reshape(shape)

@@ -85,7 +85,7 @@ def embed(
         text = backbone.embedding[observation.tokens] * backbone.embedding.shape[-1] ** 0.5
         text_ar = jnp.zeros(observation.tokens.shape, bool) if ar_mask is None else ar_mask
         x = jnp.concatenate([x, text], axis=1)
-        input_mask = jnp.concatenate([input_mask, observation.token_mask], axis=1)
+        input_mask = jnp.concatenate([input_mask, jnp.asarray(observation.token_mask, bool)], axis=1)
         block = jnp.concatenate([block, text_ar], axis=1)
     return x, input_mask, block
 

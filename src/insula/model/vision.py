@@ -87,8 +87,10 @@ def encode_images(
     """
     missing = [name for name in config.cameras if name not in images]
     if missing:
-        raise KeyError(f"observation has cameras {sorted(images)}, config {config.name!r} also expects {missing}; "
-                       "give a black image with image_mask False for a camera that is absent")
+        raise KeyError(
+            f"observation has cameras {sorted(images)}, config {config.name!r} also expects {missing}; "
+            "give a black image with image_mask False for a camera that is absent"
+        )
     size = config.vision.image_size
     pixels = jnp.stack([_resize(images[name], size) for name in config.cameras], axis=1)
     tokens = _encode(vision, config, pixels.reshape(-1, size, size, 3))

@@ -1,4 +1,4 @@
-"""One table per module says, for each weight, its shape, its axes and how it starts; everything else derives from it."""
+"""One table per module says of each weight its shape, its axes and how it starts; all else derives from it."""
 
 import dataclasses
 import math

@@ -68,6 +68,7 @@ class Renderer:
 
     def __init__(self, model: mujoco.MjModel, size: int) -> None:
         model.vis.quality.offsamples = 0  # must precede MjrContext
+        model.vis.quality.shadowsize = 0  # no shadows are drawn; the default map takes 64 MB per environment
         self.model, self.size = model, size
         self._gl: Any = open_context(size)
         self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50)

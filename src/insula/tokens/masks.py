@@ -29,7 +29,9 @@ def make_attn_mask(input_mask: Bool[Array, "B T"], ar_mask: Bool[Array, "B T"]) 
     Raises ValueError where the two masks differ in shape.
     """
     if input_mask.shape != ar_mask.shape:
-        raise ValueError(f"make_attn_mask: input_mask is {input_mask.shape}, ar_mask {ar_mask.shape}; expected the same [B, T]")
+        raise ValueError(
+            f"make_attn_mask: input_mask is {input_mask.shape}, ar_mask {ar_mask.shape}; expected the same [B, T]"
+        )
     block = jnp.cumsum(jnp.asarray(ar_mask, jnp.int32), axis=1)
     seen = block[:, None, :] <= block[:, :, None]
     real = jnp.asarray(input_mask, bool)

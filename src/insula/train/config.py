@@ -4,8 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from insula.model.config import TINY, Config, build, config_from_dict
-from insula.train.optimiser import OptimiserConfig
+from insula.model.config import TINY_BFLOAT16, Config, build, config_from_dict
+from insula.train.optimiser import DEFAULT, OptimiserConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +15,8 @@ class TrainConfig:
     run: Path
     data: Path | None = None
     """A LeRobot v3.0 data set; needed unless `resume`."""
-    model: Config = dataclasses.replace(TINY, compute_dtype="bfloat16")
-    optimiser: OptimiserConfig = OptimiserConfig()
+    model: Config = TINY_BFLOAT16
+    optimiser: OptimiserConfig = DEFAULT
     steps: int = 3000
     batch_size: int = 64
     seed: int = 0

@@ -28,6 +28,9 @@ class OptimiserConfig:
     """Of the averaged parameters that are evaluated and served."""
 
 
+DEFAULT = OptimiserConfig()
+
+
 def make_optimiser(config: OptimiserConfig, steps: int, freeze_backbone: bool) -> optax.GradientTransformation:
     """`steps` is the length of the whole training; the schedule ends there."""
 

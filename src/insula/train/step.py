@@ -14,7 +14,6 @@ from insula.model.config import Config
 from insula.shapes import Array, Int, PRNGKeyArray
 from insula.train.optimiser import PARTS
 
-
 Loss = Callable[[Params, Config, Batch, PRNGKeyArray], tuple[Array, Metrics]]
 
 

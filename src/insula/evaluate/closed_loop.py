@@ -1,0 +1,293 @@
+"""Closed loop: the policy acts in scenes it has never seen, each twice, with its instruction and with another one.
+
+    lanes   1 ▏scene 0 ──────────▏scene 1 swapped ──▏ …      every lane is one environment; whoever finishes takes the
+            2 ▏scene 0 swapped ─────▏scene 2 ───────▏ …      next episode. All lanes re-plan together, in one batched
+            3 ▏scene 1 ───▏scene 2 swapped ─────────▏ …      call, then execute the first steps of their chunks.
+
+The swapped instruction names another block and the other bowl of the same scene. A policy that only looks, and does not
+listen, succeeds there never and moves a wrong object instead: success under swap is what language following means here.
+"""
+
+import contextlib
+import dataclasses
+import io
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import gymnasium
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import insula.sim
+from insula.evaluate.intervals import Rate, wilson
+from insula.sim.seeds import EVALUATION, RANGES, refuse_seen
+from insula.sim.tabletop import ACTION_DIM
+
+LANES = 16
+LATENCY_CALLS, LATENCY_WARM_UP = 100, 5
+PERCENTILES = (50, 90, 99)
+Progress = Callable[[int, int], None]
+MakeEnvironment = Callable[[], gymnasium.Env]
+
+
+@runtime_checkable
+class Acts(Protocol):
+    """What is evaluated. Observations are {"images", "state", "task"}; chunks are in the robot's units."""
+
+    def act(self, observation: dict[str, Any]) -> np.ndarray:
+        """[H, D]"""
+        ...
+
+    def act_batch(self, observations: list[dict[str, Any]]) -> np.ndarray:
+        """[B, H, D]"""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """How one episode ended. `wrong_object`: at any time, a block lay in a bowl that was not asked for."""
+
+    seed: int
+    swapped: bool
+    success: bool
+    wrong_object: bool
+    steps: int
+    task: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """What the cameras saw of an episode, side by side: `frames` uint8 [T + 1, h, cameras·w, 3]."""
+
+    episode: Episode
+    frames: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class ClosedLoop:
+    """The result. Rates are over scenes, with 95 % Wilson intervals; the swapped ones are None where not tried.
+
+    `latency_ms`: percentiles of single `act` calls, with nothing else running in this process.
+    """
+
+    episodes: tuple[Episode, ...]
+    latency_ms: dict[str, float]
+    execute: int
+    seconds: float
+    recordings: tuple[Recording, ...] = ()
+
+    def rate(self, outcome: str, swapped: bool = False) -> Rate | None:
+        """Of `outcome`, "success" or "wrong_object"."""
+        rows = [getattr(e, outcome) for e in self.episodes if e.swapped == swapped]
+        return wilson(sum(rows), len(rows)) if rows else None
+
+    @property
+    def success(self) -> Rate | None:
+        return self.rate("success")
+
+    @property
+    def wrong_object(self) -> Rate | None:
+        return self.rate("wrong_object")
+
+    @property
+    def swapped_success(self) -> Rate | None:
+        return self.rate("success", swapped=True)
+
+    @property
+    def swapped_wrong_object(self) -> Rate | None:
+        return self.rate("wrong_object", swapped=True)
+
+    @property
+    def mean_steps(self) -> float:
+        """Of all episodes with their own instruction; failures count with all the steps they were given."""
+        return float(np.mean([e.steps for e in self.episodes if not e.swapped]))
+
+    @property
+    def mean_steps_of_successes(self) -> float | None:
+        steps = [e.steps for e in self.episodes if e.success and not e.swapped]
+        return float(np.mean(steps)) if steps else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values: the rates, the latency, and every episode."""
+        names = ("success", "wrong_object", "swapped_success", "swapped_wrong_object")
+        rates: dict[str, Rate | None] = {name: getattr(self, name) for name in names}
+        return {name: rate and rate.to_json() for name, rate in rates.items()} | {
+            "mean_steps": self.mean_steps,
+            "mean_steps_of_successes": self.mean_steps_of_successes,
+            "scenes": sum(not e.swapped for e in self.episodes),
+            "first_seed": self.episodes[0].seed,
+            "execute": self.execute,
+            "seconds": self.seconds,
+            "latency_ms": self.latency_ms,
+            "episodes": [dataclasses.asdict(e) for e in self.episodes],
+        }
+
+    def summary(self) -> str:
+        """A small table, as plain text."""
+        table = Table(
+            "instruction", "success", "wrong object", title="closed loop, 95 % intervals", title_justify="left"
+        )
+        table.add_row("of the scene", str(self.success), str(self.wrong_object))
+        if self.swapped_success is not None:
+            table.add_row("swapped", str(self.swapped_success), str(self.swapped_wrong_object))
+        text = io.StringIO()
+        Console(file=text, width=80, highlight=False).print(table)
+        latency = ", ".join(f"{name} {value:.1f} ms" for name, value in self.latency_ms.items())
+        scenes = sum(not e.swapped for e in self.episodes)
+        return f"{text.getvalue()}{scenes} scenes, {self.mean_steps:.1f} steps on average; one act: {latency}"
+
+
+def evaluate(
+    policy: Acts,
+    episodes: int = 100,
+    first_seed: int = EVALUATION.start,
+    execute: int = 2,
+    swap: bool = True,
+    record: int = 3,
+    image_size: int = 64,
+    progress: Progress | None = None,
+    *,
+    lanes: int = LANES,
+    allow_any_seed: bool = False,
+    used_seeds: Iterable[int] = (),
+    environment: MakeEnvironment | None = None,
+) -> ClosedLoop:
+    """Run `policy` in the scenes `first_seed .. first_seed + episodes - 1`, executing `execute` steps of each chunk.
+
+    `record`: keep the frames of the first so many scenes. `progress(done, total)` is called after every episode.
+    `lanes`: environments side by side, and the batch size of every `act_batch` call (rows are repeated to fill it).
+    `used_seeds`: seeds of the demonstrations; `allow_any_seed` lifts the check of the range, never this one.
+    `environment`: makes one environment; the tabletop unless given.
+
+    Raises ValueError for seeds kept for another purpose and for chunks of the wrong shape, FloatingPointError for a
+    chunk with NaN or infinity.
+    """
+    seeds = check_seeds(episodes, first_seed, allow_any_seed, used_seeds)
+    if execute < 1 or lanes < 1:
+        raise ValueError(f"execute is {execute} and lanes is {lanes}, expected at least 1 of each")
+    jobs = [(seed, swapped) for seed in seeds for swapped in ((False, True) if swap else (False,))]
+    make = environment or (lambda: gymnasium.make(insula.sim.TABLETOP, image_size=image_size, disable_env_checker=True))
+    started = time.perf_counter()
+    with _environments(make, min(lanes, len(jobs))) as envs:
+        done, seen = _run(policy, jobs, envs, execute, set(seeds[:record]), progress or (lambda done, total: None))
+    seconds = time.perf_counter() - started
+    order = {job: i for i, job in enumerate(jobs)}
+    done.sort(key=lambda recording: order[recording.episode.seed, recording.episode.swapped])
+    return ClosedLoop(
+        episodes=tuple(recording.episode for recording in done),
+        latency_ms=measure_latency(policy, seen),
+        execute=execute,
+        seconds=seconds,
+        recordings=tuple(recording for recording in done if len(recording.frames)),
+    )
+
+
+def check_seeds(episodes: int, first_seed: int, allow_any_seed: bool, used: Iterable[int]) -> range:
+    """The seeds to evaluate on. Raises ValueError where they were meant, or used, for something else."""
+    if episodes < 1:
+        raise ValueError(f"episodes: got {episodes}, expected at least 1")
+    seeds = range(first_seed, first_seed + episodes)
+    if not allow_any_seed and not (seeds[0] in EVALUATION and seeds[-1] in EVALUATION):
+        kept = [r.name for r in RANGES if r is not EVALUATION and (seeds[0] in r or seeds[-1] in r)]
+        raise ValueError(
+            f"first_seed: got {first_seed} for {episodes} episodes, expected seeds from {EVALUATION.start} to "
+            f"{EVALUATION.stop - 1}" + (f"; these are kept for {' and '.join(kept)}" if kept else "")
+        )
+    refuse_seen(seeds, used, "evaluation")
+    return seeds
+
+
+@contextlib.contextmanager
+def _environments(make: MakeEnvironment, count: int) -> Iterator[list[gymnasium.Env]]:
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(contextlib.closing(make())) for _ in range(count)]
+
+
+class _Lane:
+    """One environment and the episode it is in."""
+
+    def __init__(self, env: gymnasium.Env):
+        self.env, self.busy = env, False
+
+    def start(self, seed: int, swapped: bool, taped: bool) -> None:
+        self.seed, self.swapped, self.taped, self.busy = seed, swapped, taped, True
+        self.observation, self.info = self.env.reset(seed=seed, options={"swap": True} if swapped else None)
+        self.task, self.steps = self.observation["task"], 0
+        self.frames: list[np.ndarray] = []
+        self._tape()
+
+    def play(self, actions: np.ndarray) -> None:
+        """Execute [n, D], or fewer where the episode ends."""
+        for action in actions:
+            self.observation, _, terminated, truncated, self.info = self.env.step(action)
+            self.steps += 1
+            self._tape()
+            if terminated or truncated:
+                self.busy = False
+                return
+
+    def result(self) -> Recording:
+        success, wrong = bool(self.info["success"]), bool(self.info["wrong_object"])
+        episode = Episode(self.seed, self.swapped, success, wrong, self.steps, self.task)
+        return Recording(episode, np.stack(self.frames) if self.frames else np.empty((0, 0, 0, 3), np.uint8))
+
+    def _tape(self) -> None:
+        if self.taped:
+            self.frames.append(np.concatenate(list(self.observation["images"].values()), axis=1))
+
+
+def _run(
+    policy: Acts, jobs: list[tuple[int, bool]], envs: list[gymnasium.Env], execute: int, taped: set[int], tell: Progress
+) -> tuple[list[Recording], list[dict[str, Any]]]:
+    """Every job once. Also returns some observations on the way, for measuring latency."""
+    waiting, done, seen = deque(jobs), list[Recording](), list[dict[str, Any]]()
+    lanes = [_Lane(env) for env in envs]
+    while True:
+        for lane in lanes:
+            if not lane.busy and waiting:
+                seed, swapped = waiting.popleft()
+                lane.start(seed, swapped, seed in taped)
+        active = [lane for lane in lanes if lane.busy]
+        if not active:
+            return done, seen
+        if len(seen) < LATENCY_CALLS:
+            seen.append(active[len(seen) % len(active)].observation)
+        for lane, chunk in zip(active, _plan(policy, active, len(lanes), execute), strict=True):
+            lane.play(chunk)
+            if not lane.busy:
+                done.append(lane.result())
+                tell(len(done), len(jobs))
+
+
+def _plan(policy: Acts, active: list[_Lane], rows: int, execute: int) -> np.ndarray:
+    """The next `execute` actions of every active lane, [len(active), execute, D]."""
+    observations = [lane.observation for lane in active]
+    padded = observations + observations[:1] * (rows - len(observations))  # one batch size: one compiled program
+    chunks = np.asarray(policy.act_batch(padded))
+    if chunks.ndim != 3 or chunks.shape[0] != rows or chunks.shape[2] != ACTION_DIM:
+        raise ValueError(f"act_batch: got {list(chunks.shape)}, expected [{rows}, H, {ACTION_DIM}]")
+    if chunks.shape[1] < execute:
+        raise ValueError(f"execute: got {execute}, but chunks have only {chunks.shape[1]} steps; execute at most those")
+    for lane, chunk in zip(active, chunks, strict=False):  # what fills the batch is not executed
+        if not np.isfinite(chunk).all():
+            row, column = np.argwhere(~np.isfinite(chunk))[0]
+            raise FloatingPointError(
+                f"act_batch: action[{row}][{column}] is {chunk[row, column]} at step {lane.steps} of seed {lane.seed} "
+                f"({lane.task!r}), expected finite numbers; look at the weights of this checkpoint"
+            )
+    return chunks[: len(active), :execute]
+
+
+def measure_latency(policy: Acts, observations: list[dict[str, Any]], calls: int = LATENCY_CALLS) -> dict[str, float]:
+    """Percentiles, in ms, of `calls` single `act` calls after a warm-up (which compiles)."""
+    times = []
+    for i in range(LATENCY_WARM_UP + calls):
+        observation = observations[i % len(observations)]
+        started = time.perf_counter()
+        policy.act(observation)
+        times.append(1e3 * (time.perf_counter() - started))
+    found = np.percentile(times[LATENCY_WARM_UP:], PERCENTILES)
+    return {f"p{p}": float(value) for p, value in zip(PERCENTILES, found, strict=True)}

@@ -1,0 +1,23 @@
+"""What `insula evaluate` does."""
+
+import json
+from pathlib import Path
+
+from insula.evaluate.closed_loop import evaluate
+from insula.evaluate.video import reel, write_video
+from insula.policy import Policy
+from insula.sim.seeds import EVALUATION
+
+
+def evaluate_run(
+    run: Path, episodes: int, first_seed: int | None, execute: int, results: Path | None, video: Path | None
+) -> str:
+    """Run the newest policy of `run` in closed loop, write what was asked for, and return a table."""
+    policy = Policy.load(run)
+    done = evaluate(policy, episodes, EVALUATION.start if first_seed is None else first_seed, execute)
+    if results is not None:
+        results.parent.mkdir(parents=True, exist_ok=True)
+        results.write_text(json.dumps(done.to_json(), indent=1) + "\n", encoding="utf-8")
+    if video is not None:
+        write_video(video, reel(done.recordings))
+    return done.summary()

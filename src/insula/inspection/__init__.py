@@ -1,0 +1,1 @@
+"""What a model sees and learns from, looked at."""

@@ -1,0 +1,192 @@
+"""A whole run on a small data set: train, interrupt, resume, act, and every way it can be asked for wrongly."""
+
+import dataclasses
+import json
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from insula.assets import read_assets
+from insula.checkpoints.store import CheckpointError, CheckpointStore
+from insula.collect import collect
+from insula.data.schema import DatasetError
+from insula.model import abstract_params
+from insula.model.config import TINY, Config, TransformerConfig, VisionConfig
+from insula.policy import Policy
+from insula.train import run as training
+from insula.train.config import TrainConfig
+from insula.train.loop import Every
+from insula.train.optimiser import OptimiserConfig
+
+SMALL = dataclasses.replace(
+    TINY,
+    name="small",
+    vision=VisionConfig(64, (16,), (), width=16, depth=1, mlp_dim=16, num_heads=2),
+    backbone=TransformerConfig(16, 1, 16, 2, 1, 8),
+    expert=TransformerConfig(16, 1, 16, 2, 1, 8),
+    max_fast_len=40,
+)
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return collect(tmp_path_factory.mktemp("data") / "demos", episodes=4, processes=1).root
+
+
+def settings(data: Path | None, run: Path, **changes: object) -> TrainConfig:
+    config = TrainConfig(
+        run=run,
+        data=data,
+        model=SMALL,
+        optimiser=OptimiserConfig(warmup_steps=2),
+        steps=STEPS,
+        batch_size=4,
+        from_scratch=True,
+        held_out_fraction=0.25,
+        evaluate_every=3,
+        checkpoint_every=3,
+        log_every=2,
+        fast_vocab=512,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    assert training.train(settings(data, run), quiet=True)
+    return run
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_params(run: Path, config: Config) -> list[np.ndarray]:
+    with CheckpointStore(run / "checkpoints") as store:
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(store.restore("params", abstract_params(config)))]
+
+
+def test_metrics_hold_losses_norms_and_held_out_figures(finished: Path) -> None:
+    found = rows(finished)
+    trained = [row for row in found if "flow" in row]
+    assert [row["step"] for row in trained] == [2, 4, 6]
+    assert {"fast", "total", "gradient_norm/vision", "gradient_norm/backbone", "gradient_norm/expert"} <= set(
+        trained[0]
+    )
+    assert all(row["scored_tokens"] > 0 and row["gradient_norm/backbone"] > 0 for row in trained)
+    held_out = [row for row in found if "held_out/flow" in row]
+    assert [row["step"] for row in held_out] == [3, 6]
+    assert held_out[0]["held_out/flow"] != held_out[1]["held_out/flow"]
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(
+    finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = training.fit
+
+    def interrupted(*args: object, **kwargs: object) -> object:
+        *head, hooks, quiet = args
+        return real(*head, (*hooks, Every(4, lambda _: signal.raise_signal(signal.SIGINT))), quiet, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "fit", interrupted)
+        assert not training.train(settings(data, tmp_path / "run"), quiet=True)
+    assert CheckpointStore(tmp_path / "run" / "checkpoints").latest() == 4
+    assert training.train(TrainConfig(run=tmp_path / "run", resume=True), quiet=True)
+    resumed, whole = final_params(tmp_path / "run", SMALL), final_params(finished, SMALL)
+    assert all(np.array_equal(a, b) for a, b in zip(resumed, whole, strict=True))
+
+    other = settings(data, tmp_path / "other", seed=1)
+    assert training.train(other, quiet=True)
+    assert not all(np.array_equal(a, b) for a, b in zip(final_params(other.run, SMALL), whole, strict=True))
+
+
+def test_a_checkpoint_alone_serves(finished: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    (moved / "checkpoints").parent.mkdir()
+    (finished / "checkpoints").rename(moved / "checkpoints")
+    try:
+        policy = Policy.load(moved)
+        chunk = policy.act(observation())
+        assert chunk.shape == (SMALL.horizon, SMALL.action_dim) and chunk.dtype == np.float32
+        assert np.isfinite(chunk).all() and np.ptp(chunk[:, :3]) > 0
+        assert np.array_equal(chunk, Policy.load(moved).act(observation()))  # same seed, same first call
+        both = policy.act_batch([observation(), observation("put the blue block in the green bowl")])
+        assert both.shape == (2, *chunk.shape)
+    finally:
+        (moved / "checkpoints").rename(finished / "checkpoints")
+
+
+def observation(task: str = "put the red block in the blue bowl") -> dict:
+    rng = np.random.default_rng(0)
+    images = {name: rng.integers(0, 255, (64, 64, 3), np.uint8) for name in ("front", "wrist")}
+    return {"images": images, "state": np.array([0.0, 0.0, 0.1, 0.0, 1.0], np.float32), "task": task}
+
+
+def test_serving_tokens_are_the_prefix_of_training(finished: Path) -> None:
+    policy = Policy.load(finished)
+    seen = policy.observe([observation()])
+    state = policy.assets.stats["state"].normalise(observation()["state"])
+    trained = policy.assets.tokenizer.tokenize(observation()["task"], state, np.zeros((6, 7)))
+    prefix = trained.tokens[trained.token_mask & ~trained.ar_mask]
+    assert np.array_equal(seen.tokens[0][seen.token_mask[0]], prefix)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"state": np.array([0, 0, np.nan, 0, 1], np.float32)}, r"state\[2\] is not finite"),
+        ({"state": np.zeros(4, np.float32)}, r"state has shape \(4,\), expected \(5,\)"),
+        ({"images": {"front": np.zeros((64, 64, 3), np.uint8)}}, "'wrist'"),
+        ({"images": {n: np.zeros((64, 64, 3), np.float32) for n in ("front", "wrist")}}, r"float32.*expected uint8"),
+        ({"task": 3}, "task is int"),
+    ],
+)
+def test_bad_observations_are_refused_by_name(finished: Path, change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Policy.load(finished).act(observation() | change)
+
+
+def test_bad_runs_are_refused_by_name(finished: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no data set; give --data"):
+        training.train(settings(None, tmp_path / "a"))
+    with pytest.raises(DatasetError, match=r"nowhere"):
+        training.train(settings(tmp_path / "nowhere", tmp_path / "b"))
+    with pytest.raises(CheckpointError, match=r"nothing to resume"):
+        training.train(TrainConfig(run=tmp_path / "c", resume=True))
+    with pytest.raises(CheckpointError, match=r"resume it, or choose another folder"):
+        training.train(settings(data, finished))
+    with pytest.raises(ValueError, match=r"state has 5 dimensions.*state_dim=5"):
+        training.train(settings(data, tmp_path / "d", model=dataclasses.replace(SMALL, state_dim=9)))
+    with pytest.raises(ValueError, match=r"raise it, or lower fast_vocab"):
+        training.train(settings(data, tmp_path / "e", model=dataclasses.replace(SMALL, vocab_size=2200)))
+    with pytest.raises(DatasetError, match=r"episode \d+, frame \d+.*limit is 4"):
+        training.train(settings(data, tmp_path / "f", model=dataclasses.replace(SMALL, max_fast_len=4)))
+    with pytest.raises(CheckpointError, match=r"no checkpoints here"):
+        Policy.load(tmp_path)
+
+
+def test_dropping_token_losses_is_counted(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = dataclasses.replace(SMALL, max_fast_len=4)
+    config = settings(data, tmp_path / "run", model=model, on_overflow="drop_token_loss", steps=2)
+    assert training.train(config, quiet=True)
+    assert "have no token loss" in caplog.text
+    assert np.isfinite(rows(config.run)[0]["flow"])
+
+
+def test_assets_round_trip(finished: Path, tmp_path: Path) -> None:
+    with CheckpointStore(finished / "checkpoints") as store:
+        assets = read_assets(store.assets())
+    assets.write(tmp_path)
+    again = read_assets(tmp_path)
+    assert again.config == assets.config == SMALL
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["model"]["horizn"] = raw["model"].pop("horizon")
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=r"unknown field 'horizn' .did you mean 'horizon'"):
+        read_assets(tmp_path)

@@ -31,8 +31,13 @@ def small():
     config = dataclasses.replace(
         tiny, vision=vision, backbone=transformer(), expert=transformer(), vocab_size=64, compute_dtype="float32"
     )
-    fresh = init_params(config, jax.random.key(0))
-    return config, fresh, randomise(fresh, jax.random.key(1)), fake_batch(config, 2, jax.random.key(2))
+
+    @jax.jit  # one program to compile, not hundreds
+    def make(key: jax.Array) -> tuple:
+        fresh = init_params(config, key)
+        return fresh, randomise(fresh, key), fake_batch(config, 2, key)
+
+    return config, *make(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +57,7 @@ def test_zeros_are_exact_and_controls_are_not(proof) -> None:
 
 def test_norms_are_those_of_plain_gradients(small, proof) -> None:
     config, _, params, batch = small
-    plain = jax.grad(lambda p: losses.compute_loss(p, config, batch, jax.random.key(3))[1]["fast"])(params)
+    plain = jax.jit(jax.grad(lambda p: losses.compute_loss(p, config, batch, jax.random.key(3))[1]["fast"]))(params)
     wanted = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(plain.vision)))
     assert proof.table["vision"]["fast"] == pytest.approx(float(wanted), rel=1e-4)
     layer = jnp.sqrt(sum(jnp.sum(jnp.square(leaf[1])) for leaf in jax.tree.leaves(plain.backbone.layers)))

@@ -1,0 +1,117 @@
+"""One page that shows what a run did: `report.html`, self-contained, readable offline, on a phone, in the dark.
+
+write_report("report.html", Report(closed_loop=result.to_json(), recordings=result.recordings, ...))
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import string
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import insula
+from insula.evaluate.closed_loop import Recording
+from insula.report import sections
+from insula.report.html import Html, tag, text
+
+TEMPLATE = Path(__file__).with_name("page.html")
+PACKAGES = ("jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "mujoco", "gymnasium", "tokenizers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Plain data; whatever is left out is shown as "not measured"."""
+
+    title: str = "insula: a knowledge-insulated policy, from demonstrations to closed loop"
+    closed_loop: Mapping[str, Any] | None = None
+    """`ClosedLoop.to_json()`."""
+    recordings: tuple[Recording, ...] = ()
+    metrics: tuple[Mapping[str, Any], ...] = ()
+    """Rows of `metrics.jsonl`: `read_metrics(path)`."""
+    knowledge: Mapping[str, Mapping[str, Any]] | None = None
+    """"before" and "after" robot training: `dataclasses.asdict(Knowledge)` of each."""
+    insulation: Mapping[str, Any] | None = None
+    """`Proof.to_json()`."""
+    fast: Mapping[str, Any] | None = None
+    """Name and value of each FAST statistic: tokens of a chunk, reconstruction error."""
+    demonstrations: int | None = None
+    seconds: Mapping[str, float] | None = None
+    """Of each stage; "train" is shown on top."""
+    settings: Mapping[str, Any] | None = None
+    """Nested plain values."""
+    seed: int | None = None
+    machine: str | None = None
+    versions: Mapping[str, str] | None = None
+
+
+def write_report(path: str | Path, report: Report) -> Path:
+    """Write the page, whole or not at all. Returns its path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(render(report), encoding="utf-8")
+    return unfinished.replace(path)
+
+
+def render(report: Report) -> str:
+    """The page."""
+    body = tag(
+        "main",
+        tag("h1", report.title),
+        sections.statement(report.demonstrations),
+        sections.headline(report.closed_loop, report.knowledge, report.insulation, report.seconds, report.machine),
+        _section("Closed loop on unseen scenes", sections.closed_loop(report.closed_loop)),
+        _section("Rollouts", sections.rollouts(report.recordings)),
+        _section("Is the backbone insulated?", sections.insulation(report.insulation)),
+        _section("What the backbone still knows", sections.knowledge(report.knowledge)),
+        _section("Training", sections.curves(report.metrics)),
+        _section("FAST action tokens", sections.fast(report.fast)),
+        _section("How it was made", sections.provenance(_facts(report), report.settings)),
+    )
+    template = string.Template(TEMPLATE.read_text(encoding="utf-8"))
+    return template.substitute(title=text(report.title), body=body)
+
+
+def _facts(report: Report) -> dict[str, Any]:
+    stages = {f"{stage}, seconds": f"{seconds:.1f}" for stage, seconds in (report.seconds or {}).items()}
+    named = {"machine": report.machine, "seed": report.seed, "demonstrations": report.demonstrations}
+    return named | stages | dict(report.versions or {})
+
+
+def _section(title: str, content: Html | None) -> Html:
+    missing = tag("p", "not measured", class_="missing")
+    return tag("section", tag("h2", title), missing if content is None else content)
+
+
+def read_metrics(path: str | Path) -> tuple[dict[str, Any], ...]:
+    """The rows of a run's `metrics.jsonl`. Raises ValueError naming a line that is no JSON."""
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: line {number} is not JSON ({error})") from None
+    return tuple(rows)
+
+
+def machine() -> str:
+    """Processor, cores and system in a few words."""
+    found = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{found[0] if found else platform.machine()}, {cores} cores, {platform.system()}"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def versions() -> dict[str, str]:
+    """Of this package, Python, and what the numbers depend on."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"insula": insula.__version__, "python": python} | {p: importlib.metadata.version(p) for p in PACKAGES}

@@ -1,0 +1,109 @@
+"""Pictures of a report: loss curves and intervals as inline SVG, rollouts as inline PNG and WebP."""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from insula.report.html import Html, data_uri, tag
+
+THEME = {"#010101": "var(--ink)", "#020202": "var(--line)", "#030303": "var(--train)", "#040404": "var(--held)"}
+"""Stand-ins drawn by matplotlib, and the page's colours they become, light or dark."""
+INK, LINE, TRAIN, HELD = THEME
+FRAMES, SIDE = 6, 64
+Curve = tuple[list[float], list[float]]
+
+
+def curve(metrics: Sequence[dict[str, Any]], name: str) -> Curve:
+    """Steps and values of the metric `name`, where it was logged and is a number."""
+    found = [(row["step"], row[name]) for row in metrics if isinstance(row.get(name), int | float)]
+    found = [(step, value) for step, value in found if math.isfinite(value)]
+    return [float(step) for step, _ in found], [float(value) for _, value in found]
+
+
+def loss_chart(title: str, train: Curve, held_out: Curve, log: bool = True) -> Html | None:
+    """Training (thin) and held-out (dotted ends) curve over steps; None where nothing was logged."""
+    if not train[0] and not held_out[0]:
+        return None
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 11, "svg.hashsalt": title}):
+        figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot(*train, color=TRAIN, lw=1.4, marker="o" if len(train[0]) < 8 else None, ms=3, label="training")
+        axes.plot(*held_out, color=HELD, lw=1.8, marker="o", ms=3.5, label="held-out")
+        if log and min(train[1] + held_out[1]) > 0:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+            axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        axes.set_title(title, loc="left", fontsize=12, color=INK)
+        axes.set_xlabel("update", color=INK)
+        axes.tick_params(colors=INK, which="both", length=0)
+        axes.grid(color=LINE, lw=0.7)
+        axes.spines[:].set_visible(False)
+        axes.legend(frameon=False, labelcolor=INK, fontsize=10)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None})
+    return _inline(buffer.getvalue(), title)
+
+
+def _inline(svg: str, title: str) -> Html:
+    """The drawing alone: no prologue, ids of its own, the page's colours and font."""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
+    name = re.sub(r"\W+", "-", title.lower())
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 system-ui, sans-serif", svg)
+    label = f'role="img" aria-label="{name.replace("-", " ")}"'
+    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', label, svg, count=1)
+    for stand_in, colour in THEME.items():
+        svg = svg.replace(stand_in, colour)
+    return tag("figure", Html(svg), class_="chart")
+
+
+def interval_bar(rate: float, low: float, high: float, bad: bool = False) -> Html:
+    """A rate from 0 to 1 as a bar, its interval as a whisker."""
+    colour, width = "var(--bad)" if bad else "var(--good)", max(100 * (high - low), 0.6)
+    return Html(
+        '<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
+        '<rect width="100" height="10" fill="var(--line)" opacity=".6"/>'
+        f'<rect width="{100 * rate:.2f}" height="10" fill="{colour}" opacity=".75"/>'
+        f'<rect x="{100 * low:.2f}" y="4" width="{width:.2f}" height="2" fill="var(--ink)"/></svg>'
+    )
+
+
+def key_frames(frames: np.ndarray, count: int = FRAMES) -> str:
+    """`count` evenly spread frames side by side, the last among them, cameras one above the other, as a PNG URI."""
+    chosen = frames[np.unique(np.linspace(0, len(frames) - 1, count).round().astype(int))]
+    views = [np.concatenate(list(view), axis=1) for view in _views(chosen)]
+    return _png(np.concatenate(views))
+
+
+def first_frame(frames: np.ndarray) -> str:
+    return _png(np.concatenate([view[0] for view in _views(frames[:1])], axis=1))
+
+
+def animation(frames: np.ndarray, milliseconds: int = 100) -> str:
+    """All frames, both cameras side by side, as a looping WebP URI; the end stays for a second."""
+    sequence = np.concatenate(_views(frames), axis=2)
+    images = [Image.fromarray(frame) for frame in sequence]
+    buffer = io.BytesIO()
+    duration = [milliseconds] * (len(images) - 1) + [1000]
+    images[0].save(buffer, "WEBP", save_all=True, append_images=images[1:], duration=duration, loop=0, quality=80)
+    return data_uri("image/webp", buffer.getvalue())
+
+
+def _views(frames: np.ndarray) -> list[np.ndarray]:
+    """Frames [T, h, cameras·w, 3] of square cameras, one array for each camera, no side longer than SIDE."""
+    step = -(-frames.shape[1] // SIDE)
+    return [view[:, ::step, ::step] for view in np.split(frames, frames.shape[2] // frames.shape[1], axis=2)]
+
+
+def _png(image: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image)).save(buffer, "PNG", optimize=True)
+    return data_uri("image/png", buffer.getvalue())

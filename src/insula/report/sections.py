@@ -1,0 +1,266 @@
+"""The parts of the page, each from plain data. None means that it was not measured."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from insula.evaluate.closed_loop import Recording
+from insula.report import charts
+from insula.report.html import Html, table, tag
+
+MISSING = "not measured"
+SHOWN, ANIMATED = 8, 3
+RATES = (  # key, what it says, whether more is worse
+    ("success", "success", False),
+    ("swapped_success", "success, instruction swapped", False),
+    ("wrong_object", "wrong object", True),
+    ("swapped_wrong_object", "wrong object, instruction swapped", True),
+)
+
+
+def statement(demonstrations: int | None) -> Html:
+    many = "Demonstrations" if demonstrations is None else f"All {demonstrations:,} demonstrations"
+    return tag(
+        "p",
+        f"{many} come from a scripted expert in a simulated tabletop (“put the red block in the blue bowl”), and the "
+        "policy was evaluated in the same simulator, on scenes from seeds that neither demonstrations nor pretraining "
+        "use. No person and no real robot took part. The backbone learns from discrete FAST action tokens, the action "
+        "expert by flow matching, and no gradient of the second is to reach the first; whether that holds is measured "
+        "below.",
+    )
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def _between(rate: Mapping[str, Any]) -> str:
+    return f"{100 * rate['low']:.0f}–{100 * rate['high']:.0f} %"
+
+
+def headline(
+    loop: Mapping[str, Any] | None,
+    knowledge: Mapping[str, Any] | None,
+    proof: Mapping[str, Any] | None,
+    seconds: Mapping[str, float] | None,
+    machine: str | None,
+) -> Html:
+    def card(value: str | None, name: str, note: str | None = None, class_: str | None = None) -> Html:
+        shown = tag("b", "–" if value is None else value, class_=class_)
+        return tag("div", tag("span", name), shown, tag("span", MISSING if value is None else note), class_="card")
+
+    cards = []
+    for key, name, _ in RATES[:3]:
+        rate = loop[key] if loop else None
+        cards.append(
+            card(percent(rate["rate"]), name, f"{_between(rate)}, {rate['total']} scenes") if rate else card(None, name)
+        )
+    outcome = proof["outcome"] if proof else None
+    cards.append(card(outcome, "insulation", "gradients measured on this model", _verdict_class(proof)))
+    known, before = (percent(mean(knowledge[when])) if knowledge else None for when in ("after", "before"))
+    cards.append(card(known, "held-out questions right", f"{before} before robot training"))
+    train = (seconds or {}).get("train")
+    cards.append(card(None if train is None else f"{train / 60:.1f} min", "training", machine))
+    return tag("div", cards, class_="cards")
+
+
+def mean(known: Mapping[str, Any]) -> float:
+    """Accuracy over kinds of questions."""
+    return sum(known["accuracy"].values()) / max(len(known["accuracy"]), 1)
+
+
+def closed_loop(loop: Mapping[str, Any] | None) -> Html | None:
+    if loop is None:
+        return None
+    rows = []
+    for key, name, worse in RATES:
+        rate = loop[key]
+        if rate is None:
+            rows.append([name, tag("span", MISSING, class_="missing"), "", "", ""])
+            continue
+        bar = charts.interval_bar(rate["rate"], rate["low"], rate["high"], worse)
+        rows.append([name, percent(rate["rate"]), _between(rate), f"{rate['count']} of {rate['total']}", bar])
+    latency = ", ".join(f"{name} {value:.1f} ms" for name, value in loop["latency_ms"].items())
+    solved = loop["mean_steps_of_successes"]
+    seeds = f"{loop['first_seed']} to {loop['first_seed'] + loop['scenes'] - 1}"
+    episodes = [
+        [e["seed"], e["task"], "swapped" if e["swapped"] else "", _mark(e), e["steps"]] for e in loop["episodes"]
+    ]
+    return tag(
+        "div",
+        tag(
+            "p",
+            "Every scene is run twice: with its instruction, and with one that names another block and the other bowl "
+            "of the same scene. A policy that does not listen scores 0 % there and moves a wrong object instead.",
+        ),
+        table(["", "rate", "95 % interval", "scenes", ""], rows),
+        tag(
+            "p",
+            f"Seeds {seeds}; {loop['execute']} steps of each chunk executed before looking again; "
+            f"{loop['mean_steps']:.0f} steps an episode on average"
+            + (f", {solved:.0f} where it succeeded" if solved is not None else "")
+            + f". One call of the policy: {latency}. Wilson intervals.",
+            class_="soft",
+        ),
+        tag(
+            "details",
+            tag("summary", f"All {len(episodes)} episodes"),
+            table(["seed", "instruction", "", "outcome", "steps"], episodes),
+        ),
+    )
+
+
+def _mark(episode: Mapping[str, Any]) -> Html:
+    """Success or failure, in a word and a colour."""
+    good = episode["success"]
+    word = "✓ success" if good else "✗ failure"
+    wrong = ", wrong object" if episode["wrong_object"] else ""
+    return tag("span", word + wrong, class_="good" if good else "bad")
+
+
+def rollouts(recordings: Sequence[Recording]) -> Html | None:
+    if not recordings:
+        return None
+    shown = recordings[:SHOWN]
+    which = f"The first {len(shown)} episodes as they came, not chosen" + (
+        f", of {len(recordings)} that were recorded" if len(recordings) > len(shown) else ""
+    )
+    figures = [_rollout(recording, i < ANIMATED) for i, recording in enumerate(shown)]
+    return tag(
+        "div",
+        tag("p", f"{which}. Upper row: front camera; lower row: wrist camera. These pixels are what the policy sees."),
+        tag("div", figures, class_="rollouts"),
+    )
+
+
+def _rollout(recording: Recording, animated: bool) -> Html:
+    episode, moving = vars(recording.episode), None
+    if animated:  # a still one for those who asked their system for less motion
+        still = charts.first_frame(recording.frames)
+        moving = tag(
+            "picture",
+            tag("source", srcset=still, media="(prefers-reduced-motion: reduce)"),
+            tag("img", src=charts.animation(recording.frames), alt="the whole episode, front and wrist camera"),
+        )
+    note = f"seed {episode['seed']}{', swapped' if episode['swapped'] else ''}, {episode['steps']} steps"
+    return tag(
+        "figure",
+        tag("p", tag("span", _mark(episode), class_="badge"), episode["task"]),
+        moving,
+        tag("img", src=charts.key_frames(recording.frames), alt="key frames from first to last"),
+        tag("figcaption", note),
+        class_="card",
+    )
+
+
+def insulation(proof: Mapping[str, Any] | None) -> Html | None:
+    if proof is None:
+        return None
+    names = {
+        "flow": "flow loss",
+        "flow_control": "flow loss, not insulated",
+        "fast": "token loss",
+        "fast_control": "token loss, not insulated",
+    }
+    rows = [[part, *(_norm(row[name]) for name in names)] for part, row in proof["table"].items()]
+    verdicts = {
+        "holds": "Insulation holds: every gradient that must be zero is exactly zero, and every control is not.",
+        "leaks": "Insulation leaks: a gradient arrives where there must be none.",
+        "vacuous": "Nothing is shown: a control is zero, so the zeros beside it mean nothing (an untrained model?).",
+        "not finite": "Nothing is shown: some gradients are not finite.",
+    }
+    return tag(
+        "div",
+        tag("p", tag("span", verdicts[proof["outcome"]], class_=_verdict_class(proof))),
+        tag("ul", [tag("li", finding) for finding in proof["findings"]]) if proof["findings"] else None,
+        table(["gradient norm on", *names.values()], rows),
+        tag(
+            "p",
+            "Measured on this very model. “Not insulated” is the same loss of the same weights "
+            "with gradients let through: the control without which a zero would prove nothing. The final norm comes "
+            "after the last keys and values, so the flow loss cannot reach it in any scheme.",
+            class_="soft",
+        ),
+    )
+
+
+def _verdict_class(proof: Mapping[str, Any] | None) -> str | None:
+    return proof and ("good" if proof["outcome"] == "holds" else "bad")
+
+
+def _norm(value: float) -> Any:
+    return tag("span", "0 exactly", class_="good") if value == 0 else f"{value:.3g}"
+
+
+def knowledge(known: Mapping[str, Mapping[str, Any]] | None) -> Html | None:
+    if known is None:
+        return None
+    before, after = known["before"], known["after"]
+
+    def row(name: Any, old: float | None, new: float | None) -> list[Any]:
+        change = "–" if old is None or new is None else f"{100 * (new - old):+.1f}"
+        return [name, *("–" if v is None else percent(v) for v in (old, new)), change]
+
+    kinds = sorted({*before["accuracy"], *after["accuracy"]})
+    rows = [row(kind, before["accuracy"].get(kind), after["accuracy"].get(kind)) for kind in kinds]
+    rows.append(row(tag("b", "mean of kinds"), mean(before), mean(after)))
+    return tag(
+        "div",
+        tag(
+            "p",
+            f"{after['answered']:,} held-out questions about unseen scenes, asked of the backbone before and after "
+            "robot training; the share answered right. Locations count as right within a pixel of a 64-pixel image.",
+        ),
+        table(["kind of question", "before", "after", "points"], rows),
+        tag(
+            "p",
+            f"Locations are off by {before['location_error']:.1f} bins of 128 before and {after['location_error']:.1f} "
+            "after, on average.",
+            class_="soft",
+        ),
+    )
+
+
+def curves(metrics: Sequence[Mapping[str, Any]]) -> Html | None:
+    wanted = (("Flow loss", "flow", True), ("Token loss", "fast", True), ("Token accuracy", "token_accuracy", False))
+    drawn = [
+        charts.loss_chart(title, charts.curve(metrics, name), charts.curve(metrics, f"held_out/{name}"), log)
+        for title, name, log in wanted
+    ]
+    if not any(drawn):
+        return None
+    return tag(
+        "div",
+        tag("p", "Held-out: episodes never trained on, with the averaged weights that are evaluated."),
+        tag("div", drawn, class_="charts"),
+    )
+
+
+def fast(found: Mapping[str, Any] | None) -> Html | None:
+    return table([], [[name, _plain(value)] for name, value in found.items()], "plain") if found else None
+
+
+def provenance(facts: Mapping[str, Any], settings: Mapping[str, Any] | None) -> Html:
+    """`facts` in sight, all settings (nested) one click away."""
+
+    def listed(pairs: Mapping[str, Any]) -> Html:
+        return table([], [[k, MISSING if v is None else _plain(v)] for k, v in pairs.items()], "plain")
+
+    flat = dict(_flat(settings or {}))
+    return tag(
+        "div",
+        listed(facts),
+        tag("details", tag("summary", f"All {len(flat)} settings"), listed(flat)) if flat else None,
+    )
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """{"a": {"b": 1}} → ("a.b", 1)."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{name}.")
+        else:
+            yield above + name, "none" if value is None else value

@@ -1,0 +1,48 @@
+"""The command line as a user meets it: one clear line for what they can mend, and an exit code."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def insula(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "insula", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("train", "--run", "r", "--preset", "tinny"), "no preset 'tinny' (did you mean 'tiny'?)"),
+        (("train", "--run", "r"), "no data set; give --data"),
+        (("train", "--run", "r", "--data", "nowhere"), "nowhere"),
+        (("train", "--run", "r", "--resume"), "nothing to resume"),
+        (("evaluate", "nowhere"), "no checkpoints here"),
+        (("collect", "--out", ".", "--episodes", "1"), "not empty"),
+        (("collect", "--out", "d", "--episodes", "0"), "expected at least 1"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(
+    arguments: tuple[str, ...], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "something").write_text("here")
+    done = insula(*arguments)
+    assert done.returncode == 1, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+    assert line.startswith("insula: ") and expected in line
+
+
+def test_an_unknown_flag_names_the_nearest() -> None:
+    done = insula("train", "--run", "r", "--model.horizn", "8")
+    assert done.returncode == 2
+    assert "--model.horizon" in done.stdout + done.stderr
+
+
+def test_help_lists_the_commands() -> None:
+    done = insula("--help")
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in ("collect", "pretrain", "train", "evaluate", "demo"))

@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def demo(out: Path, settings: DemoSettings, seed: int) -> Path:
         settings=to_dict(config),
         seed=seed,
         machine=machine(),
-        versions=versions(),
+        versions={"insula": version("insula")} | versions(),
     )
     write_video(out / "rollouts.mp4", reel(closed_loop.recordings))
     path = write_report(out / "report.html", report)

@@ -122,14 +122,7 @@ def cross_entropy(
     chunk = chunk or embedding.shape[0]
     if embedding.shape[0] % chunk:
         raise ValueError(f"vocab_chunk is {chunk}, expected a divisor of the vocabulary's {embedding.shape[0]} entries")
-    log_z, best = _log_partition(hidden, embedding, dtype, chunk)
-    own = jnp.sum(_read(hidden, dtype) * _read(embedding[labels], dtype), axis=-1)
-    return log_z - own, own >= best
-
-
-def _read(x: Array, dtype: str) -> Array:
-    """What a product in `dtype` sees of x."""
-    return x.astype(dtype).astype(jnp.float32)
+    return _cross_entropy(hidden, embedding, labels, dtype, chunk)
 
 
 def _logits(hidden: Array, piece: Array, dtype: str) -> Array:
@@ -138,45 +131,55 @@ def _logits(hidden: Array, piece: Array, dtype: str) -> Array:
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _log_partition(hidden: Array, embedding: Array, dtype: str, chunk: int) -> tuple[Array, Array]:
-    """log Σ exp(logit) and the largest logit of each row, one vocabulary chunk at a time (online softmax)."""
+def _pieces(embedding: Array, labels: Array, chunk: int) -> tuple[Array, Array]:
+    """The vocabulary in chunks, and where in each chunk every label would be: outside, for all chunks but its own."""
+    pieces = embedding.reshape(-1, chunk, embedding.shape[1])
+    return pieces, labels - chunk * jnp.arange(pieces.shape[0])[:, None]
 
-    def step(carry: tuple[Array, Array], piece: Array) -> tuple[tuple[Array, Array], None]:
-        best, total = carry
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _cross_entropy(hidden: Array, embedding: Array, labels: Array, dtype: str, chunk: int) -> tuple[Array, Array]:
+    return _cross_entropy_forward(hidden, embedding, labels, dtype, chunk)[0]
+
+
+def _cross_entropy_forward(
+    hidden: Array, embedding: Array, labels: Array, dtype: str, chunk: int
+) -> tuple[tuple[Array, Array], tuple]:
+    """log Σ exp(logit) by an online softmax, beside the largest logit and the label's own, from the same product."""
+
+    def step(carry: tuple[Array, Array, Array], inputs: tuple[Array, Array]) -> tuple[tuple[Array, ...], None]:
+        best, total, own = carry
+        piece, label = inputs
         logits = _logits(hidden, piece, dtype)
         new = jnp.maximum(best, jnp.max(logits, axis=1))
-        return (new, total * jnp.exp(best - new) + jnp.sum(jnp.exp(logits - new[:, None]), axis=1)), None
+        total = total * jnp.exp(best - new) + jnp.sum(jnp.exp(logits - new[:, None]), axis=1)
+        here = jnp.take_along_axis(logits, jnp.clip(label, 0, chunk - 1)[:, None], axis=1)[:, 0]
+        return (new, total, jnp.where((label >= 0) & (label < chunk), here, own)), None
 
     rows = hidden.shape[0]
-    start = (jnp.full(rows, -jnp.inf), jnp.zeros(rows))
-    (best, total), _ = jax.lax.scan(step, start, embedding.reshape(-1, chunk, embedding.shape[1]))
-    return best + jnp.log(total), best
+    start = (jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros(rows))
+    (best, total, own), _ = jax.lax.scan(step, start, _pieces(embedding, labels, chunk))
+    log_z = best + jnp.log(total)
+    return (log_z - own, own >= best), (hidden, embedding, labels, log_z)
 
 
-def _log_partition_forward(
-    hidden: Array, embedding: Array, dtype: str, chunk: int
-) -> tuple[tuple[Array, Array], tuple]:
-    out = _log_partition(hidden, embedding, dtype, chunk)
-    return out, (hidden, embedding, out[0])
-
-
-def _log_partition_backward(
+def _cross_entropy_backward(
     dtype: str, chunk: int, residuals: tuple, gradient: tuple[Array, Array]
-) -> tuple[Array, Array]:
-    hidden, embedding, log_z = residuals
+) -> tuple[Array, Array, None]:
+    """(softmax − one-hot) · gradient, the logits computed again."""
+    hidden, embedding, labels, log_z = residuals
 
-    def step(d_hidden: Array, piece: Array) -> tuple[Array, Array]:
-        weight = (jnp.exp(_logits(hidden, piece, dtype) - log_z[:, None]) * gradient[0][:, None]).astype(dtype)
+    def step(d_hidden: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        piece, label = inputs
+        error = jnp.exp(_logits(hidden, piece, dtype) - log_z[:, None]) - (label[:, None] == jnp.arange(chunk))
+        error = (error * gradient[0][:, None]).astype(dtype)
         d_piece = jax.lax.dot_general(
-            weight, hidden.astype(dtype), (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+            error, hidden.astype(dtype), (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
         )
-        d_hidden += jnp.dot(weight, piece.astype(dtype), preferred_element_type=jnp.float32)
-        return d_hidden, d_piece
+        return d_hidden + jnp.dot(error, piece.astype(dtype), preferred_element_type=jnp.float32), d_piece
 
-    pieces = embedding.reshape(-1, chunk, embedding.shape[1])
-    d_hidden, d_pieces = jax.lax.scan(step, jnp.zeros_like(hidden), pieces)
-    return d_hidden, d_pieces.reshape(embedding.shape)
+    d_hidden, d_pieces = jax.lax.scan(step, jnp.zeros_like(hidden), _pieces(embedding, labels, chunk))
+    return d_hidden, d_pieces.reshape(embedding.shape), None
 
 
-_log_partition.defvjp(_log_partition_forward, _log_partition_backward)
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
@@ -58,7 +59,7 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
     odd = [(0, side % 2) for side in frames.shape[1:3]]  # yuv420p halves both sides
     frames = np.pad(frames, [(0, 0), *odd, (0, 0)], mode="edge")
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=Fraction(fps))
+        stream = cast(av.VideoStream, container.add_stream(codec, rate=Fraction(fps)))
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

@@ -91,11 +91,13 @@ def gradient_table(params: Params, config: Config, batch: Batch, rng: PRNGKeyArr
     are unweighted. A norm is 0.0 exactly where every gradient entry is. `freeze_backbone` is lifted in all of them:
     zeros are to come from insulation.
     """
-    common = {"freeze_backbone": False, "ki_fast_loss_weight": config.ki_fast_loss_weight or 1.0}
-    schemes = {
-        "": dataclasses.replace(config, knowledge_insulation=True, **common),
-        "_control": dataclasses.replace(config, knowledge_insulation=False, **common),
-    }
+    free = dataclasses.replace(
+        config,
+        freeze_backbone=False,
+        ki_fast_loss_weight=config.ki_fast_loss_weight or 1.0,
+        knowledge_insulation=True,
+    )
+    schemes = {"": free, "_control": dataclasses.replace(free, knowledge_insulation=False)}
     columns = {}
     for suffix, scheme in schemes.items():
         for name, norms in jax.device_get(_norms(params, scheme, batch, rng)).items():

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import insula
 from insula.evaluate.closed_loop import Recording
 from insula.report import sections
 from insula.report.html import Html, tag, text
@@ -112,6 +111,6 @@ def _cpuinfo() -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Of this package, Python, and what the numbers depend on."""
+    """Of Python and the packages that the numbers depend on."""
     python = ".".join(map(str, sys.version_info[:3]))
-    return {"insula": insula.__version__, "python": python} | {p: importlib.metadata.version(p) for p in PACKAGES}
+    return {"python": python} | {name: importlib.metadata.version(name) for name in PACKAGES}

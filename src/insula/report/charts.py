@@ -3,7 +3,7 @@
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -20,7 +20,7 @@ FRAMES, SIDE = 6, 64
 Curve = tuple[list[float], list[float]]
 
 
-def curve(metrics: Sequence[dict[str, Any]], name: str) -> Curve:
+def curve(metrics: Sequence[Mapping[str, Any]], name: str) -> Curve:
     """Steps and values of the metric `name`, where it was logged and is a number."""
     found = [(row["step"], row[name]) for row in metrics if isinstance(row.get(name), int | float)]
     found = [(step, value) for step, value in found if math.isfinite(value)]

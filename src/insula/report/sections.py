@@ -9,6 +9,7 @@ from insula.report.html import Html, table, tag
 
 MISSING = "not measured"
 SHOWN, ANIMATED = 8, 3
+NARROW = "\u202f"  # a narrow space that never breaks
 RATES = (  # key, what it says, whether more is worse
     ("success", "success", False),
     ("swapped_success", "success, instruction swapped", False),
@@ -21,8 +22,8 @@ def statement(demonstrations: int | None) -> Html:
     many = "Demonstrations" if demonstrations is None else f"All {demonstrations:,} demonstrations"
     return tag(
         "p",
-        f"{many} come from a scripted expert in a simulated tabletop (“put the red block in the blue bowl”), and the "
-        "policy was evaluated in the same simulator, on scenes from seeds that neither demonstrations nor pretraining "
+        f"{many} come from a scripted expert in a simulated tabletop (“put the red block in the blue bowl”). Results "
+        "come from the same simulator, on scenes from seeds that neither demonstrations nor pretraining "
         "use. No person and no real robot took part. The backbone learns from discrete FAST action tokens, the action "
         "expert by flow matching, and no gradient of the second is to reach the first; whether that holds is measured "
         "below.",
@@ -30,11 +31,11 @@ def statement(demonstrations: int | None) -> Html:
 
 
 def percent(value: float) -> str:
-    return f"{100 * value:.0f} %"
+    return f"{100 * value:.0f}{NARROW}%"
 
 
 def _between(rate: Mapping[str, Any]) -> str:
-    return f"{100 * rate['low']:.0f}–{100 * rate['high']:.0f} %"
+    return f"{100 * rate['low']:.0f}–{100 * rate['high']:.0f}{NARROW}%"
 
 
 def headline(
@@ -90,7 +91,7 @@ def closed_loop(loop: Mapping[str, Any] | None) -> Html | None:
         tag(
             "p",
             "Every scene is run twice: with its instruction, and with one that names another block and the other bowl "
-            "of the same scene. A policy that does not listen scores 0 % there and moves a wrong object instead.",
+            "of the same scene. A policy that does not listen scores 0\u202f% there and moves a wrong object instead.",
         ),
         table(["", "rate", "95 % interval", "scenes", ""], rows),
         tag(
@@ -184,7 +185,7 @@ def insulation(proof: Mapping[str, Any] | None) -> Html | None:
 
 
 def _verdict_class(proof: Mapping[str, Any] | None) -> str | None:
-    return proof and ("good" if proof["outcome"] == "holds" else "bad")
+    return None if proof is None else "good" if proof["outcome"] == "holds" else "bad"
 
 
 def _norm(value: float) -> Any:

@@ -1,0 +1,134 @@
+"""A model small enough to compile in a second, in every shape that could matter, and ways to look at its gradients."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from insula.batch import Batch
+from insula.losses import compute_loss
+from insula.model import Params, init_params
+from insula.model.backbone import Prefix, run_backbone
+from insula.model.config import TINY, Config, TransformerConfig, VisionConfig
+from insula.model.expert import run_expert
+from insula.model.insulation import Memory, insulate
+from insula.testing import fake_batch, randomise
+
+
+def transformer(width: int, kv_heads: int) -> TransformerConfig:
+    return TransformerConfig(width=width, depth=2, mlp_dim=24, num_heads=4, num_kv_heads=kv_heads, head_dim=8)
+
+
+SMALL = dataclasses.replace(
+    TINY,
+    name="small",
+    vision=VisionConfig(image_size=16, patch_sizes=(8,), stem_widths=(), width=16, depth=1, mlp_dim=16, num_heads=2),
+    backbone=transformer(16, 2),
+    expert=transformer(12, 2),
+    vocab_size=48,
+    max_prompt_len=5,
+    max_fast_len=6,
+    horizon=4,
+    action_dim=3,
+    state_dim=2,
+    flow_samples=1,
+    compute_dtype="float32",
+)
+"""Grouped queries, 8 image tokens and up to 5 + 6 text tokens, chunks of 4 steps."""
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "grouped queries": {},
+    "one key head": {"backbone": transformer(16, 1), "expert": transformer(12, 1)},
+    "all key heads, scan": {"backbone": transformer(16, 4), "expert": transformer(12, 4), "layers": "scan"},
+    "state token, 3 flow samples, bfloat16": {
+        "state_input": "token",
+        "flow_samples": 3,
+        "compute_dtype": "bfloat16",
+        "vocab_chunk": 16,
+    },
+}
+
+# Run once, so compiled in half the time rather than well.
+jit: Callable = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def model(config: Config = SMALL, batch_size: int = 2, seed: int = 0) -> tuple[Params, Batch]:
+    """Parameters without a comfortable zero, and a batch."""
+
+    @jit
+    def make(key: jax.Array) -> tuple[Params, Batch]:
+        return randomise(init_params(config, key), key), fake_batch(config, batch_size, jax.random.fold_in(key, 1))
+
+    return make(jax.random.key(seed))
+
+
+def loss(params: Params, config: Config, batch: Batch, seed: int = 7) -> tuple[jax.Array, dict[str, jax.Array]]:
+    return jit(lambda p, b: compute_loss(p, config, b, jax.random.key(seed)))(params, batch)
+
+
+def gradients(params: Params, config: Config, batch: Batch, *names: str) -> list[Params]:
+    """The gradient of each named loss ("total", or a metric), from one compiled program."""
+
+    @jit
+    def run(params: Params, batch: Batch) -> list[Params]:
+        def losses(params: Params) -> dict[str, jax.Array]:
+            total, metrics = compute_loss(params, config, batch, jax.random.key(7))
+            return {"total": total} | metrics
+
+        values, pull = jax.vjp(losses, params)
+        return [pull({k: jnp.full_like(v, k == name) for k, v in values.items()})[0] for name in names]
+
+    return run(params, batch)
+
+
+def largest(tree: Any) -> float:
+    """The largest magnitude in a tree. Fails where anything is not finite."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    assert all(np.isfinite(leaf).all() for leaf in leaves)
+    return max((float(np.abs(leaf).max()) for leaf in leaves), default=0.0)
+
+
+def by_leaf(tree: Any) -> dict[str, np.ndarray]:
+    """Leaves by their path, such as "backbone.layers.query"."""
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in paths}
+
+
+def difference(a: Any, b: Any) -> float:
+    """The largest difference between two trees: 0.0 only where they are the same numbers."""
+    return largest(jax.tree.map(lambda x, y: np.asarray(x, np.float64) - np.asarray(y, np.float64), a, b))
+
+
+def prefix(params: Params, config: Config, batch: Batch) -> Prefix:
+    """One backbone pass over all of the sequence."""
+    return jit(lambda p, b: run_backbone(p.vision, p.backbone, config, b.observation, b.ar_mask))(params, batch)
+
+
+def draws(config: Config, batch: Batch, samples: int = 1, seed: int = 3) -> tuple[jax.Array, jax.Array]:
+    """Noisy chunks [B, K, H, D] and a time of its own for each, [B, K]."""
+    noise, time = jax.random.split(jax.random.key(seed))
+    shape = (batch.actions.shape[0], samples)
+    return jax.random.normal(noise, (*shape, config.horizon, config.action_dim)), jax.random.uniform(time, shape)
+
+
+def velocity(
+    params: Params, config: Config, batch: Batch, noisy: jax.Array, time: jax.Array, memory: Memory | None = None
+) -> jax.Array:
+    """What the expert answers to noisy chunks, from the batch's own memory unless another is given."""
+
+    @jit
+    def run(params: Params, batch: Batch, memory: Memory | None) -> jax.Array:
+        if memory is None:
+            read = run_backbone(params.vision, params.backbone, config, batch.observation, batch.ar_mask)
+            memory = insulate(read, config.num_memory)
+        return run_expert(params.expert, config, memory, batch.observation.state, noisy, time)
+
+    return run(params, batch, memory)
+
+
+def replace_observation(batch: Batch, **fields: Any) -> Batch:
+    return dataclasses.replace(batch, observation=dataclasses.replace(batch.observation, **fields))

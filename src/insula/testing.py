@@ -1,5 +1,7 @@
 """Helpers for anyone's tests: a batch that fits a config, and parameters without a single comfortable zero."""
 
+import itertools
+import math
 from typing import TypeVar
 
 import jax
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 
 from insula.batch import Batch, Observation
 from insula.model.config import Config
-from insula.shapes import Array, PRNGKeyArray
+from insula.shapes import Array, Leaf, PRNGKeyArray
 
 Tree = TypeVar("Tree")
 
@@ -16,13 +18,14 @@ def randomise(params: Tree, rng: PRNGKeyArray) -> Tree:
     """Every leaf drawn anew, about as large as a trained one. Fresh parameters hide leaks: adaRMS gates start at
     zero, so *every* scheme would show a zero gradient."""
     leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(rng, len(leaves))
+    ends = list(itertools.accumulate(math.prod(leaf.shape) for leaf in leaves))
+    values = jnp.split(jax.random.normal(rng, ends[-1:]), ends[:-1])  # one program for all leaves, not one each
 
-    def draw(leaf: Array, key: PRNGKeyArray) -> Array:
-        scale = leaf.shape[-2] ** -0.5 if leaf.ndim >= 2 else 0.2
-        return scale * jax.random.normal(key, leaf.shape, leaf.dtype)
+    def draw(leaf: Leaf, value: Array) -> Array:
+        scale = leaf.shape[-2] ** -0.5 if len(leaf.shape) >= 2 else 0.2
+        return (scale * value).reshape(leaf.shape).astype(leaf.dtype)
 
-    return jax.tree.unflatten(tree, [draw(leaf, key) for leaf, key in zip(leaves, keys, strict=True)])
+    return jax.tree.unflatten(tree, [draw(leaf, value) for leaf, value in zip(leaves, values, strict=True)])
 
 
 def fake_batch(config: Config, batch_size: int, rng: PRNGKeyArray) -> Batch:

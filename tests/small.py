@@ -1,6 +1,7 @@
 """A model small enough to compile in a second, in every shape that could matter, and ways to look at its gradients."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -42,9 +43,10 @@ SMALL = dataclasses.replace(
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "grouped queries": {},
-    "one key head": {"backbone": transformer(16, 1), "expert": transformer(12, 1)},
-    "all key heads, scan": {"backbone": transformer(16, 4), "expert": transformer(12, 4), "layers": "scan"},
-    "state token, 3 flow samples, bfloat16": {
+    "one key head, scan": {"backbone": transformer(16, 1), "expert": transformer(12, 1), "layers": "scan"},
+    "all key heads, state token, 3 flow samples, bfloat16": {
+        "backbone": transformer(16, 4),
+        "expert": transformer(12, 4),
         "state_input": "token",
         "flow_samples": 3,
         "compute_dtype": "bfloat16",
@@ -57,35 +59,43 @@ HASTE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": Fal
 jit: Callable = partial(jax.jit, compiler_options=HASTE)
 
 
+@functools.lru_cache
 def model(config: Config = SMALL, batch_size: int = 2, seed: int = 0) -> tuple[Params, Batch]:
     """Parameters without a comfortable zero, and a batch."""
+    key = jax.random.key(seed)
+    make = jit(lambda k: fake_batch(config, batch_size, k))
+    return jit(lambda k: randomise(abstract_params(config), k))(key), make(jax.random.fold_in(key, 1))
 
+
+@functools.lru_cache
+def _loss(config: Config) -> Callable:
+    return jit(lambda params, batch: compute_loss(params, config, batch, jax.random.key(7)))
+
+
+def loss(params: Params, config: Config, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    return _loss(config)(params, batch)
+
+
+@functools.lru_cache
+def _gradients(config: Config) -> Callable:
     @jit
-    def make(key: jax.Array) -> tuple[Params, Batch]:
-        return randomise(abstract_params(config), key), fake_batch(config, batch_size, jax.random.fold_in(key, 1))
-
-    return make(jax.random.key(seed))
-
-
-def loss(params: Params, config: Config, batch: Batch, seed: int = 7) -> tuple[jax.Array, dict[str, jax.Array]]:
-    return jit(lambda p, b: compute_loss(p, config, b, jax.random.key(seed)))(params, batch)
-
-
-def gradients(params: Params, config: Config, batch: Batch, *names: str) -> list[Params]:
-    """The gradient of each named loss ("total", or a metric), from one compiled program."""
-
-    @jit
-    def run(params: Params, batch: Batch) -> list[Params]:
+    def run(params: Params, batch: Batch) -> dict[str, Params]:
         def losses(params: Params) -> dict[str, jax.Array]:
             total, metrics = compute_loss(params, config, batch, jax.random.key(7))
             return {"total": total} | metrics
 
         values, pull = jax.vjp(losses, params)
+        names = ("total", "flow", "fast")
         seeds = {name: jnp.array([float(name == wanted) for wanted in names]) for name in values}
         (stacked,) = jax.vmap(pull)(seeds)  # one backward program for all
-        return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(len(names))]
+        return {name: jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i, name in enumerate(names)}
 
-    return run(params, batch)
+    return run
+
+
+def gradients(params: Params, config: Config, batch: Batch, afresh: bool = False) -> dict[str, Params]:
+    """The gradients of "total", "flow" and "fast". `afresh` where the package was changed under our feet."""
+    return (_gradients.__wrapped__ if afresh else _gradients)(config)(params, batch)
 
 
 def largest(tree: Any) -> float:
@@ -101,14 +111,24 @@ def by_leaf(tree: Any) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in paths}
 
 
+CLOSE, FAR = 1e-3, 1e-2
+"""Of outputs about 1: between two programs for the same numbers (the fastest of the time embedding's waves turns
+1,500 radians, so its float32 phase is good to 1e-4), and between different numbers."""
+
+
 def difference(a: Any, b: Any) -> float:
     """The largest difference between two trees: 0.0 only where they are the same numbers."""
     return largest(jax.tree.map(lambda x, y: np.asarray(x, np.float64) - np.asarray(y, np.float64), a, b))
 
 
+@functools.lru_cache
+def _prefix(config: Config) -> Callable:
+    return jit(lambda p, b: run_backbone(p.vision, p.backbone, config, b.observation, b.ar_mask))
+
+
 def prefix(params: Params, config: Config, batch: Batch) -> Prefix:
     """One backbone pass over all of the sequence."""
-    return jit(lambda p, b: run_backbone(p.vision, p.backbone, config, b.observation, b.ar_mask))(params, batch)
+    return _prefix(config)(params, batch)
 
 
 def draws(config: Config, batch: Batch, samples: int = 1, seed: int = 3) -> tuple[jax.Array, jax.Array]:
@@ -118,19 +138,17 @@ def draws(config: Config, batch: Batch, samples: int = 1, seed: int = 3) -> tupl
     return jax.random.normal(noise, (*shape, config.horizon, config.action_dim)), jax.random.uniform(time, shape)
 
 
+@functools.lru_cache
+def _velocity(config: Config) -> Callable:
+    return jit(lambda expert, *inputs: run_expert(expert, config, *inputs))
+
+
 def velocity(
     params: Params, config: Config, batch: Batch, noisy: jax.Array, time: jax.Array, memory: Memory | None = None
 ) -> jax.Array:
     """What the expert answers to noisy chunks, from the batch's own memory unless another is given."""
-
-    @jit
-    def run(params: Params, batch: Batch, memory: Memory | None) -> jax.Array:
-        if memory is None:
-            read = run_backbone(params.vision, params.backbone, config, batch.observation, batch.ar_mask)
-            memory = insulate(read, config.num_memory)
-        return run_expert(params.expert, config, memory, batch.observation.state, noisy, time)
-
-    return run(params, batch, memory)
+    memory = memory or insulate(prefix(params, config, batch), config.num_memory)
+    return _velocity(config)(params.expert, memory, batch.observation.state, noisy, time)
 
 
 def replace_observation(batch: Batch, **fields: Any) -> Batch:

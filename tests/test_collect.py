@@ -7,8 +7,8 @@ import gymnasium
 import numpy as np
 import pytest
 
+from insula import collect as module
 from insula.collect import collect
-from insula.data import collect as module
 from insula.data.lerobot import LeRobotDataset
 from insula.sim.expert import rollout
 from insula.sim.seeds import DEMONSTRATIONS, EVALUATION

@@ -147,7 +147,7 @@ def _cross_entropy_forward(
 ) -> tuple[tuple[Array, Array], tuple]:
     """log Σ exp(logit) by an online softmax, beside the largest logit and the label's own, from the same product."""
 
-    def step(carry: tuple[Array, Array, Array], inputs: tuple[Array, Array]) -> tuple[tuple[Array, ...], None]:
+    def step(carry: tuple[Array, Array, Array], inputs: tuple[Array, Array]) -> tuple[tuple[Array, Array, Array], None]:
         best, total, own = carry
         piece, label = inputs
         logits = _logits(hidden, piece, dtype)
@@ -163,9 +163,7 @@ def _cross_entropy_forward(
     return (log_z - own, own >= best), (hidden, embedding, labels, log_z)
 
 
-def _cross_entropy_backward(
-    dtype: str, chunk: int, residuals: tuple, gradient: tuple[Array, Array]
-) -> tuple[Array, Array, None]:
+def _cross_entropy_backward(dtype: str, chunk: int, residuals: tuple, gradient: tuple) -> tuple[Array, Array, None]:
     """(softmax − one-hot) · gradient, the logits computed again."""
     hidden, embedding, labels, log_z = residuals
 

@@ -1,0 +1,206 @@
+"""The token loss: causal FAST tokens, exactly the scored positions, and a cross-entropy in vocabulary chunks."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from small import SMALL, difference, gradients, jit, largest, loss, model, prefix, replace_observation, transformer
+
+from insula.batch import Batch
+from insula.losses import average, cross_entropy, flow_loss, language_loss, token_loss
+from insula.model import abstract_params
+from insula.model.backbone import run_backbone
+from insula.model.config import VisionConfig
+from insula.testing import fake_batch, randomise
+
+IMAGES = SMALL.num_image_tokens
+
+
+def bidirectional(batch: Batch) -> Batch:
+    """The wrong mask: FAST tokens in the prefix's block."""
+    return dataclasses.replace(batch, ar_mask=jnp.zeros_like(batch.ar_mask))
+
+
+def test_fast_tokens_are_causal() -> None:
+    """A changed token changes nothing before it, and everything from it on."""
+    params, batch = model()
+    tokens = batch.observation.tokens
+    first = int(jnp.argmax(batch.ar_mask[0]))
+    for j in (first, first + 1):
+        changed = replace_observation(batch, tokens=tokens.at[0, j].set((tokens[0, j] + 5) % SMALL.vocab_size))
+        a, b = (prefix(params, SMALL, case).hidden[0] for case in (batch, changed))
+        assert difference(a[: IMAGES + j], b[: IMAGES + j]) == 0.0
+        assert np.all(jnp.max(jnp.abs(a - b), axis=-1)[IMAGES + j : IMAGES + first + 3] > 1e-4)
+        a, b = (prefix(params, SMALL, bidirectional(case)).hidden[0] for case in (batch, changed))
+        assert difference(a[: IMAGES + j], b[: IMAGES + j]) > 1e-2
+
+
+def test_random_strings_cannot_be_learned() -> None:
+    """K = 4 symbols drawn anew for each sample: no loss below ln K, but for a model that sees what it is to predict."""
+    symbols, batch_size, steps = 4, 16, 250
+    config = dataclasses.replace(
+        SMALL, backbone=transformer(16, 2), vocab_size=8, max_prompt_len=1, max_fast_len=6, cameras=("front",)
+    )
+    params = jit(lambda key: randomise(abstract_params(config), key))(jax.random.key(0))
+    params = jax.tree.map(lambda leaf: 0.5 * leaf, params)
+    optimiser = optax.adam(1e-2)
+    like = jit(lambda key: fake_batch(config, batch_size, key))(jax.random.key(1))
+    real = jnp.ones((batch_size, config.max_token_len), bool)
+    fast = real.at[:, 0].set(False)
+    absent = {"front": jnp.zeros(batch_size, bool)}
+
+    def train(ar_mask):
+        def step(carry, key):
+            params, state = carry
+            tokens = jax.random.randint(key, real.shape, 1, symbols + 1).at[:, 0].set(0)
+            batch = dataclasses.replace(like, ar_mask=ar_mask, loss_mask=fast)
+            batch = replace_observation(batch, tokens=tokens, token_mask=real, image_mask=absent)
+            value, gradient = jax.value_and_grad(lambda p: language_loss(p, config, batch, key)[0])(params)
+            updates, state = optimiser.update(gradient, state)
+            return (optax.apply_updates(params, updates), state), value
+
+        keys = jax.random.split(jax.random.key(2), steps)
+        return jax.lax.scan(step, (params, optimiser.init(params)), keys)[1]
+
+    run = jit(train)
+    causal, copied = (np.asarray(run(mask))[-50:].mean() for mask in (fast, jnp.zeros_like(fast)))
+    assert causal == pytest.approx(np.log(symbols), abs=0.05)
+    assert copied < 0.5 * np.log(symbols)
+
+
+def plain_loss(params, batch, scored):
+    """Full-sequence logits, log-softmax, shifted by one: the literal form."""
+    logits = prefix(params, SMALL, batch).hidden[:, IMAGES - 1 : -1] @ params.backbone.embedding.T
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.observation.tokens[..., None], axis=-1)[..., 0]
+    return -jnp.sum(picked * scored) / jnp.sum(scored)
+
+
+def test_it_scores_exactly_the_mask() -> None:
+    """Prompt, state, EOS and padding add nothing. Control: the mask unshifted, and a mask with one hole."""
+    params, batch = model()
+    for mask in (batch.loss_mask, batch.loss_mask.at[0, int(jnp.argmax(batch.loss_mask[0])) + 1].set(False)):
+        _, metrics = loss(params, SMALL, dataclasses.replace(batch, loss_mask=mask))
+        assert float(metrics["scored_tokens"]) == int(jnp.sum(mask))
+        assert float(metrics["fast"]) == pytest.approx(float(plain_loss(params, batch, mask)), rel=1e-4)
+        wrong = float(plain_loss(params, batch, jnp.roll(mask, 1, axis=1)))
+        assert float(metrics["fast"]) != pytest.approx(wrong, rel=1e-2)
+
+    # Labels outside the mask, EOS and padding, may be anything.
+    unscored = ~batch.loss_mask & (jnp.cumsum(batch.loss_mask, axis=1) > 0)
+    assert np.any(unscored)
+    other = jnp.where(unscored, (batch.observation.tokens + 9) % SMALL.vocab_size, batch.observation.tokens)
+    changed = replace_observation(batch, tokens=other)
+    assert float(loss(params, SMALL, changed)[1]["fast"]) == float(loss(params, SMALL, batch)[1]["fast"])
+    scored = jnp.where(batch.loss_mask, (batch.observation.tokens + 9) % SMALL.vocab_size, batch.observation.tokens)
+    changed = replace_observation(batch, tokens=scored)
+    assert float(loss(params, SMALL, changed)[1]["fast"]) != float(loss(params, SMALL, batch)[1]["fast"])
+
+
+def test_nothing_to_score_is_zero() -> None:
+    """No tokenised prompt, or no scored token: 0, finite gradients, and the flow loss as ever."""
+    params, batch = model()
+    assert largest(gradients(params, SMALL, batch)["fast"]) > 0
+    unscored = dataclasses.replace(batch, loss_mask=jnp.zeros_like(batch.loss_mask))
+    no_tokens = dataclasses.replace(
+        replace_observation(batch, tokens=None, token_mask=None), ar_mask=None, loss_mask=None
+    )
+    for case in (unscored, no_tokens):
+        total, metrics = loss(params, SMALL, case)
+        assert float(metrics["fast"]) == float(metrics["scored_tokens"]) == float(metrics["token_accuracy"]) == 0.0
+        assert float(total) == float(metrics["flow"]) > 0
+        found = gradients(params, SMALL, case)
+        assert largest(found["fast"]) == 0.0 < largest(found["total"])
+
+
+def test_the_worked_example() -> None:
+    """Two cameras of 256 tokens, 4 prompt tokens, 48 scored FAST tokens: 564 positions, loss on the last 48."""
+    config = dataclasses.replace(
+        SMALL,
+        vision=VisionConfig(image_size=64, patch_sizes=(4,), stem_widths=(), width=8, depth=1, mlp_dim=8, num_heads=1),
+        max_prompt_len=4,
+        max_fast_len=48,
+        horizon=16,
+        action_dim=8,
+        ki_fast_loss_weight=0.5,
+    )
+    params, batch = model(config, batch_size=2)
+    fast = jnp.broadcast_to(jnp.arange(52) >= 4, (2, 52))
+    batch = dataclasses.replace(
+        replace_observation(batch, token_mask=jnp.ones((2, 52), bool)),
+        ar_mask=fast,
+        loss_mask=fast,
+        action_is_pad=jnp.zeros((2, 16), bool),
+    )
+    read = jit(lambda p, b: run_backbone(p.vision, p.backbone, config, b.observation, b.ar_mask))(params, batch)
+    assert read.hidden.shape[:2] == (2, 564) and read.keys.shape[2] == 564
+
+    def of_hidden(hidden):
+        return token_loss(dataclasses.replace(read, hidden=hidden), params.backbone.embedding, batch, config)[0]
+
+    reached = np.any(jit(jax.grad(of_hidden))(read.hidden) != 0, axis=-1)
+    assert np.array_equal(reached, np.broadcast_to((np.arange(564) >= 515) & (np.arange(564) < 563), (2, 564)))
+
+    total, metrics = loss(params, config, batch)
+    assert float(metrics["scored_tokens"]) == 2 * 48
+    assert float(total) == pytest.approx(float(metrics["flow"] + 0.5 * metrics["fast"]), rel=1e-6)
+    v, u = jax.random.normal(jax.random.key(0), (2, 2, 16, 8))
+    per_step = flow_loss(v, u, batch.action_mask)
+    assert per_step.shape == (2, 16)
+    assert float(average(per_step, batch.action_mask)) == pytest.approx(float(jnp.mean(per_step)), rel=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [None, 12, 1])
+def test_chunked_cross_entropy_is_logsumexp(chunk: int | None) -> None:
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden, embedding = jax.random.normal(keys[0], (20, 8)), jax.random.normal(keys[1], (36, 8))
+    labels = jax.random.randint(keys[2], (20,), 0, 36).at[:10].set(jnp.argmax(hidden[:10] @ embedding.T, axis=1))
+    pull = jax.random.normal(keys[3], (20,))
+
+    def plain(hidden, embedding):
+        logits = hidden @ embedding.T
+        own = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+        return jax.nn.logsumexp(logits, axis=1) - own, jnp.argmax(logits, axis=1) == labels
+
+    def run(function):
+        (values, right), back = jax.vjp(function, hidden, embedding)
+        return values, right, back((pull, np.zeros(20, jax.dtypes.float0)))
+
+    def chunked(dtype):
+        return lambda h, e: cross_entropy(h, e, labels, dtype, chunk)
+
+    wanted, found, low = (jit(lambda f=f: run(f))() for f in (plain, chunked("float32"), chunked("bfloat16")))
+    assert difference(found[0], wanted[0]) < 1e-5 and difference(found[2], wanted[2]) < 1e-5
+    assert np.array_equal(found[1], wanted[1]) and 10 <= int(jnp.sum(found[1])) < 20
+    assert 0 < difference(low[0], wanted[0]) < 0.1 and difference(low[2], wanted[2]) < 0.1
+    assert difference(jnp.roll(wanted[0], 1), wanted[0]) > 1
+
+
+def test_a_label_that_is_likeliest_is_right() -> None:
+    """At real sizes two products of the same vectors differ in the last bits: both must come from the same one."""
+    hidden, embedding = (
+        jax.random.normal(jax.random.key(0), (64, 128)),
+        jax.random.normal(jax.random.key(1), (512, 128)),
+    )
+    for dtype in ("float32", "bfloat16"):
+        logits = jnp.dot(hidden.astype(dtype), embedding.astype(dtype).T, preferred_element_type=jnp.float32)
+        _, right = jax.jit(lambda labels, dtype=dtype: cross_entropy(hidden, embedding, labels, dtype, 128))(
+            jnp.argmax(logits, axis=1)
+        )
+        assert np.all(right)
+
+
+def test_a_chunk_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="vocab_chunk is 7, expected a divisor of the vocabulary's 36"):
+        cross_entropy(jnp.zeros((2, 8)), jnp.zeros((36, 8)), jnp.zeros(2, jnp.int32), "float32", 7)
+
+
+def test_random_parameters_are_near_ln_v() -> None:
+    """The scale of it: an uninformed model pays about ln V per token."""
+    params, batch = model()
+    small = dataclasses.replace(
+        params, backbone=dataclasses.replace(params.backbone, embedding=params.backbone.embedding * 1e-3)
+    )
+    assert float(loss(small, SMALL, batch)[1]["fast"]) == pytest.approx(np.log(SMALL.vocab_size), rel=0.01)

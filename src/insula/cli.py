@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ def main() -> None:
     """Run one command. An error the user can mend is one line and exit code 1; INSULA_DEBUG=1 shows where it arose."""
     _use_huge_pages()
     logging.basicConfig(level=logging.WARNING, format="insula: %(message)s")
+    warnings.formatwarning = lambda message, *_: f"insula: {message}\n"
     commands: dict[str, Callable[..., Any]] = {
         "collect": collect,
         "pretrain": pretrain,
@@ -30,8 +32,8 @@ def main() -> None:
         if sys.argv[1:2] == ["train"]:
             return _train(sys.argv[2:])
         tyro.extras.subcommand_cli_from_dict(commands, prog="insula", description=__doc__)
-    except KeyboardInterrupt:
-        console.print("insula: interrupted")
+    except KeyboardInterrupt as error:
+        console.print(f"insula: {error.args[0] if error.args else 'interrupted'}", markup=False, highlight=False)
         sys.exit(130)
     except (ValueError, LookupError, OSError, RuntimeError, ArithmeticError) as error:
         if os.environ.get("INSULA_DEBUG"):

@@ -100,12 +100,15 @@ def fit(
                 bar.update(task, figures=f"{figures} {seconds * 1e3:.0f} ms/step")
                 pending, waited, since = [], 0.0, time.perf_counter()
             bar.update(task, completed=done)
-            for hook in hooks:
-                if done % hook.steps == 0 or done == steps:
-                    found = hook.action(state)
-                    if found:
-                        log.write(done, found)
-                    since = time.perf_counter()
+            due = [hook for hook in hooks if done % hook.steps == 0 or done == steps]
+            if due:  # no hook, such as a checkpoint, gets a state whose metrics nobody has looked at
+                _refuse_non_finite(log, done - len(pending), jax.device_get(pending))
+            for hook in due:
+                found = hook.action(state)
+                if found:
+                    log.write(done, found)
+                since = time.perf_counter()
+        _refuse_non_finite(log, done - len(pending), jax.device_get(pending))  # the caller saves what it gets
         return state, done >= steps
 
 

@@ -1,0 +1,285 @@
+"""One update, many updates, and what survives an interruption: optimisers per part, checkpoints, the loop."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from small import SMALL, difference, jit, largest, model
+
+from insula.checkpoints import weights
+from insula.checkpoints.store import CheckpointError, CheckpointStore
+from insula.model import Params
+from insula.train.loop import Every, MetricsLog, NonFiniteError, fit
+from insula.train.optimiser import OptimiserConfig, make_optimiser
+from insula.train.step import TrainState, make_train_step, start_state
+
+SETTINGS = OptimiserConfig(warmup_steps=1, ema_decay=0.9)
+
+
+def training(**changes: object):
+    """A step function, and a state to start from."""
+    config = dataclasses.replace(SMALL, **changes)
+    params, batch = model(config)
+    optimiser = make_optimiser(SETTINGS, 10, config.freeze_backbone)
+    step = make_train_step(config, optimiser, SETTINGS.ema_decay, jax.random.key(1))
+    return step, lambda: start_state(jax.tree.map(jnp.copy, params), optimiser), batch
+
+
+@pytest.fixture(scope="module")
+def usual():
+    return training()
+
+
+def run(step, state: TrainState, batch, steps: int) -> TrainState:
+    for _ in range(steps):
+        state, _ = step(state, batch)
+    return jax.device_get(state)
+
+
+def test_a_step_moves_every_part_and_reports(usual) -> None:
+    step, start, batch = usual
+    before = jax.device_get(start().params)
+    state, metrics = step(start(), batch)  # the warm-up starts at zero
+    state, metrics = step(state, batch)
+    for part in ("vision", "backbone", "expert"):
+        assert difference(getattr(state.params, part), getattr(before, part)) > 0
+        assert float(metrics[f"gradient_norm/{part}"]) > 0
+    assert int(state.step) == 2
+    assert float(metrics["total"]) == pytest.approx(float(metrics["flow"] + metrics["fast"]), rel=1e-6)
+
+
+def test_a_frozen_backbone_stays_bit_for_bit() -> None:
+    step, start, batch = training(freeze_backbone=True, ki_fast_loss_weight=0.0)
+    before = jax.device_get(start().params)
+    state = run(step, start(), batch, 3)
+    assert difference((state.params.vision, state.params.backbone), (before.vision, before.backbone)) == 0.0
+    assert difference(state.params.expert, before.expert) > 0
+
+
+def test_the_average_follows_the_parameters(usual) -> None:
+    """Short memory while all is new: decay min(0.9, (1 + n) / (10 + n))."""
+    step, start, batch = usual
+    state, average = start(), jax.device_get(start().params)
+    for n in range(3):
+        state, _ = step(state, batch)
+        decay = min(SETTINGS.ema_decay, (1 + n) / (10 + n))
+        average = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * np.asarray(p), average, state.params)
+    assert difference(state.average, average) < 1e-6 < difference(state.average, state.params)
+
+
+def test_two_runs_are_the_same(usual) -> None:
+    """Control: one more step."""
+    step, start, batch = usual
+    first, second = run(step, start(), batch, 3), run(step, start(), batch, 3)
+    assert difference(first, second) == 0.0 < difference(first.params, run(step, start(), batch, 4).params)
+
+
+def updates_for(optimiser, gradient: Params, params: Params, steps: int = 2) -> Params:
+    @jit
+    def go(gradient, params):
+        state = optimiser.init(params)
+        for _ in range(steps):
+            updates, state = optimiser.update(gradient, state, params)
+        return updates
+
+    return go(gradient, params)
+
+
+def test_a_huge_backbone_gradient_does_not_throttle_the_expert() -> None:
+    """Clipping and optimiser per part. Control: one clipping for all parts does throttle it."""
+    params, _ = model()
+    gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e-3), params)
+    huge = dataclasses.replace(gradient, backbone=jax.tree.map(lambda leaf: 1e6 * leaf, gradient.backbone))
+    ours = make_optimiser(dataclasses.replace(SETTINGS, warmup_steps=0), 10, False)
+    a, b = (updates_for(ours, g, params) for g in (gradient, huge))
+    assert difference(a.expert, b.expert) == 0.0 < largest(a.expert)
+    # SGD shows what Adam's normalisation would hide.
+    shared = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0))
+    a, b = (updates_for(shared, g, params) for g in (gradient, huge))
+    assert largest(b.expert) < 1e-3 * largest(a.expert)
+
+
+def test_a_part_is_clipped_by_its_own_norm() -> None:
+    """Adam hides a constant scale, so the second of two gradients is larger: clipped, both look alike."""
+    params, _ = model()
+    small_gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1.0), params)
+
+    def second_update(clip: float):
+        optimiser = make_optimiser(
+            dataclasses.replace(SETTINGS, clip_norm=clip, warmup_steps=0, weight_decay=0.0), 10, False
+        )
+
+        @jit
+        def go(gradient, params):
+            _, state = optimiser.update(gradient, optimiser.init(params), params)
+            return optimiser.update(jax.tree.map(lambda leaf: 100 * leaf, gradient), state, params)[0]
+
+        return go(small_gradient, params)
+
+    assert largest(second_update(1.0).expert) < 0.9 * largest(second_update(1e9).expert)
+
+
+@pytest.fixture(scope="module")
+def saved(usual, tmp_path_factory: pytest.TempPathFactory):
+    """A store with the state after two steps, and that state."""
+    step, start, batch = usual
+    state = run(step, start(), batch, 2)
+    directory = tmp_path_factory.mktemp("run") / "checkpoints"
+    with CheckpointStore(directory) as store:
+        store.save(2, state.average, state, lambda path: (path / "note.txt").write_text("all that travels") and None)
+    return directory, state
+
+
+def test_a_restored_run_continues_bit_for_bit(usual, saved) -> None:
+    step, start, batch = usual
+    directory, state = saved
+    with CheckpointStore(directory) as store:
+        assert store.latest() == 2 and (store.assets() / "note.txt").read_text() == "all that travels"
+        restored = store.restore("train_state", start())
+        assert difference(store.restore("params", start().params), state.average) == 0.0
+    assert difference(restored, state) == 0.0
+    assert difference(run(step, restored, batch, 2), run(step, start(), batch, 4)) == 0.0
+
+
+def test_another_model_and_another_step_are_refused(saved) -> None:
+    directory, _ = saved
+    other = model(dataclasses.replace(SMALL, action_dim=5))[0]
+    with CheckpointStore(directory) as store:
+        with pytest.raises(CheckpointError, match="2/params"):
+            store.restore("params", other)
+        with pytest.raises(CheckpointError, match="no checkpoint at step 7; there are: 2"):
+            store.restore("params", other, step=7)
+    with CheckpointStore(directory.parent / "empty") as store, pytest.raises(CheckpointError, match="none"):
+        store.restore("params", other)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    for position in range(len(data) // 4, 3 * len(data) // 4, 97):
+        data[position] ^= 0xFF
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
+def test_a_damaged_checkpoint_is_named(damage, usual, saved, tmp_path: Path) -> None:
+    """The largest file of the training state: flipped bytes, half of it, or none of it."""
+    _, start, _ = usual
+    shutil.copytree(saved[0], tmp_path / "checkpoints")
+    shards = [path for path in (tmp_path / "checkpoints" / "2" / "train_state").rglob("*") if path.is_file()]
+    damage(max(shards, key=lambda path: path.stat().st_size))
+    with (
+        CheckpointStore(tmp_path / "checkpoints") as store,
+        pytest.raises(CheckpointError, match="checkpoints/2/train_state"),
+    ):
+        store.restore("train_state", start())
+
+
+def test_exported_weights_come_back(tmp_path: Path) -> None:
+    params, _ = model()
+    path = tmp_path / "weights.safetensors"
+    weights.save(path, params, "float32")
+    assert difference(weights.load(path, params), params) == 0.0
+    weights.save(path, params)
+    assert 0 < difference(weights.load(path, params), params) < 0.02
+    with pytest.raises(CheckpointError, match=r"expert.action_in.kernel has shape"):
+        weights.load(path, model(dataclasses.replace(SMALL, action_dim=5))[0])
+    with pytest.raises(CheckpointError, match=r"expert.state_in.bias is missing"):
+        weights.load(path, model(dataclasses.replace(SMALL, state_input="token"))[0])
+    truncate(path)
+    with pytest.raises(CheckpointError, match=r"weights.safetensors"):
+        weights.load(path, params)
+
+
+# The loop knows nothing of models: a counter will do.
+
+
+def counter(bad_step: int | None = None):
+    def step(state: TrainState, batch: float):
+        n = int(state.step) + 1
+        metrics = {"total": jnp.asarray(batch), "flow": jnp.asarray(np.nan if n == bad_step else 1.0)}
+        return dataclasses.replace(state, step=jnp.asarray(n, jnp.int32)), metrics
+
+    return step, TrainState(jnp.zeros((), jnp.int32), (), (), ())  # type: ignore[arg-type]
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def batches():
+    n = 0
+    while True:
+        n += 1
+        yield float(n)
+
+
+def test_the_loop_logs_means_and_calls_hooks(tmp_path: Path, unchecked: None) -> None:
+    step, state = counter()
+    called: list[int] = []
+    hook = Every(2, lambda state: called.append(int(state.step)) or {"held_out/flow": 0.5})
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    state, complete = fit(state, step, batches(), 5, log, 2, (hook,), quiet=True)
+    log.close()
+    assert complete and int(state.step) == 5 and called == [2, 4, 5]
+    found = rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in found] == [2, 2, 4, 4, 5, 5]
+    assert [row["total"] for row in found if "total" in row] == [1.5, 3.5, 5.0]
+
+
+@pytest.mark.parametrize(("bad_step", "hook_every"), [(3, 100), (4, 100), (3, 3)])
+def test_nan_ends_training_and_is_named(tmp_path: Path, unchecked: None, bad_step: int, hook_every: int) -> None:
+    """Metric and step, though metrics are fetched later; and no hook, such as a checkpoint, sees that state."""
+    step, state = counter(bad_step)
+    called: list[int] = []
+    hook = Every(hook_every, lambda state: called.append(int(state.step)))
+    with pytest.raises(NonFiniteError, match=f"flow is nan at step {bad_step}"):
+        fit(state, step, batches(), 20, MetricsLog(tmp_path / "metrics.jsonl"), 5, (hook,), quiet=True)
+    assert called == [] and rows(tmp_path / "metrics.jsonl")[-1] == {"step": bad_step, "total": bad_step, "flow": "nan"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_ends_after_the_running_update(tmp_path: Path, unchecked: None, number: int) -> None:
+    step, state = counter()
+    before = signal.getsignal(number)
+    hook = Every(3, lambda state: os.kill(os.getpid(), number))
+    state, complete = fit(state, step, batches(), 50, MetricsLog(tmp_path / "m.jsonl"), 5, (hook,), quiet=True)
+    assert not complete and int(state.step) == 3
+    assert signal.getsignal(number) is before
+
+
+def test_nan_before_an_interruption_is_no_state_to_keep(tmp_path: Path, unchecked: None) -> None:
+    step, state = counter(bad_step=2)
+
+    def interrupt(_):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def stepping(state, batch):
+        if int(state.step) == 2:
+            interrupt(None)
+        return step(state, batch)
+
+    with pytest.raises(NonFiniteError, match="at step 2"):
+        fit(state, stepping, batches(), 50, MetricsLog(tmp_path / "m.jsonl"), 20, quiet=True)
+
+
+def test_a_second_interruption_ends_at_once(tmp_path: Path, unchecked: None) -> None:
+    step, state = counter()
+
+    def twice(_):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(state, step, batches(), 50, MetricsLog(tmp_path / "m.jsonl"), 5, (Every(3, twice),), quiet=True)

@@ -5,7 +5,7 @@
 
 Ours is `value_and_grad(compute_loss)`: one backbone pass, logits at scored positions only, integer labels. The literal
 form makes two passes: the backbone over [images | prompt | FAST] with one-hot cross-entropy over the logits of every
-position, then the prefix again for the action expert. Same parameters, same batch, same process, rounds alternating;
+position, then images and prompt again, jointly with the actions (XLA spares it the second image encoding). Same parameters, same batch, same process, rounds alternating;
 times are medians of the wall clock. Run it with GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as `make bench` does.
 """
 
@@ -20,14 +20,15 @@ import jax
 import jax.numpy as jnp
 
 from insula import flow
-from insula.batch import Batch
+from insula.batch import Batch, Observation
 from insula.losses import average, compute_loss, flow_loss
-from insula.model import Params, count_params, init_params
-from insula.model.backbone import run_backbone
+from insula.model import Params, abstract_params, count_params, layers
+from insula.model.attention import attend
+from insula.model.backbone import embed, run_backbone
 from insula.model.config import Config, TransformerConfig, VisionConfig, preset
-from insula.model.expert import run_expert
-from insula.model.insulation import insulate
+from insula.model.layers import affine
 from insula.testing import fake_batch, randomise
+from insula.tokens import masks
 
 
 def two_passes(params: Params, config: Config, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -51,16 +52,46 @@ def two_passes(params: Params, config: Config, batch: Batch, rng: jax.Array) -> 
         tokens=seen.tokens[:, :columns],
         token_mask=seen.token_mask[:, :columns] & ~batch.ar_mask[:, :columns],
     )
-    again = run_backbone(params.vision, params.backbone, config, prompt)
-    memory = insulate(again, config.num_memory)
     time_rng, noise_rng = jax.random.split(rng)
     draws = (batch.actions.shape[0], 1)
     t = flow.sample_time(time_rng, draws)
     noise = jax.random.normal(noise_rng, (*draws, *batch.actions.shape[1:]))
     actions, mask = batch.actions[:, None], batch.action_mask[:, None]
-    velocity = run_expert(params.expert, config, memory, seen.state, flow.add_noise(actions, noise, t), t)
+    velocity = joint_pass(params, config, prompt, flow.add_noise(actions, noise, t), t)
     error = average(flow_loss(velocity, flow.target_velocity(actions, noise), mask), mask)
     return config.ki_fast_loss_weight * fast + error, {"fast": fast, "flow": error}
+
+
+def joint_pass(params: Params, config: Config, seen: Observation, noisy: jax.Array, t: jax.Array) -> jax.Array:
+    """Prefix and actions through both towers in lockstep, one masked softmax per layer; the prefix gets no gradient."""
+    dtype, expert = config.compute_dtype, params.expert
+    vision, backbone = jax.lax.stop_gradient((params.vision, params.backbone))
+    x, real, _ = embed(vision, backbone, config, seen, None)
+    a = affine(noisy, expert.action_in, dtype)
+    c = jax.nn.silu(affine(layers.time_embedding(t, config.expert.width), expert.time_in, dtype))
+    c = jax.nn.silu(affine(c, expert.time_out, dtype))
+    real = jnp.pad(real, ((0, 0), (0, config.horizon)), constant_values=True)
+    mask = masks.make_attn_mask(real, jnp.broadcast_to(jnp.arange(real.shape[1]) == x.shape[1], real.shape))
+    positions = masks.positions(real)
+
+    def layer(carry: tuple, weights: tuple) -> tuple:
+        (x, a), (p, s) = carry, weights
+        y = layers.rms_norm(x, p.attention_norm)
+        z, gate = layers.ada_rms_norm(a, affine(c, s.attention_norm, dtype))
+        q, k, v = (
+            jnp.concatenate([layers.linear(y, w, dtype), layers.linear(z[:, 0], u, dtype)], axis=1)
+            for w, u in ((p.query, s.query), (p.key, s.key), (p.value, s.value))
+        )
+        out = attend(layers.rope(q, positions) * q.shape[-1] ** -0.5, layers.rope(k, positions), v, mask)
+        x = x + layers.merge_heads(out[:, : x.shape[1]], p.out, dtype)
+        a = a + gate * layers.merge_heads(out[:, None, x.shape[1] :], s.out, dtype)
+        x = x + layers.geglu(layers.rms_norm(x, p.mlp_norm), p.gate, p.up, p.down, dtype)
+        z, gate = layers.ada_rms_norm(a, affine(c, s.mlp_norm, dtype))
+        return (x, a + gate * layers.geglu(z, s.gate, s.up, s.down, dtype)), None
+
+    (_, a), _ = layers.walk(layer, (x, a), (backbone.layers, expert.layers), config.layers)
+    a, _ = layers.ada_rms_norm(a, affine(c, expert.norm, dtype))
+    return affine(a, expert.action_out, dtype)
 
 
 def model_flops(config: Config, batch_size: int) -> float:
@@ -112,7 +143,7 @@ def compare(title: str, forms: dict[str, tuple[Callable, Config]], batch_size: i
     """Compile each form, run them in turn, print one line each; ratios are against the first, paired by round."""
     config = next(iter(forms.values()))[1]
     key = jax.random.key(0)
-    params = jax.jit(lambda k: randomise(init_params(config, k), k))(key)
+    params = jax.jit(lambda k: randomise(abstract_params(config), k))(key)
     batch = jax.jit(lambda k: fake_batch(config, batch_size, k))(key)
     runs, memory, losses = {}, {}, {}
     for name, (loss, form) in forms.items():

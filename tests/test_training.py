@@ -29,7 +29,7 @@ def training(**changes: object):
     config = dataclasses.replace(SMALL, **changes)
     params, batch = model(config)
     optimiser = make_optimiser(SETTINGS, 10, config.freeze_backbone)
-    step = make_train_step(config, optimiser, SETTINGS.ema_decay, jax.random.key(1))
+    step = jit(make_train_step(config, optimiser, SETTINGS.ema_decay, jax.random.key(1)))
     return step, lambda: start_state(jax.tree.map(jnp.copy, params), optimiser), batch
 
 
@@ -108,7 +108,7 @@ def test_a_huge_backbone_gradient_does_not_throttle_the_expert() -> None:
 
 
 def test_a_part_is_clipped_by_its_own_norm() -> None:
-    """Adam hides a constant scale, so the second of two gradients is larger: clipped, both look alike."""
+    """Adam hides a constant scale, but not a gradient that grows a hundredfold; clipped, both are the same to it."""
     params, _ = model()
     small_gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1.0), params)
 
@@ -124,7 +124,7 @@ def test_a_part_is_clipped_by_its_own_norm() -> None:
 
         return go(small_gradient, params)
 
-    assert largest(second_update(1.0).expert) < 0.9 * largest(second_update(1e9).expert)
+    assert largest(second_update(1e9).expert) < 0.9 * largest(second_update(1.0).expert)
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ def make_train_step(
         key = jax.random.fold_in(rng, state.step)
         value_and_grad = jax.value_and_grad(loss, has_aux=True)
         (total, metrics), gradients = value_and_grad(state.params, config, batch, key)
-        norms = {f"gradient_norm/{part}": optax.global_norm(getattr(gradients, part)) for part in PARTS}
+        norms = {f"gradient_norm/{part}": optax.tree.norm(getattr(gradients, part)) for part in PARTS}
         updates, optimiser_state = optimiser.update(gradients, state.optimiser, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))  # short memory while all is new

@@ -12,7 +12,8 @@ from insula.sim.instructions import COLOURS
 from insula.sim.scene import RGBA
 
 PLACE = r"((<loc\d{4}>){2,3}|not visible)"
-ANSWER = re.compile(rf"{PLACE}( and {PLACE})?|[a-z0-9 ,]+")
+LISTED = r"[a-z ]+(<loc\d{4}>){2,3}"
+ANSWER = re.compile(rf"{PLACE}( and {PLACE})?|{LISTED}( {LISTED})*|[a-z0-9 ,]+")
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +139,24 @@ def test_compound_questions_join_the_simple_answers(scenes):
             block, bowl = re.match(r"put the (\w+) block in the (\w+) bowl", question).groups()
             parts = (simple[f"from the gripper to the {name}"] for name in (f"{block} block", f"{bowl} bowl"))
             assert answer == " and ".join(parts)
+
+
+def test_lists_join_the_simple_answers_from_left_to_right(scenes):
+    """Each listed place is the answer to the question about that thing alone, and nothing in sight is left out."""
+    for _, facts in scenes:
+        simple = {question: answer for _, question, answer in q.all_questions(facts)}
+        shown = {c: {n for n, p in facts.pixels[c].items() if p.in_frame and p.visible > 0} for c in facts.pixels}
+        things = {f"{b.colour} block" for b in facts.table.blocks} | {f"{b.colour} bowl" for b in facts.table.bowls}
+        for question, single, names in (
+            ("what is on the table", "where is the {}", shown["front"]),
+            ("what is in the wrist camera", "where is the {} in the wrist camera", shown["wrist"] - {"gripper"}),
+            ("from the gripper to the blocks", "from the gripper to the {}", {n for n in things if "block" in n}),
+            ("from the gripper to the bowls", "from the gripper to the {}", {n for n in things if "bowl" in n}),
+        ):
+            listed = re.findall(r"([a-z]+(?: [a-z]+)?)((?:<loc\d{4}>)+)", simple[question])
+            assert dict(listed) == {name: simple[single.format(name)] for name in names}
+            across = [numbers(where)[1] for _, where in listed]
+            assert across == sorted(across)
 
 
 def test_every_kind_is_asked_and_no_question_has_two_answers(scenes):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small import SMALL, difference, jit, largest, model
+from small import SMALL, by_leaf, difference, jit, largest, model
 
 from insula.checkpoints import weights
 from insula.checkpoints.store import CheckpointError, CheckpointStore
@@ -28,7 +28,7 @@ def training(**changes: object):
     """A step function, and a state to start from."""
     config = dataclasses.replace(SMALL, **changes)
     params, batch = model(config)
-    optimiser = make_optimiser(SETTINGS, 10, config.freeze_backbone)
+    optimiser = make_optimiser(SETTINGS, config, 10)
     step = jit(make_train_step(config, optimiser, SETTINGS.ema_decay, jax.random.key(1)))
     return step, lambda: start_state(jax.tree.map(jnp.copy, params), optimiser), batch
 
@@ -98,7 +98,7 @@ def test_a_huge_backbone_gradient_does_not_throttle_the_expert() -> None:
     params, _ = model()
     gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e-3), params)
     huge = dataclasses.replace(gradient, backbone=jax.tree.map(lambda leaf: 1e6 * leaf, gradient.backbone))
-    ours = make_optimiser(dataclasses.replace(SETTINGS, warmup_steps=0), 10, False)
+    ours = make_optimiser(dataclasses.replace(SETTINGS, warmup_steps=0), SMALL, 10)
     a, b = (updates_for(ours, g, params) for g in (gradient, huge))
     assert difference(a.expert, b.expert) == 0.0 < largest(a.expert)
     # SGD shows what Adam's normalisation would hide.
@@ -114,7 +114,7 @@ def test_a_part_is_clipped_by_its_own_norm() -> None:
 
     def second_update(clip: float):
         optimiser = make_optimiser(
-            dataclasses.replace(SETTINGS, clip_norm=clip, warmup_steps=0, weight_decay=0.0), 10, False
+            dataclasses.replace(SETTINGS, clip_norm=clip, warmup_steps=0, weight_decay=0.0), SMALL, 10
         )
 
         @jit
@@ -125,6 +125,18 @@ def test_a_part_is_clipped_by_its_own_norm() -> None:
         return go(small_gradient, params)
 
     assert largest(second_update(1e9).expert) < 0.9 * largest(second_update(1.0).expert)
+
+
+def test_weight_decay_moves_matrices_only() -> None:
+    """Without a gradient, what moves is what decays. Ten layers: a stack of vectors must not pass for a matrix."""
+    deep = dataclasses.replace(SMALL.backbone, depth=10)
+    config = dataclasses.replace(SMALL, backbone=deep, expert=dataclasses.replace(SMALL.expert, depth=10))
+    params, _ = model(config)
+    optimiser = make_optimiser(dataclasses.replace(SETTINGS, warmup_steps=0), config, 10)
+    updates = by_leaf(updates_for(optimiser, jax.tree.map(jnp.zeros_like, params), params))
+    still = {name for name, update in updates.items() if not update.any()}
+    vectors = {name for name in updates if "norm" in name or name.endswith("bias") or name == "vision.position"}
+    assert still == vectors and len(vectors) < len(updates)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import tyro
 from rich.console import Console
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
-TRAIN = "Train a knowledge-insulated policy on a LeRobot data set. --preset NAME chooses the model that flags override."
 console = Console(stderr=True)
 
 
@@ -25,12 +24,13 @@ def main() -> None:
     commands: dict[str, Callable[..., Any]] = {
         "collect": collect,
         "pretrain": pretrain,
+        "train": train,
         "evaluate": evaluate,
         "demo": demo,
     }
     try:
         if sys.argv[1:2] == ["train"]:
-            return _train(sys.argv[2:])
+            return train(*sys.argv[2:])  # it parses by itself: one of its flags chooses the defaults of all others
         tyro.extras.subcommand_cli_from_dict(commands, prog="insula", description=__doc__)
     except KeyboardInterrupt as error:
         console.print(f"insula: {error.args[0] if error.args else 'interrupted'}", markup=False, highlight=False)
@@ -112,19 +112,20 @@ def evaluate(
     print(evaluate_run(run, episodes, first_seed, execute, json, video))
 
 
-def _train(arguments: list[str]) -> None:
-    """`insula train`: every field of `TrainConfig` is a flag; `--preset NAME` chooses the model they start from."""
+def train(*arguments: str) -> None:
+    """Train a knowledge-insulated policy on a LeRobot data set. --preset NAME chooses the model that flags override."""
     from insula.model.config import preset
     from insula.train.config import TrainConfig
     from insula.train.run import train as run
 
-    name = "tiny"
-    if "--preset" in arguments[:-1]:
-        at = arguments.index("--preset")
-        name, arguments = arguments[at + 1], arguments[:at] + arguments[at + 2 :]
+    name, rest = "tiny", list(arguments)
+    if "--preset" in rest[:-1]:
+        at = rest.index("--preset")
+        name = rest[at + 1]
+        del rest[at : at + 2]
     model = dataclasses.replace(preset(name), compute_dtype="bfloat16")
     default = TrainConfig(run=tyro.MISSING, model=model)
-    config = tyro.cli(TrainConfig, prog="insula train", description=TRAIN, default=default, args=arguments)
+    config = tyro.cli(TrainConfig, prog="insula train", description=train.__doc__, default=default, args=rest)
     complete = run(config)
     state = "done" if complete else "interrupted; go on with: insula train --resume --run"
     print(f"{state} {config.run}")

@@ -13,6 +13,7 @@ from insula.model.config import Config
 from insula.model.expert import run_expert
 from insula.model.insulation import freeze, insulate
 from insula.shapes import Array, Bool, Float, Int, PRNGKeyArray
+from insula.tokens import masks
 
 Metrics = dict[str, Array]
 
@@ -22,6 +23,9 @@ def compute_loss(params: Params, config: Config, batch: Batch, rng: PRNGKeyArray
 
     `metrics`: the differentiable scalars "fast" and "flow", "scored_tokens" (how many the token loss averages over)
     and "token_accuracy". Without tokens, or with none to score, "fast" is 0.
+
+    A sample that scores more than `max_fast_len` tokens, or has a prompt longer than `max_prompt_len`, makes its loss
+    NaN: a compiled function cannot raise, and must not score less than it was given. `FASTTokenizer` refuses both.
     """
     vision, backbone = params.vision, params.backbone
     if config.freeze_backbone:
@@ -41,7 +45,9 @@ def compute_loss(params: Params, config: Config, batch: Batch, rng: PRNGKeyArray
 
     fast, token_metrics = token_loss(prefix, backbone.embedding, batch, config)
     mask = batch.action_mask[:, None]
-    losses = {"fast": fast, "flow": average(flow_loss(velocity, flow.target_velocity(actions, noise), mask), mask)}
+    error = average(flow_loss(velocity, flow.target_velocity(actions, noise), mask), mask)
+    unseen = masks.visible_to_expert(prefix.input_mask, prefix.ar_mask)[:, config.num_memory :]
+    losses = {"fast": fast, "flow": jnp.where(jnp.any(unseen), jnp.nan, error)}
     weights = {"fast": config.ki_fast_loss_weight, "flow": 1.0}
     assert losses.keys() == weights.keys() and all(loss.shape == () for loss in losses.values())
     total = jnp.sum(jnp.stack([weights[name] * losses[name] for name in losses]))
@@ -94,7 +100,8 @@ def token_loss(
     weight = scored.reshape(-1).astype(jnp.float32)
     count = jnp.sum(weight)
     denominator = jnp.maximum(count, 1)
-    return jnp.sum(loss * weight) / denominator, {
+    complete = count == jnp.sum(jnp.asarray(batch.loss_mask, bool))
+    return jnp.where(complete, jnp.sum(loss * weight) / denominator, jnp.nan), {
         "scored_tokens": count,
         "token_accuracy": jnp.sum(right * weight) / denominator,
     }

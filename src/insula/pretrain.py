@@ -1,13 +1,16 @@
 """Give the small backbone some knowledge to insulate, from rendered scenes and what the simulator knows about them.
 
     grounding   image tokens learn the words for what they show, and where      (no sentences yet)
-    pointing    "where is the red block" → two location tokens, front camera    (the first sentences)
+    pointing    "what is on the table" → every name and its two location tokens (the first sentences)
     all         every kind of question
 
 Without the first two, a small backbone learns to ignore its images before it learns to look (docs/log.md). There are no
 robot actions in it, and scenes come from seeds that no demonstration and no evaluation uses.
+
+An interrupted pretraining goes on from its last checkpoint when it is started again.
 """
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -21,6 +24,7 @@ import optax
 
 from insula.batch import Batch
 from insula.checkpoints import weights
+from insula.checkpoints.store import CheckpointStore
 from insula.evaluate.knowledge import Knowledge, measure_knowledge
 from insula.grounding import Head, grounding_loss, name_tokens
 from insula.losses import language_loss
@@ -37,7 +41,7 @@ from insula.train.optimiser import OptimiserConfig, make_optimiser
 from insula.train.step import TrainState, make_train_step, start_state
 
 OPTIMISER = OptimiserConfig(vision_rate=1e-3, backbone_rate=1e-3)
-POINTING = ("block", "bowl", "gripper")
+POINTING = ("scene", "view", "block", "bowl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +50,17 @@ class PretrainConfig:
 
     out: Path
     model: Config = TINY_BFLOAT16
-    scenes: int = 30_000
+    scenes: int = 60_000
     held_out_scenes: int = 500
-    questions_each: int = 12
-    grounding_steps: int = 1200
-    grounding_rate: float = 2e-3
-    pointing_steps: int = 1200
-    steps: int = 5000
+    questions_each: int = 16
+    grounding_steps: int = 2500
+    grounding_rate: float = 4e-3
+    pointing_steps: int = 2000
+    steps: int = 9000
     """All updates on questions, those of pointing among them."""
-    batch_size: int = 32
+    batch_size: int = 64
     seed: int = 0
+    checkpoint_every: int = 1000
     optimiser: OptimiserConfig = OPTIMISER
 
 
@@ -69,15 +74,9 @@ def pretrain(config: PretrainConfig, tokenizer: FASTTokenizer) -> Knowledge:
     seeds = PRETRAINING.take(config.held_out_scenes + config.scenes)
     held_out = render_scenes(seeds[: config.held_out_scenes], config.questions_each, size)
     scenes = render_scenes(seeds[config.held_out_scenes :], config.questions_each, size)
-    log = MetricsLog(config.out / "metrics.jsonl")
 
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
-    params = init_params(model, init_key)
-    params = start_locations(params, tokenizer.text)
-    params = ground(params, config, tokenizer.text, scenes, log)
-
-    optimiser = make_optimiser(config.optimiser, config.steps, freeze_backbone=False)
-    state = start_state(params, optimiser)
+    optimiser = make_optimiser(config.optimiser, model, config.steps)
     step = make_train_step(model, optimiser, config.optimiser.ema_decay, step_key, loss=language_loss)
 
     def look(state: TrainState) -> Metrics:
@@ -86,12 +85,26 @@ def pretrain(config: PretrainConfig, tokenizer: FASTTokenizer) -> Knowledge:
             "held_out/location_error": known.location_error
         }
 
-    state, complete = fit(
-        state, step, _batches(scenes, tokenizer, config), config.steps, log, hooks=(Every(1000, look),)
-    )
-    log.close()
+    with (
+        CheckpointStore(config.out / "checkpoints", keep=1) as store,
+        contextlib.closing(MetricsLog(config.out / "metrics.jsonl")) as log,
+    ):
+        params = start_locations(init_params(model, init_key), tokenizer.text)
+        if store.latest() is None:
+            params = ground(params, config, tokenizer.text, scenes, log)
+        state = start_state(params, optimiser)
+        if store.latest() is not None:
+            state = store.restore("train_state", state)
+
+        def save_state(state: TrainState) -> None:
+            store.save(int(state.step), state.average, state, lambda folder: None)
+
+        hooks = (Every(config.checkpoint_every, look), Every(config.checkpoint_every, save_state))
+        batches = _batches(scenes, tokenizer, config, int(state.step))
+        state, complete = fit(state, step, batches, config.steps, log, hooks=hooks)
+        save_state(state)
     if not complete:
-        raise KeyboardInterrupt("pretraining was interrupted; it writes weights only when complete")
+        raise KeyboardInterrupt("pretraining was interrupted; the same command goes on where it stopped")
     known = measure_knowledge(state.average, model, tokenizer, held_out)
     save(config, state.average, known, time.time() - started)
     return known
@@ -139,7 +152,7 @@ def ground(params: Params, config: PretrainConfig, text: TextTokenizer, scenes: 
     rng = np.random.default_rng(config.seed)
     state = optimiser.init(trained)
     for step in range(1, config.grounding_steps + 1):
-        index = rng.integers(len(scenes.questions), size=2 * config.batch_size)
+        index = rng.integers(len(scenes.questions), size=config.batch_size)
         pick = [{name: part[name][index] for name in config.model.cameras} for part in (scenes.images, scenes.places)]
         trained, state, metrics = update(trained, state, *pick)
         if step % 100 == 0:
@@ -148,16 +161,16 @@ def ground(params: Params, config: PretrainConfig, text: TextTokenizer, scenes: 
     return Params(vision, dataclasses.replace(params.backbone, embedding=embedding), params.expert)
 
 
-def _batches(scenes: Scenes, tokenizer: FASTTokenizer, config: PretrainConfig) -> Iterator[Batch]:
-    """Pointing first, then everything."""
+def _batches(scenes: Scenes, tokenizer: FASTTokenizer, config: PretrainConfig, start: int) -> Iterator[Batch]:
+    """Pointing first, then everything; each batch depends on its number alone."""
     tokens = tokenise(scenes, tokenizer)
     kinds = np.array([[kind for kind, _, _ in asked] for asked in scenes.questions])
-    rng = np.random.default_rng(config.seed)
     pointing = np.argwhere(np.isin(kinds, POINTING))
     everything = np.argwhere(kinds != "")
     assert set(POINTING) <= KIND_WEIGHTS.keys() and len(pointing)
-    for step in range(config.steps):
+    for step in range(start, config.steps):
         pool = pointing if step < config.pointing_steps else everything
+        rng = np.random.default_rng((config.seed, step))
         index, which = pool[rng.integers(len(pool), size=config.batch_size)].T
         yield question_batch(scenes, tokens, index, which, config.model)
 

@@ -12,18 +12,21 @@ from insula.sim.instructions import COLOURS
 from insula.tokens.sequence import FASTTokenizer, Tokenized
 
 KIND_WEIGHTS = {
-    "block": 2.0,
-    "bowl": 2.0,
-    "gripper": 1.0,
-    "wrist": 3.0,
+    "block": 1.5,
+    "bowl": 1.0,
+    "gripper": 0.5,
+    "scene": 4.0,
+    "view": 2.0,
+    "wrist": 2.0,
     "colours": 0.5,
     "count": 0.5,
     "side": 0.5,
     "holding": 1.0,
     "inside": 1.0,
-    "offset": 4.0,
+    "offset": 2.0,
+    "offsets": 4.0,
     "task": 3.0,
-    "reach": 6.0,
+    "reach": 5.0,
 }
 """How often each kind of question is asked: mostly the ones about where things are."""
 

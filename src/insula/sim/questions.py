@@ -9,6 +9,8 @@ No answer tells a robot action.
     block         where is the red block                                <loc0064><loc0020> | not visible
     bowl          where is the blue bowl                                the same
     gripper       where is the gripper                                  the same
+    scene         what is on the table                                  red block<loc..><loc..> blue bowl...
+    view          what is in the wrist camera                           the same, or nothing
     wrist         where is the red block in the wrist camera            the same
     colours       which colours are the blocks                          red, green, blue
     count         how many blocks are red                               1 | 0
@@ -16,10 +18,13 @@ No answer tells a robot action.
     holding       what is the gripper holding                           the red block | nothing
     inside        in which bowl is the red block                        the blue bowl | none
     offset        from the gripper to the red block                     <loc0070><loc0031><loc0090>
+    offsets       from the gripper to the blocks                        red block<loc..><loc..><loc..> ...
     task          put the red block in the blue bowl: where are they    <loc0064><loc0020> and <loc0031><loc0077>
     reach         put the red block in the blue bowl: from the gripper  <loc0070><loc0031><loc0090> and ...
 
-(`colours`, `holding` and `inside` have a second form each: of the bowls, and answered by yes or no.)
+(`colours`, `holding` and `inside` have a second form each: of the bowls, and answered by yes or no. `offsets` are asked
+of the bowls, too. `scene`, `view` and `offsets` name what is plainly in sight, from left to right: many places for one
+look at the image, which is what a small backbone learns to look from.)
 """
 
 from __future__ import annotations
@@ -90,6 +95,22 @@ def _wrist(facts: Facts) -> Pairs:
     return _where(facts, "wrist", list(_things(facts)), " in the wrist camera")
 
 
+def _list(facts: Facts, camera: str) -> str:
+    """Everything in sight of a camera and where, from left to right. The gripper in its own camera is no news."""
+    pixels = {name: p for name, p in facts.pixels[camera].items() if (camera, name) != ("wrist", "gripper")}
+    seen = {name: p for name, p in pixels.items() if p.in_frame and p.visible > 0}
+    places = ((name, place(facts, camera, name)) for name in sorted(seen, key=lambda name: seen[name].x))
+    return " ".join(f"{name}{where}" for name, where in places) or "nothing"
+
+
+def _scene(facts: Facts) -> Pairs:
+    return [("what is on the table", _list(facts, "front"))]
+
+
+def _view(facts: Facts) -> Pairs:
+    return [("what is in the wrist camera", _list(facts, "wrist"))]
+
+
 def _colours(facts: Facts) -> Pairs:
     return [
         (f"which colours are the {noun}", ", ".join(c for c in COLOURS if c in present))
@@ -137,6 +158,16 @@ def _offset(facts: Facts) -> Pairs:
     return [(f"from the gripper to the {name}", offset(facts, at)) for name, at in _things(facts).items()]
 
 
+def _offsets(facts: Facts) -> Pairs:
+    at = _things(facts)
+    pairs = []
+    for noun in ("block", "bowl"):
+        names = sorted(_named(facts, noun), key=lambda name: at[name][0])
+        answer = " ".join(f"{name}{offset(facts, at[name])}" for name in names)
+        pairs.append((f"from the gripper to the {noun}s", answer))
+    return pairs
+
+
 def _task(facts: Facts) -> Pairs:
     pairs = []
     for block, bowl in _tasks(facts):
@@ -161,6 +192,8 @@ _ASKERS: dict[str, Callable[[Facts], Pairs]] = {
     "block": lambda facts: _where(facts, "front", _named(facts, "block")),
     "bowl": lambda facts: _where(facts, "front", _named(facts, "bowl")),
     "gripper": lambda facts: _where(facts, "front", ["gripper"]),
+    "scene": _scene,
+    "view": _view,
     "wrist": _wrist,
     "colours": _colours,
     "count": _count,
@@ -168,6 +201,7 @@ _ASKERS: dict[str, Callable[[Facts], Pairs]] = {
     "holding": _holding,
     "inside": _inside,
     "offset": _offset,
+    "offsets": _offsets,
     "task": _task,
     "reach": _reach,
 }

@@ -76,13 +76,26 @@ def fit(
     """Update until `state.step == steps`. Returns the state, and whether all steps were made: the first Ctrl-C (or
     SIGTERM) ends the loop after the running update, a second one at once.
 
-    The device's metrics are fetched once per `log_every` updates, and each update's are checked.
+    Metrics are fetched and averaged every `log_every` updates and before a hook; each update's are checked.
     """
     done = int(state.step)
     pending: list[dict[str, jax.Array]] = []
     waited, since = 0.0, time.perf_counter()
     with _interrupts() as interrupted, _progress(quiet) as bar:
         task = bar.add_task("training", total=steps, completed=done, figures="")
+
+        def report() -> None:
+            nonlocal pending, waited, since
+            if pending:
+                rows = jax.device_get(pending)
+                _refuse_non_finite(log, done - len(rows), rows)
+                averages = {name: sum(float(row[name]) for row in rows) / len(rows) for name in rows[0]}
+                seconds = (time.perf_counter() - since) / len(rows)
+                log.write(done, averages | {"step_seconds": seconds, "data_wait_seconds": waited / len(rows)})
+                figures = " ".join(f"{k} {averages[k]:.3f}" for k in ("total", "flow", "fast") if k in averages)
+                bar.update(task, figures=f"{figures} {seconds * 1e3:.0f} ms/step")
+            pending, waited, since = [], 0.0, time.perf_counter()
+
         while done < steps and not interrupted():
             before = time.perf_counter()
             batch = next(batches)
@@ -90,25 +103,16 @@ def fit(
             state, metrics = step(state, batch)
             pending.append(metrics)
             done += 1
-            if done % log_every == 0 or done == steps:
-                rows = jax.device_get(pending)
-                seconds = (time.perf_counter() - since) / len(rows)
-                averages = {name: sum(float(row[name]) for row in rows) / len(rows) for name in rows[0]}
-                _refuse_non_finite(log, done - len(rows), rows)
-                log.write(done, averages | {"step_seconds": seconds, "data_wait_seconds": waited / len(rows)})
-                figures = " ".join(f"{k} {averages[k]:.3f}" for k in ("total", "flow", "fast") if k in averages)
-                bar.update(task, figures=f"{figures} {seconds * 1e3:.0f} ms/step")
-                pending, waited, since = [], 0.0, time.perf_counter()
             bar.update(task, completed=done)
             due = [hook for hook in hooks if done % hook.steps == 0 or done == steps]
-            if due:  # no hook, such as a checkpoint, gets a state whose metrics nobody has looked at
-                _refuse_non_finite(log, done - len(pending), jax.device_get(pending))
+            if due or done % log_every == 0:  # no hook, such as a checkpoint, gets a state nobody has looked at
+                report()
             for hook in due:
                 found = hook.action(state)
                 if found:
                     log.write(done, found)
                 since = time.perf_counter()
-        _refuse_non_finite(log, done - len(pending), jax.device_get(pending))  # the caller saves what it gets
+        report()  # the caller saves what it gets
         return state, done >= steps
 
 

@@ -5,7 +5,9 @@ import dataclasses
 import jax
 import optax
 
-from insula.model import Params
+from insula.model import Params, weight_table
+from insula.model.config import Config
+from insula.model.weights import is_weight
 
 PARTS = tuple(field.name for field in dataclasses.fields(Params))
 
@@ -31,29 +33,26 @@ class OptimiserConfig:
 DEFAULT = OptimiserConfig()
 
 
-def make_optimiser(config: OptimiserConfig, steps: int, freeze_backbone: bool) -> optax.GradientTransformation:
-    """`steps` is the length of the whole training; the schedule ends there."""
+def make_optimiser(config: OptimiserConfig, model: Config, steps: int) -> optax.GradientTransformation:
+    """`steps` is the length of the whole training; the schedule ends there.
 
-    def part(rate: float) -> optax.GradientTransformation:
+    Weight decay is for what starts as a random matrix. Norms, biases, modulations and positions start from a constant
+    that means something, and are left alone.
+    """
+    decayed = jax.tree.map(lambda weight: weight.start == "normal", weight_table(model), is_leaf=is_weight)
+
+    def part(name: str, rate: float) -> optax.GradientTransformation:
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, rate, min(config.warmup_steps, steps // 2), steps, config.final_fraction * rate
         )
+        mask = Params(*(getattr(decayed, other) if other == name else optax.MaskedNode() for other in PARTS))
         return optax.chain(
             optax.clip_by_global_norm(config.clip_norm),
-            optax.adamw(schedule, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=_matrices),
+            optax.adamw(schedule, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=mask),
         )
 
-    frozen = optax.set_to_zero()
-    return optax.partition(
-        {
-            "vision": frozen if freeze_backbone else part(config.vision_rate),
-            "backbone": frozen if freeze_backbone else part(config.backbone_rate),
-            "expert": part(config.expert_rate),
-        },
-        Params(*PARTS),  # type: ignore[arg-type]  # a prefix of the parameters' tree: one label for each part
-    )
-
-
-def _matrices(tree: Params) -> Params:
-    """Weight decay is for matrices; stacked vectors have two axes, and norms and biases are small ones."""
-    return jax.tree.map(lambda leaf: leaf.ndim >= 2 and leaf.shape[-2] > 8, tree)
+    parts = {name: part(name, getattr(config, f"{name}_rate")) for name in PARTS}
+    if model.freeze_backbone:
+        parts |= {"vision": optax.set_to_zero(), "backbone": optax.set_to_zero()}
+    labels = Params(*PARTS)  # type: ignore[arg-type]  # a prefix of the parameters' tree: one label for each part
+    return optax.partition(parts, labels)

@@ -53,7 +53,7 @@ def train(config: TrainConfig, quiet: bool = False) -> bool:
         _write_config(config)
 
         init_rng, step_rng, eval_rng = jax.random.split(jax.random.key(config.seed), 3)
-        optimiser = make_optimiser(config.optimiser, config.steps, config.model.freeze_backbone)
+        optimiser = make_optimiser(config.optimiser, config.model, config.steps)
         state = start_state(start_params(config, init_rng), optimiser)
         if config.resume:
             state = store.restore("train_state", state)

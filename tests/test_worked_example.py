@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from insula.losses import average, compute_loss, flow_loss, scored_positions
+from insula.losses import average, compute_loss, flow_loss, scored_tokens
 from insula.model import init_params
 from insula.model.backbone import run_backbone
 from insula.model.config import TINY, TransformerConfig, VisionConfig
@@ -42,12 +42,16 @@ def example():
 
 def test_token_loss_scores_exactly_the_last_48_of_564(example) -> None:
     params, batch = example
-    prefix = run_backbone(params.vision, params.backbone, CONFIG, batch.observation, batch.ar_mask)
-    assert prefix.hidden.shape[1] == 564
-    hidden, labels, scored = scored_positions(prefix, batch, CONFIG.max_fast_len)
-    assert scored.all() and labels.shape == (2, 48)
-    np.testing.assert_array_equal(labels, batch.observation.tokens[:, -48:])
-    np.testing.assert_array_equal(hidden, prefix.hidden[:, 515:563])  # each is predicted by the position before it
+    targets = scored_tokens(batch, CONFIG)
+    assert targets.used.all() and targets.label.shape == (2, 48)
+    np.testing.assert_array_equal(targets.label, batch.observation.tokens[:, -48:])
+    np.testing.assert_array_equal(targets.read[0], np.arange(515, 563))  # each is predicted by the position before it
+
+    def hidden(read: np.ndarray | None) -> np.ndarray:
+        return run_backbone(params.vision, params.backbone, CONFIG, batch.observation, batch.ar_mask, read).hidden
+
+    assert hidden(None).shape[1] == 564
+    np.testing.assert_allclose(hidden(targets.read), hidden(None)[:, 515:563], atol=1e-5)
 
 
 def test_losses_and_their_sum(example) -> None:

@@ -1,5 +1,6 @@
 """Token cross-entropy, flow-matching error, and their weighted sum."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from insula import flow
 from insula.batch import Batch
 from insula.model import Params
-from insula.model.backbone import Prefix, run_backbone
+from insula.model.backbone import run_backbone, take
 from insula.model.config import Config
 from insula.model.expert import run_expert
 from insula.model.insulation import freeze, insulate
@@ -31,7 +32,9 @@ def compute_loss(params: Params, config: Config, batch: Batch, rng: PRNGKeyArray
     if config.freeze_backbone:
         vision, backbone = freeze((vision, backbone))
 
-    prefix = run_backbone(vision, backbone, config, batch.observation, batch.ar_mask)
+    targets = scored_tokens(batch, config)
+    read = targets.read if targets else None
+    prefix = run_backbone(vision, backbone, config, batch.observation, batch.ar_mask, read)
     memory = insulate(prefix, config.num_memory, stop=config.knowledge_insulation)
 
     time_rng, noise_rng = jax.random.split(rng)
@@ -43,7 +46,7 @@ def compute_loss(params: Params, config: Config, batch: Batch, rng: PRNGKeyArray
         params.expert, config, memory, batch.observation.state, flow.add_noise(actions, noise, time), time
     )
 
-    fast, token_metrics = token_loss(prefix, backbone.embedding, batch, config)
+    fast, token_metrics = token_loss(prefix.hidden, backbone.embedding, targets, config)
     mask = batch.action_mask[:, None]
     error = average(flow_loss(velocity, flow.target_velocity(actions, noise), mask), mask)
     unseen = masks.visible_to_expert(prefix.input_mask, prefix.ar_mask)[:, config.num_memory :]
@@ -56,18 +59,23 @@ def compute_loss(params: Params, config: Config, batch: Batch, rng: PRNGKeyArray
 
 def language_loss(params: Params, config: Config, batch: Batch, rng: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
     """The token loss alone, for samples without actions; the expert is not run. Same signature as `compute_loss`."""
-    prefix = run_backbone(params.vision, params.backbone, config, batch.observation, batch.ar_mask)
-    fast, metrics = token_loss(prefix, params.backbone.embedding, batch, config)
+    targets = scored_tokens(batch, config)
+    read = targets.read if targets else None
+    prefix = run_backbone(params.vision, params.backbone, config, batch.observation, batch.ar_mask, read)
+    fast, metrics = token_loss(prefix.hidden, params.backbone.embedding, targets, config)
     return fast, {"fast": fast} | metrics
 
 
-def predict_tokens(
-    params: Params, config: Config, batch: Batch
-) -> tuple[Int[Array, "B s"], Int[Array, "B s"], Bool[Array, "B s"]]:
-    """The likeliest token at each scored position given the true ones before it, the true one, and whether scored."""
-    prefix = run_backbone(params.vision, params.backbone, config, batch.observation, batch.ar_mask)
-    hidden, labels, scored = scored_positions(prefix, batch, config.max_fast_len)
-    return jnp.argmax(hidden @ params.backbone.embedding.T, axis=-1), labels, scored
+def predict_tokens(params: Params, config: Config, batch: Batch) -> tuple[Int[Array, "B s"], "Targets"]:
+    """The likeliest token at each scored position given the true ones before it, and the true ones.
+
+    Raises ValueError where the batch has no tokens to score.
+    """
+    targets = scored_tokens(batch, config)
+    if targets is None:
+        raise ValueError("predict_tokens: the batch has no tokens or no loss_mask; tokenise with the answer or actions")
+    prefix = run_backbone(params.vision, params.backbone, config, batch.observation, batch.ar_mask, targets.read)
+    return jnp.argmax(prefix.hidden @ params.backbone.embedding.T, axis=-1), targets
 
 
 def flow_loss(
@@ -84,38 +92,53 @@ def average(per_step: Float[Array, "*b H"], action_mask: Bool[Array, "*c H D"]) 
     return jnp.sum(per_step) / jnp.maximum(jnp.sum(real), 1)
 
 
-def token_loss(
-    prefix: Prefix, embedding: Float[Array, "V W"], batch: Batch, config: Config
-) -> tuple[Float[Array, ""], Metrics]:
-    """Mean next-token cross-entropy over exactly the tokens of `loss_mask`; the token before each predicts it.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """What the token loss scores, at most `max_fast_len` tokens a sample.
 
-    Scored positions are gathered before the vocabulary product, at most `max_fast_len` per sample.
+    `read`: the position, images counted, whose hidden state predicts the token: the one before it. `label`: the token.
+    `used`: whether the slot holds one. `complete`: every token of `loss_mask` found a slot.
     """
+
+    read: Int[Array, "B s"]
+    label: Int[Array, "B s"]
+    used: Bool[Array, "B s"]
+    complete: Bool[Array, ""]
+
+
+def scored_tokens(batch: Batch, config: Config) -> Targets | None:
+    """The tokens of `loss_mask`, in order. None without tokens."""
     if batch.observation.tokens is None or batch.loss_mask is None:
+        return None
+    loss_mask = jnp.asarray(batch.loss_mask, bool)
+    order = jnp.argsort(~loss_mask, axis=1, stable=True)[:, : config.max_fast_len]
+    used = take(loss_mask, order)
+    return Targets(
+        read=config.num_image_tokens + order - 1,
+        label=take(jnp.asarray(batch.observation.tokens), order),
+        used=used,
+        complete=jnp.sum(used) == jnp.sum(loss_mask),
+    )
+
+
+def token_loss(
+    hidden: Float[Array, "B _ W"], embedding: Float[Array, "V W"], targets: Targets | None, config: Config
+) -> tuple[Float[Array, ""], Metrics]:
+    """Mean next-token cross-entropy over exactly `targets`; `hidden` are the states at `targets.read`, gathered before
+    the vocabulary product."""
+    if targets is None:
         nothing = jnp.zeros(())
         return nothing, {"scored_tokens": nothing, "token_accuracy": nothing}
-    hidden, labels, scored = scored_positions(prefix, batch, config.max_fast_len)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    loss, right = cross_entropy(rows, embedding, labels.reshape(-1), config.compute_dtype, config.vocab_chunk)
-    weight = scored.reshape(-1).astype(jnp.float32)
+    loss, right = cross_entropy(rows, embedding, targets.label.reshape(-1), config.compute_dtype, config.vocab_chunk)
+    weight = targets.used.reshape(-1).astype(jnp.float32)
     count = jnp.sum(weight)
     denominator = jnp.maximum(count, 1)
-    complete = count == jnp.sum(jnp.asarray(batch.loss_mask, bool))
-    return jnp.where(complete, jnp.sum(loss * weight) / denominator, jnp.nan), {
+    return jnp.where(targets.complete, jnp.sum(loss * weight) / denominator, jnp.nan), {
         "scored_tokens": count,
         "token_accuracy": jnp.sum(right * weight) / denominator,
     }
-
-
-def scored_positions(
-    prefix: Prefix, batch: Batch, limit: int
-) -> tuple[Float[Array, "B s W"], Int[Array, "B s"], Bool[Array, "B s"]]:
-    """Hidden states that predict a scored token, the token, and whether the slot is used. s = min(limit, L)."""
-    tokens, loss_mask = jnp.asarray(batch.observation.tokens), jnp.asarray(batch.loss_mask, bool)
-    images = prefix.hidden.shape[1] - tokens.shape[1]
-    order = jnp.argsort(~loss_mask, axis=1, stable=True)[:, :limit]
-    hidden = jnp.take_along_axis(prefix.hidden, (images + order - 1)[..., None], axis=1)
-    return hidden, jnp.take_along_axis(tokens, order, axis=1), jnp.take_along_axis(loss_mask, order, axis=1)
 
 
 def cross_entropy(

@@ -41,7 +41,8 @@ def measure_knowledge(
     for start in range(0, len(scene), batch_size):
         rows = np.arange(start, start + batch_size) % len(scene)  # the last batch wraps: one compiled shape
         batch = question_batch(scenes, tokens, scene[rows], which[rows], config)
-        got, true, scored = (np.asarray(a) for a in predict(params, batch))
+        got, targets = jax.device_get(predict(params, batch))
+        true, scored = targets.label, targets.used
         place = (true >= low) & (true <= high) & scored
         distance = np.where((got >= low) & (got <= high), np.abs(got - true), high - low)
         fine = np.where(place, distance <= NEAR, got == true) | ~scored

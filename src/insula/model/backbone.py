@@ -4,6 +4,7 @@ Training and serving call the same function; at serving the FAST suffix is simpl
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from insula.model.attention import attend
 from insula.model.config import Config
 from insula.model.vision import Vision, encode_images
 from insula.model.weights import Weight, dense, zeros
-from insula.shapes import Array, Bool, Float, Leaf
+from insula.shapes import Array, Bool, Float, Int, Leaf, Shaped
 from insula.tokens import masks
 
 
@@ -45,9 +46,10 @@ class Backbone:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-    """One backbone pass: final hidden states, keys and values of every layer (leading axis depth), and what is real."""
+    """One backbone pass: final hidden states (of the positions asked for), keys and values of every layer (leading axis
+    depth), and what is real."""
 
-    hidden: Float[Array, "B T W"]
+    hidden: Float[Array, "B s W"]
     keys: Float[Array, "depth B T G E"]
     values: Float[Array, "depth B T G E"]
     input_mask: Bool[Array, "B T"]
@@ -96,21 +98,39 @@ def run_backbone(
     config: Config,
     observation: Observation,
     ar_mask: Bool[Array, "B L"] | None = None,
+    read: Int[Array, "B s"] | None = None,
 ) -> Prefix:
-    """Embed and read the whole sequence once. `ar_mask` is None when there is no FAST suffix (serving)."""
+    """Embed and read the whole sequence once. `ar_mask` is None when there is no FAST suffix (serving).
+
+    `read`: the positions whose final hidden state is wanted, all unless given. Unrolled, the last layer's queries and
+    feed-forward run for these only; its keys and values, which the expert reads, exist for every position either way.
+    """
     x, input_mask, block = embed(vision, backbone, config, observation, ar_mask)
     mask = masks.make_attn_mask(input_mask, block)
     positions = masks.positions(input_mask)
     dtype = config.compute_dtype
 
-    def layer(x: Array, p: BackboneLayer) -> tuple[Array, tuple[Array, Array]]:
+    def layer(x: Array, p: BackboneLayer, read: Array | None = None) -> tuple[Array, tuple[Array, Array]]:
         y = layers.rms_norm(x, p.attention_norm)
-        q = layers.rope(layers.linear(y, p.query, dtype), positions) * p.query.shape[-1] ** -0.5
         k = layers.rope(layers.linear(y, p.key, dtype), positions)
         v = layers.linear(y, p.value, dtype)
-        x = x + layers.merge_heads(attend(q, k, v, mask), p.out, dtype)
+        where, seen = positions, mask
+        if read is not None:
+            x, where, seen = (take(rows, read) for rows in (x, positions, mask))
+            y = layers.rms_norm(x, p.attention_norm)
+        q = layers.rope(layers.linear(y, p.query, dtype), where) * p.query.shape[-1] ** -0.5
+        x = x + layers.merge_heads(attend(q, k, v, seen), p.out, dtype)
         x = x + layers.geglu(layers.rms_norm(x, p.mlp_norm), p.gate, p.up, p.down, dtype)
         return x, (k, v)
 
-    x, (keys, values) = layers.walk(layer, x, backbone.layers, config.layers)
+    if config.layers == "unrolled":
+        x, (keys, values) = layers.walk(layer, x, backbone.layers, "unrolled", last=partial(layer, read=read))
+    else:
+        x, (keys, values) = layers.walk(layer, x, backbone.layers, "scan")
+        x = x if read is None else take(x, read)
     return Prefix(layers.rms_norm(x, backbone.norm), keys, values, input_mask, block)
+
+
+def take(rows: Shaped[Array, "B T *w"], read: Int[Array, "B s"]) -> Shaped[Array, "B s *w"]:
+    """Row `read[b, i]` of each sample."""
+    return jnp.take_along_axis(rows, read.reshape(*read.shape, *(1,) * (rows.ndim - 2)), axis=1)

@@ -111,19 +111,26 @@ def time_embedding(
 
 
 def walk(
-    body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, layers: Any, how: Literal["unrolled", "scan"]
+    body: Callable[[Any, Any], tuple[Any, Any]],
+    carry: Any,
+    layers: Any,
+    how: Literal["unrolled", "scan"],
+    last: Callable[[Any, Any], tuple[Any, Any]] | None = None,
 ) -> tuple[Any, Any]:
     """`lax.scan(body, carry, layers)` over stacked layers, unrolled or rematerialised.
 
-    Unrolled, the stack is cut by one `split`, whose gradient is one concatenation (indexing would add depth copies).
+    Unrolled, the stack is cut by one `split`, whose gradient is one concatenation (indexing would add depth copies),
+    and the last layer can have a body of its own.
     """
     if how == "scan":
+        assert last is None
         return lax.scan(jax.checkpoint(body, prevent_cse=False), carry, layers)
     leaves, tree = jax.tree.flatten(layers)
     depth = leaves[0].shape[0]
     pieces = [[piece[0] for piece in lax.split(leaf, [1] * depth)] for leaf in leaves]
+    bodies = [body] * (depth - 1) + [last or body]
     outputs = []
-    for i in range(depth):
-        carry, out = body(carry, jax.tree.unflatten(tree, [piece[i] for piece in pieces]))
+    for i, layer in enumerate(bodies):
+        carry, out = layer(carry, jax.tree.unflatten(tree, [piece[i] for piece in pieces]))
         outputs.append(out)
     return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *outputs)

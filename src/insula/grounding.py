@@ -55,7 +55,8 @@ def grounding_loss(
     where = jnp.stack([places[name] for name in config.cameras], axis=1)  # [B, C, n, 2]
     grid = config.vision.grid
     cell = jnp.clip(jnp.nan_to_num(where) * grid, 0, grid - 1e-4)
-    present = jax.nn.one_hot(jnp.floor(cell[..., 0]) * grid + jnp.floor(cell[..., 1]), grid * grid, axis=2)
+    row, column = jnp.moveaxis(jnp.floor(cell).astype(jnp.int32), -1, 0)
+    present = jax.nn.one_hot(row * grid + column, grid * grid, axis=2)
     present = jnp.where(jnp.isfinite(where[..., :1]).swapaxes(2, 3), present, 0.0)  # [B, C, P, n]
     present = present.reshape(tokens.shape[0], tokens.shape[1], -1)
 

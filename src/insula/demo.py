@@ -69,6 +69,8 @@ def demo(out: Path, settings: DemoSettings, seed: int) -> Path:
         steps=settings.steps,
         batch_size=settings.batch_size,
         evaluate_every=settings.evaluate_every,
+        fast_vocab=512,  # few and coarse: these tokens teach the backbone, the flow draws the fine line
+        fast_scale=5.0,
         resume=(out / "run" / "train.json").is_file(),
     )
     stages.do("train", lambda: _train(config))

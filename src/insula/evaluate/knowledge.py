@@ -51,5 +51,5 @@ def measure_knowledge(
         errors.append(distance[:fresh][place[:fresh]])
     kinds = np.array([kind for asked in scenes.questions for kind, _, _ in asked])
     correct = np.concatenate(right)
-    accuracy = {kind: float(correct[kinds == kind].mean()) for kind in sorted(set(kinds))}
+    accuracy = {kind: float(correct[kinds == kind].mean()) for kind in sorted(set(kinds.tolist()))}
     return Knowledge(accuracy, float(np.concatenate(errors).mean()), len(correct))

@@ -50,7 +50,7 @@ class DemoSettings:
 
 
 DEMO = DemoSettings(
-    demonstrations=1500, steps=4500, batch_size=32, episodes=100, knowledge_scenes=200, evaluate_every=500
+    demonstrations=1000, steps=2500, batch_size=32, episodes=100, knowledge_scenes=200, evaluate_every=500
 )
 QUICK = DemoSettings(demonstrations=24, steps=40, batch_size=16, episodes=4, knowledge_scenes=20, evaluate_every=40)
 

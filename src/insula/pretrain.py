@@ -37,10 +37,9 @@ from insula.tokens.fast import FASTCodec
 from insula.tokens.sequence import FASTTokenizer
 from insula.tokens.text import TextTokenizer, embedded
 from insula.train.loop import Every, Metrics, MetricsLog, fit
-from insula.train.optimiser import OptimiserConfig, make_optimiser
+from insula.train.optimiser import DEFAULT, OptimiserConfig, make_optimiser
 from insula.train.step import TrainState, make_train_step, start_state
 
-OPTIMISER = OptimiserConfig(vision_rate=1e-3, backbone_rate=1e-3)
 POINTING = ("scene", "view", "block", "bowl")
 
 
@@ -61,7 +60,7 @@ class PretrainConfig:
     batch_size: int = 64
     seed: int = 0
     checkpoint_every: int = 1000
-    optimiser: OptimiserConfig = OPTIMISER
+    optimiser: OptimiserConfig = DEFAULT
 
 
 def pretrain(config: PretrainConfig, tokenizer: FASTTokenizer) -> Knowledge:

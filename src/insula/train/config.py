@@ -17,8 +17,8 @@ class TrainConfig:
     """A LeRobot v3.0 data set; needed unless `resume`."""
     model: Config = TINY_BFLOAT16
     optimiser: OptimiserConfig = DEFAULT
-    steps: int = 3000
-    batch_size: int = 64
+    steps: int = 2500
+    batch_size: int = 32
     seed: int = 0
     from_scratch: bool = False
     """Start from random weights instead of the embedded pretrained backbone."""

@@ -48,7 +48,8 @@ class Expert:
 
 
 def weights(config: Config) -> Expert:
-    """The weight table. `D` counts layers (depth), `a` action dimensions, `s` state dimensions, `Z` 3·W modulations."""
+    """The weight table. `D` counts layers (depth), `a` action dimensions, `s` state dimensions, `Z` 3·W modulations,
+    `O` the width of an output."""
     c = config.expert
     d, w, f, n, g, e = c.depth, c.width, c.mlp_dim, c.num_heads, c.num_kv_heads, c.head_dim
     modulation = Affine(zeros("DWZ", d, w, 3 * w), zeros("DZ", d, 3 * w))
@@ -58,8 +59,8 @@ def weights(config: Config) -> Expert:
 
     return Expert(
         action_in=table("aW", config.action_dim, w),
-        time_in=table("WW", w, w),
-        time_out=table("WW", w, w),
+        time_in=table("WO", w, w),
+        time_out=table("WO", w, w),
         layers=ExpertLayer(
             attention_norm=modulation,
             query=dense("DWNE", d, w, n, e, fan_in=w),

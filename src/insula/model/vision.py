@@ -47,7 +47,7 @@ class Vision:
 
 
 def weights(config: Config) -> Vision:
-    """The weight table. `D` counts layers (depth), `X` the values of one patch."""
+    """The weight table. `D` counts layers (depth), `X` the values of one patch, `O` is the width of an output."""
     c = config.vision
     d, w, f, n, e = c.depth, c.width, c.mlp_dim, c.num_heads, c.width // c.num_heads
 
@@ -74,7 +74,7 @@ def weights(config: Config) -> Vision:
             down=Affine(dense("DFW", d, f, w, fan_in=f), zeros("DW", d, w)),
         ),
         norm=norm(),
-        head=Affine(dense("WW", w, config.backbone.width, fan_in=w), zeros("W", config.backbone.width)),
+        head=Affine(dense("WO", w, config.backbone.width, fan_in=w), zeros("O", config.backbone.width)),
     )
 
 

@@ -44,10 +44,11 @@ SMALL = dataclasses.replace(
 VARIANTS: dict[str, dict[str, Any]] = {
     "grouped queries": {},
     "one key head, scan": {"backbone": transformer(16, 1), "expert": transformer(12, 1), "layers": "scan"},
-    "all key heads, state token, 3 flow samples, bfloat16": {
+    "all key heads, state token, time as in π0, 3 flow samples, bfloat16": {
         "backbone": transformer(16, 4),
         "expert": transformer(12, 4),
         "state_input": "token",
+        "time_input": "mlp",
         "flow_samples": 3,
         "compute_dtype": "bfloat16",
         "vocab_chunk": 16,

@@ -36,6 +36,7 @@ ROOMS: dict[str, set[str]] = {
     "assets": MODEL | {"data"},
     "train": TRAIN | {"assets"},
     "policy": POLICY | {"assets"},
+    "convert": POLICY | {"assets"},
     "collect": GROUND | {"data", "sim"},
     "scenes": MODEL | {"sim"},
     "grounding": MODEL | {"scenes"},

@@ -12,7 +12,7 @@ from small import CLOSE, SMALL, VARIANTS, by_leaf, difference, draws, gradients,
 import insula
 from insula.losses import compute_loss
 from insula.model import abstract_params, count_params, init_params, weight_table
-from insula.model.config import PI05, PRESETS, config_from_dict, preset
+from insula.model.config import PI0, PI05, PRESETS, config_from_dict, preset
 from insula.model.vision import encode_images
 from insula.model.weights import is_weight
 from insula.testing import fake_batch
@@ -75,6 +75,12 @@ def test_pi05_has_the_published_sizes() -> None:
     for part, table in ((params.backbone, TEXT), (params.expert, EXPERT), (params.vision, VISION)):
         assert count_params(part) == sum(math.prod(shape) for shape in table.values())
     assert count_params(params) == 3_353_433_872  # 2.92 B of PaliGemma, 0.43 B of action expert
+
+
+def test_pi0_is_pi05_with_plain_norms_a_wider_time_mlp_and_a_state_token() -> None:
+    modulations, width = 2 * 18 + 1, 1024
+    difference = modulations * (width - (width + 1) * 3 * width) + width * width + (32 + 1) * width
+    assert count_params(abstract_params(PI0)) == 3_353_433_872 + difference == 3_238_048_528
 
 
 def test_every_pi05_leaf_is_an_openpi_tensor() -> None:
@@ -166,7 +172,7 @@ def test_cameras_of_any_size_and_none_forgotten() -> None:
     seen = batch.observation
     images = {name: jnp.full((2, 24, 40, 3), 77, jnp.uint8) for name in SMALL.cameras}
     run = jit(lambda vision, images: encode_images(vision, SMALL, images, seen.image_mask)[0])
-    even = {name: jnp.full((2, 16, 16, 3), 77, jnp.uint8) for name in SMALL.cameras}
+    even = {name: jnp.zeros((2, 16, 16, 3), jnp.uint8).at[:, 3:12].set(77) for name in SMALL.cameras}
     assert difference(run(params.vision, images), run(params.vision, even)) < CLOSE
     first, *others = SMALL.cameras
     with pytest.raises(KeyError, match=rf"also expects .*{others[-1]}"):

@@ -88,13 +88,14 @@ def test_serving_sees_exactly_the_training_prefix(codec: FASTCodec, name: str, s
     [
         ("pi05", [0, 255], "Task: Put the  Red block , State: 0 255;\nAction: "),
         ("pi05", None, "Task: Put the  Red block ;\nAction: "),
+        ("pi0", None, "Put the  Red block \n"),
         ("pi0_fast", [0, 255], "Task:  put the\n red block, State: 0 255;\n"),
         ("pi0_fast", None, "Task:  put the\n red block;\n"),
     ],
 )
 def test_dialects_write_what_their_owners_do(name: str, state: list[int] | None, written: str) -> None:
-    """pi05: strip, then "_" and newline become spaces; pi0_fast: lower case, strip, then "_"."""
-    task = {"pi05": " Put the\n Red_block_\n", "pi0_fast": "\n_Put the\n Red_block "}[name]
+    """pi05 and pi0: strip, then "_" and newline become spaces; pi0_fast: lower case, strip, then "_"."""
+    task = "\n_Put the\n Red_block " if name == "pi0_fast" else " Put the\n Red_block_\n"
     assert dialect(name).write(task, state) == written
 
 

@@ -14,7 +14,6 @@ import optax
 import pytest
 from small import SMALL, by_leaf, difference, jit, largest, model
 
-from insula.checkpoints import weights
 from insula.checkpoints.store import CheckpointError, CheckpointStore
 from insula.model import Params
 from insula.train.loop import Every, MetricsLog, NonFiniteError, fit
@@ -196,22 +195,6 @@ def test_a_damaged_checkpoint_is_named(damage, usual, saved, tmp_path: Path) -> 
         pytest.raises(CheckpointError, match="checkpoints/2/train_state"),
     ):
         store.restore("train_state", start())
-
-
-def test_exported_weights_come_back(tmp_path: Path) -> None:
-    params, _ = model()
-    path = tmp_path / "weights.safetensors"
-    weights.save(path, params, "float32")
-    assert difference(weights.load(path, params), params) == 0.0
-    weights.save(path, params)
-    assert 0 < difference(weights.load(path, params), params) < 0.02
-    with pytest.raises(CheckpointError, match=r"expert.action_in.kernel has shape"):
-        weights.load(path, model(dataclasses.replace(SMALL, action_dim=5))[0])
-    with pytest.raises(CheckpointError, match=r"expert.state_in.bias is missing"):
-        weights.load(path, model(dataclasses.replace(SMALL, state_input="token"))[0])
-    truncate(path)
-    with pytest.raises(CheckpointError, match=r"weights.safetensors"):
-        weights.load(path, params)
 
 
 # The loop knows nothing of models: a counter will do.

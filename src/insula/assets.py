@@ -15,6 +15,8 @@ from insula.data.normalise import NormStats
 from insula.model.config import Config, config_from_dict
 from insula.tokens.sequence import FASTTokenizer
 
+CONFIG_FILE, STATS_FILE, TOKENIZER_FOLDER = "config.json", "norm_stats.json", "tokenizer"
+
 
 @dataclasses.dataclass(frozen=True)
 class Assets:
@@ -25,22 +27,26 @@ class Assets:
     stats: dict[str, NormStats]
 
     def write(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        written = {"insula": version("insula"), "model": dataclasses.asdict(self.config)}
-        (directory / "config.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-        normalise.save(directory / "norm_stats.json", self.stats)
-        self.tokenizer.save(directory / "tokenizer")
+        write_config(directory, self.config)
+        normalise.save(directory / STATS_FILE, self.stats)
+        self.tokenizer.save(directory / TOKENIZER_FOLDER)
+
+
+def write_config(directory: Path, config: Config) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    written = {"insula": version("insula"), "model": dataclasses.asdict(config)}
+    (directory / CONFIG_FILE).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 
 def read_assets(directory: Path) -> Assets:
     """Raises FileNotFoundError, or ValueError naming the file and what is wrong in it."""
-    path = directory / "config.json"
+    path = directory / CONFIG_FILE
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     return Assets(
         config=config_from_dict(written["model"], str(path)),
-        tokenizer=FASTTokenizer.load(directory / "tokenizer"),
-        stats=normalise.load(directory / "norm_stats.json"),
+        tokenizer=FASTTokenizer.load(directory / TOKENIZER_FOLDER),
+        stats=normalise.load(directory / STATS_FILE),
     )

@@ -1,4 +1,4 @@
-"""`insula collect | pretrain | train | evaluate | demo`: thin commands over the package."""
+"""`insula collect | pretrain | train | evaluate | convert | demo`: thin commands over the package."""
 
 import dataclasses
 import logging
@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
@@ -26,6 +26,7 @@ def main() -> None:
         "pretrain": pretrain,
         "train": train,
         "evaluate": evaluate,
+        "convert": convert,
         "demo": demo,
     }
     try:
@@ -130,6 +131,31 @@ def train(*arguments: str) -> None:
     state = "done" if complete else "interrupted; go on with: insula train --resume --run"
     print(f"{state} {config.run}")
     sys.exit(0 if complete else 130)
+
+
+def convert(
+    source: tyro.conf.Positional[Path],
+    destination: tyro.conf.Positional[Path],
+    to: Literal["insula", "lerobot", "openpi"],
+    preset: str = "pi05",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    leave: tuple[str, ...] = (),
+    norm_stats: Path | None = None,
+) -> None:
+    """Turn a run or a checkpoint (ours, PaliGemma, openpi, LeRobot PI05) into another format, array by array.
+
+    Args:
+        source: A run, a directory, a .safetensors or a .npz file.
+        destination: A new directory.
+        to: What to write.
+        preset: What a source that carries no config is: pi05, pi0, ...
+        dtype: Of the weights written.
+        leave: Patterns of tensors in the source that may be left over.
+        norm_stats: openpi's norm_stats.json, where the source has no statistics.
+    """
+    from insula.convert import convert as run
+
+    print(run(source, destination, to, preset, dtype, leave, norm_stats).summary())
 
 
 def demo(out: Path | None = None, quick: bool = False, seed: int = 0) -> None:

@@ -26,7 +26,6 @@ from insula.evaluate.closed_loop import ClosedLoop, evaluate
 from insula.evaluate.knowledge import measure_knowledge
 from insula.evaluate.video import reel, write_video
 from insula.inspection.gradients import prove
-from insula.model import init_params
 from insula.policy import Policy
 from insula.report import Report, machine, read_metrics, versions, write_report
 from insula.scenes import render_scenes
@@ -152,7 +151,7 @@ def _knowledge(policy: Policy, settings: DemoSettings) -> dict[str, Any]:
     """The same held-out questions to the shipped backbone and to the trained one."""
     scenes = render_scenes(PRETRAINING.take(settings.knowledge_scenes), 8, policy.config.vision.image_size)
     tokenizer = policy.assets.tokenizer
-    before = load_pretrained(policy.config, init_params(policy.config, jax.random.key(0)))
+    before = load_pretrained(policy.config, jax.random.key(0))
     found = {
         name: measure_knowledge(params, policy.config, tokenizer, scenes)
         for name, params in (("before", before), ("after", policy.params))

@@ -7,8 +7,10 @@ import jax
 import numpy as np
 
 from insula import flow
-from insula.assets import Assets, read_assets
+from insula.assets import TOKENIZER_FOLDER, Assets, read_assets
 from insula.batch import Observation
+from insula.checkpoints.loading import load_params
+from insula.checkpoints.sources import SAFETENSORS
 from insula.checkpoints.store import CheckpointError, CheckpointStore
 from insula.model import Params, abstract_params
 from insula.model.backbone import run_backbone
@@ -53,14 +55,23 @@ class Policy:
 
     @classmethod
     def load(cls, run: str | Path, step: int | None = None, seed: int = 0) -> "Policy":
-        """The newest checkpoint of a run, or the one at `step`. Raises CheckpointError where there is none or it is
-        damaged."""
-        folder = Path(run) / "checkpoints"
-        if not folder.is_dir():
-            raise CheckpointError(f"{run}: no checkpoints here; expected a folder that `insula train --run` wrote")
-        with CheckpointStore(folder) as store:
-            assets = read_assets(store.assets(step))
-            params = store.restore("params", abstract_params(assets.config), step)
+        """The newest checkpoint of a run, the one at `step`, or what `insula convert --to insula` wrote.
+
+        Raises CheckpointError where there is none or it is damaged.
+        """
+        run = Path(run)
+        if (run / "checkpoints").is_dir():
+            with CheckpointStore(run / "checkpoints") as store:
+                assets = read_assets(store.assets(step))
+                params = store.restore("params", abstract_params(assets.config), step)
+        elif (run / SAFETENSORS).is_file() and (run / TOKENIZER_FOLDER).is_dir():
+            assets = read_assets(run)
+            params, _ = load_params(run, assets.config, jax.random.key(0))
+        else:
+            raise CheckpointError(
+                f"{run}: no policy here; expected what `insula train --run` wrote (checkpoints/), or a trained policy "
+                f"from `insula convert --to insula` ({SAFETENSORS}, {TOKENIZER_FOLDER}/)"
+            )
         return cls(params, assets, seed)
 
     def act(self, observation: dict[str, Any]) -> Float[np.ndarray, "H D"]:

@@ -23,8 +23,9 @@ import numpy as np
 import optax
 
 from insula.batch import Batch
-from insula.checkpoints import weights
+from insula.checkpoints.formats import BACKBONE
 from insula.checkpoints.store import CheckpointStore
+from insula.checkpoints.writing import from_params, write_safetensors
 from insula.evaluate.knowledge import Knowledge, measure_knowledge
 from insula.grounding import Head, grounding_loss, name_tokens
 from insula.losses import language_loss
@@ -183,5 +184,5 @@ def save(config: PretrainConfig, params: Params, known: Knowledge, seconds: floa
         "seconds": round(seconds),
         "held_out": {"questions": known.answered, "accuracy": known.accuracy, "location_error": known.location_error},
     }
-    weights.save(config.out / "backbone.safetensors", {"vision": params.vision, "backbone": params.backbone})
+    write_safetensors(config.out / "backbone.safetensors", BACKBONE, config.model, from_params(params), "bfloat16")
     (config.out / "backbone.json").write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")

@@ -60,6 +60,8 @@ class Config:
     action_dim: int
     state_dim: int
     state_input: Literal["prompt", "token"] = "prompt"
+    time_input: Literal["adarms", "mlp"] = "adarms"
+    """How the expert learns the flow time: by modulating its norms (π0.5), or mixed into the action tokens (π0)."""
     knowledge_insulation: bool = True
     ki_fast_loss_weight: float = 1.0
     freeze_backbone: bool = False
@@ -114,6 +116,7 @@ class Config:
             raise ValueError(f"config {self.name!r}: flow_samples is {self.flow_samples}, expected ≥ 1")
         for field, known in (
             ("state_input", ("prompt", "token")),
+            ("time_input", ("adarms", "mlp")),
             ("compute_dtype", ("float32", "bfloat16")),
             ("layers", ("unrolled", "scan")),
         ):
@@ -171,7 +174,9 @@ PI05 = Config(
     vocab_chunk=16_072,
 )
 
-PRESETS = {config.name: config for config in (TINY, PI05)}
+PI0 = dataclasses.replace(PI05, name="pi0", state_input="token", time_input="mlp", max_prompt_len=48)
+
+PRESETS = {config.name: config for config in (TINY, PI05, PI0)}
 
 
 def preset(name: str) -> Config:

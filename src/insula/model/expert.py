@@ -1,6 +1,7 @@
 """The action expert: a Gemma-style transformer that turns noisy actions into a velocity (π0 §IV, π0.5 §IV-C).
 
-It attends to the backbone's memory and to itself in one softmax per layer; the flow time enters through adaRMS.
+It attends to the backbone's memory and to itself in one softmax per layer. The flow time enters through adaRMS (π0.5),
+or is mixed into each action token by an MLP before the first layer (π0).
 """
 
 import dataclasses
@@ -21,14 +22,14 @@ from insula.tokens import masks
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ExpertLayer:
-    """Gemma layer with adaRMS in place of RMSNorm; leaves are stacked over depth."""
+    """Gemma layer; leaves are stacked over depth. A norm is an Affine that modulates (adaRMS), or a scale (RMSNorm)."""
 
-    attention_norm: Affine
+    attention_norm: Affine | Leaf
     query: Leaf
     key: Leaf
     value: Leaf
     out: Leaf
-    mlp_norm: Affine
+    mlp_norm: Affine | Leaf
     gate: Leaf
     up: Leaf
     down: Leaf
@@ -41,7 +42,7 @@ class Expert:
     time_in: Affine
     time_out: Affine
     layers: ExpertLayer
-    norm: Affine
+    norm: Affine | Leaf
     action_out: Affine
     state_in: Affine | None
     """Only where `config.state_input` is "token"."""
@@ -49,30 +50,31 @@ class Expert:
 
 def weights(config: Config) -> Expert:
     """The weight table. `D` counts layers (depth), `a` action dimensions, `s` state dimensions, `Z` 3·W modulations,
-    `O` the width of an output."""
+    `Y` 2·W values of action and time, `O` the width of an output."""
     c = config.expert
     d, w, f, n, g, e = c.depth, c.width, c.mlp_dim, c.num_heads, c.num_kv_heads, c.head_dim
-    modulation = Affine(zeros("DWZ", d, w, 3 * w), zeros("DZ", d, 3 * w))
+    ada = config.time_input == "adarms"
+    layer_norm = Affine(zeros("DWZ", d, w, 3 * w), zeros("DZ", d, 3 * w)) if ada else zeros("DW", d, w)
 
     def table(axes: str, i: int, o: int) -> Affine:
         return Affine(dense(axes, i, o, fan_in=i), zeros(axes[-1], o))
 
     return Expert(
         action_in=table("aW", config.action_dim, w),
-        time_in=table("WO", w, w),
+        time_in=table("WO", w, w) if ada else table("YO", 2 * w, w),
         time_out=table("WO", w, w),
         layers=ExpertLayer(
-            attention_norm=modulation,
+            attention_norm=layer_norm,
             query=dense("DWNE", d, w, n, e, fan_in=w),
             key=dense("DWGE", d, w, g, e, fan_in=w),
             value=dense("DWGE", d, w, g, e, fan_in=w),
             out=dense("DNEW", d, n, e, w, fan_in=n * e),
-            mlp_norm=modulation,
+            mlp_norm=layer_norm,
             gate=dense("DWF", d, w, f, fan_in=w),
             up=dense("DWF", d, w, f, fan_in=w),
             down=dense("DFW", d, f, w, fan_in=f),
         ),
-        norm=Affine(zeros("WZ", w, 3 * w), zeros("Z", 3 * w)),
+        norm=Affine(zeros("WZ", w, 3 * w), zeros("Z", 3 * w)) if ada else zeros("W", w),
         action_out=table("Wa", w, config.action_dim),
         state_in=table("sW", config.state_dim, w) if config.state_input == "token" else None,
     )
@@ -90,27 +92,44 @@ def run_expert(
     dtype = config.compute_dtype
     horizon, width = config.horizon, config.expert.width
     x = affine(noisy_actions, expert.action_in, dtype)
+    x, condition = _enter_time(expert, config, x, layers.time_embedding(time, width))
     if expert.state_in is not None:
         token = affine(state, expert.state_in, dtype)[:, None, None, :]
         x = jnp.concatenate([jnp.broadcast_to(token, (*x.shape[:2], 1, width)), x], axis=2)
-    condition = jax.nn.silu(affine(layers.time_embedding(time, width), expert.time_in, dtype))
-    condition = jax.nn.silu(affine(condition, expert.time_out, dtype))
 
     ar = masks.suffix_ar_mask(horizon, expert.state_in is not None)[None]
     self_mask = masks.make_attn_mask(jnp.ones_like(ar), ar)[0]
     positions = (memory.length[:, None] + jnp.arange(x.shape[2]))[:, None, :]  # after the visible prefix, [B, 1, A]
 
+    def norm(x: Array, p: Affine | Array) -> tuple[Array, Array | float]:
+        """The normed input, and the gate of the branch that reads it."""
+        if isinstance(p, Affine):
+            return layers.ada_rms_norm(x, affine(condition, p, dtype))
+        return layers.rms_norm(x, p), 1.0
+
     def layer(x: Array, inputs: tuple[ExpertLayer, Array, Array]) -> tuple[Array, None]:
         p, memory_k, memory_v = inputs
-        y, gate = layers.ada_rms_norm(x, affine(condition, p.attention_norm, dtype))
+        y, gate = norm(x, p.attention_norm)
         q = layers.rope(layers.linear(y, p.query, dtype), positions) * p.query.shape[-1] ** -0.5
         k = layers.rope(layers.linear(y, p.key, dtype), positions)
         v = layers.linear(y, p.value, dtype)
         y = attend_with_memory(q, k, v, memory_k, memory_v, memory.mask, self_mask)
         x = x + gate * layers.merge_heads(y, p.out, dtype)
-        y, gate = layers.ada_rms_norm(x, affine(condition, p.mlp_norm, dtype))
+        y, gate = norm(x, p.mlp_norm)
         return x + gate * layers.geglu(y, p.gate, p.up, p.down, dtype), None
 
     x, _ = layers.walk(layer, x, (expert.layers, memory.keys, memory.values), config.layers)
-    x, _ = layers.ada_rms_norm(x, affine(condition, expert.norm, dtype))
+    x, _ = norm(x, expert.norm)
     return affine(x[:, :, -horizon:], expert.action_out, dtype)
+
+
+def _enter_time(
+    expert: Expert, config: Config, x: Float[Array, "B K H W"], time: Float[Array, "B K W"]
+) -> tuple[Float[Array, "B K H W"], Float[Array, "B K W"] | None]:
+    """Action tokens, and the condition of adaRMS if there is one."""
+    dtype = config.compute_dtype
+    if config.time_input == "adarms":
+        hidden = jax.nn.silu(affine(time, expert.time_in, dtype))
+        return x, jax.nn.silu(affine(hidden, expert.time_out, dtype))
+    both = jnp.concatenate([x, jnp.broadcast_to(time[:, :, None, :], x.shape)], axis=-1)
+    return affine(jax.nn.silu(affine(both, expert.time_in, dtype)), expert.time_out, dtype), None

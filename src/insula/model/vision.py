@@ -100,11 +100,18 @@ def encode_images(
 
 
 def _resize(image: Array, size: int) -> Array:
-    """uint8 → [−1, 1], resized on the device where the camera has another resolution."""
+    """uint8 → [−1, 1]. A camera of another resolution is resized on the device and padded with black to a square, so
+    that nothing is stretched (openpi's `resize_with_pad`)."""
     pixels = image.astype(jnp.float32) / 127.5 - 1
-    if image.shape[1:3] == (size, size):
+    height, width = image.shape[1:3]
+    if (height, width) == (size, size):
         return pixels
-    return jax.image.resize(pixels, (image.shape[0], size, size, 3), "bilinear")
+    longer = max(height, width)
+    rows, columns = max(1, height * size // longer), max(1, width * size // longer)
+    pixels = jax.image.resize(pixels, (image.shape[0], rows, columns, 3), "bilinear")
+    above, left = (size - rows) // 2, (size - columns) // 2
+    around = ((0, 0), (above, size - rows - above), (left, size - columns - left), (0, 0))
+    return jnp.pad(pixels, around, constant_values=-1.0)
 
 
 def _encode(vision: Vision, config: Config, x: Float[Array, "X h w 3"]) -> Float[Array, "X P W"]:

@@ -44,6 +44,12 @@ _ALL = (
         blanks=("_", "\n"),
     ),
     Dialect(
+        name="pi0",
+        prompt="{task}, State: {state}\n",
+        stateless_prompt="{task}\n",
+        blanks=("_", "\n"),
+    ),
+    Dialect(
         name="pi0_fast",
         prompt="Task: {task}, State: {state};\n",
         stateless_prompt="Task: {task};\n",

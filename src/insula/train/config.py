@@ -20,9 +20,21 @@ class TrainConfig:
     steps: int = 2500
     batch_size: int = 32
     seed: int = 0
+    init: Path | None = None
+    """Start from this checkpoint (docs/checkpoints.md) instead of the embedded pretrained backbone."""
+    fresh: tuple[str, ...] = ()
+    """Weights to initialise rather than load from `init`, as patterns: PaliGemma has no "expert.*"."""
+    leave: tuple[str, ...] = ()
+    """What of `init` to leave over, as patterns of its names."""
     from_scratch: bool = False
-    """Start from random weights instead of the embedded pretrained backbone."""
-    dialect: Literal["pi05", "pi0_fast"] = "pi05"
+    """Start from random weights."""
+    dialect: Literal["pi05", "pi0", "pi0_fast"] = "pi05"
+    text_tokenizer: Path | None = None
+    """Gemma's or PaliGemma's tokenizer.json or SentencePiece .model; the embedded one unless given."""
+    fast: Path | None = None
+    """A fitted FAST tokenizer (such as FAST+) to use; fitted to the data unless given."""
+    fast_last_id: int | None = None
+    """The text token that FAST id 0 becomes, counting downwards (257023 in π0-FAST); above the text unless given."""
     fast_vocab: int = 1024
     fast_scale: float = 10.0
     on_overflow: Literal["error", "drop_token_loss"] = "error"
@@ -37,18 +49,19 @@ class TrainConfig:
     """Go on from the newest checkpoint of `run`, with the settings stored there."""
 
 
+_PATHS = ("run", "data", "init", "text_tokenizer", "fast")
+
+
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """Plain JSON values."""
     raw = dataclasses.asdict(config)
-    return raw | {"data": config.data and str(config.data), "run": str(config.run)}
+    return raw | {name: raw[name] and str(raw[name]) for name in _PATHS}
 
 
 def from_dict(raw: dict[str, Any], where: str) -> TrainConfig:
     """The inverse of `to_dict`."""
     nested = {
-        "data": raw["data"] and Path(raw["data"]),
-        "run": Path(raw["run"]),
         "model": config_from_dict(raw["model"], where),
         "optimiser": build(OptimiserConfig, raw["optimiser"], where),
     }
-    return build(TrainConfig, raw | nested, where)
+    return build(TrainConfig, raw | {name: raw[name] and Path(raw[name]) for name in _PATHS} | nested, where)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from insula.assets import Assets, read_assets
+from insula.checkpoints.loading import load_params
 from insula.checkpoints.pretrained import load_pretrained
 from insula.checkpoints.store import CheckpointError, CheckpointStore
 from insula.data.lerobot import LeRobotDataset
@@ -75,9 +76,15 @@ def train(config: TrainConfig, quiet: bool = False) -> bool:
 
 
 def start_params(config: TrainConfig, rng: PRNGKeyArray) -> Params:
-    """Fresh parameters, with the embedded backbone unless `from_scratch`."""
-    params = init_params(config.model, rng)
-    return params if config.from_scratch else load_pretrained(config.model, params)
+    """Parameters from `init`, from the embedded backbone, or fresh. What `init` gave is written to init.json."""
+    if config.from_scratch:
+        return init_params(config.model, rng)
+    if config.init is None:
+        return load_pretrained(config.model, rng)
+    params, report = load_params(config.init, config.model, rng, config.fresh, config.leave)
+    log.warning("%s", report.summary())
+    report.write(config.run / "init.json")
+    return params
 
 
 def make_assets(config: TrainConfig, dataset: LeRobotDataset, episodes: np.ndarray) -> Assets:
@@ -91,13 +98,14 @@ def make_assets(config: TrainConfig, dataset: LeRobotDataset, episodes: np.ndarr
                 f"expects {width}; set {'state_dim' if name == 'state' else 'action_dim'}={stats[name].dim}"
             )
     chunks = action_chunks(dataset, stats, model.horizon, episodes, limit=FAST_FIT_CHUNKS)
-    codec = FASTCodec.fit(chunks, config.fast_vocab, config.fast_scale)
+    codec = FASTCodec.load(config.fast) if config.fast else FASTCodec.fit(chunks, config.fast_vocab, config.fast_scale)
     tokenizer = FASTTokenizer(
-        text.embedded(),
+        text.load(config.text_tokenizer) if config.text_tokenizer else text.embedded(),
         codec,
         config.dialect,
         max_token_len=model.max_token_len,
         max_prompt_len=model.max_prompt_len,
+        fast_last_id=config.fast_last_id,
     )
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(

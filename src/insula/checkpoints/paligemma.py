@@ -1,0 +1,141 @@
+"""PaliGemma's weights (Beyer et al. 2024): Hugging Face safetensors, and big_vision's npz. Vision and backbone only."""
+
+from insula.checkpoints.layout import Format, Line
+from insula.model.config import Config
+
+_VISION_LAYER = {
+    "attention_norm.scale": ("layer_norm1.weight", "W"),
+    "attention_norm.bias": ("layer_norm1.bias", "W"),
+    "query.kernel": ("self_attn.q_proj.weight", "(NE)W"),
+    "query.bias": ("self_attn.q_proj.bias", "(NE)"),
+    "key.kernel": ("self_attn.k_proj.weight", "(NE)W"),
+    "key.bias": ("self_attn.k_proj.bias", "(NE)"),
+    "value.kernel": ("self_attn.v_proj.weight", "(NE)W"),
+    "value.bias": ("self_attn.v_proj.bias", "(NE)"),
+    "out.kernel": ("self_attn.out_proj.weight", "W(NE)"),
+    "out.bias": ("self_attn.out_proj.bias", "W"),
+    "mlp_norm.scale": ("layer_norm2.weight", "W"),
+    "mlp_norm.bias": ("layer_norm2.bias", "W"),
+    "up.kernel": ("mlp.fc1.weight", "FW"),
+    "up.bias": ("mlp.fc1.bias", "F"),
+    "down.kernel": ("mlp.fc2.weight", "WF"),
+    "down.bias": ("mlp.fc2.bias", "W"),
+}
+_GEMMA_LAYER = {
+    "query": ("self_attn.q_proj.weight", "(NE)W"),
+    "key": ("self_attn.k_proj.weight", "(GE)W"),
+    "value": ("self_attn.v_proj.weight", "(GE)W"),
+    "out": ("self_attn.o_proj.weight", "W(NE)"),
+    "gate": ("mlp.gate_proj.weight", "FW"),
+    "up": ("mlp.up_proj.weight", "FW"),
+    "down": ("mlp.down_proj.weight", "WF"),
+}
+_JAX_VISION_LAYER = {
+    "attention_norm.scale": ("LayerNorm_0/scale", "DW"),
+    "attention_norm.bias": ("LayerNorm_0/bias", "DW"),
+    "query.kernel": ("MultiHeadDotProductAttention_0/query/kernel", "DWNE"),
+    "query.bias": ("MultiHeadDotProductAttention_0/query/bias", "DNE"),
+    "key.kernel": ("MultiHeadDotProductAttention_0/key/kernel", "DWNE"),
+    "key.bias": ("MultiHeadDotProductAttention_0/key/bias", "DNE"),
+    "value.kernel": ("MultiHeadDotProductAttention_0/value/kernel", "DWNE"),
+    "value.bias": ("MultiHeadDotProductAttention_0/value/bias", "DNE"),
+    "out.kernel": ("MultiHeadDotProductAttention_0/out/kernel", "DNEW"),
+    "out.bias": ("MultiHeadDotProductAttention_0/out/bias", "DW"),
+    "mlp_norm.scale": ("LayerNorm_1/scale", "DW"),
+    "mlp_norm.bias": ("LayerNorm_1/bias", "DW"),
+    "up.kernel": ("MlpBlock_0/Dense_0/kernel", "DWF"),
+    "up.bias": ("MlpBlock_0/Dense_0/bias", "DF"),
+    "down.kernel": ("MlpBlock_0/Dense_1/kernel", "DFW"),
+    "down.bias": ("MlpBlock_0/Dense_1/bias", "DW"),
+}
+
+
+def torch_layers(ours: str, theirs: str) -> list[Line]:
+    """The attention and feed-forward of a Gemma in PyTorch's layout, without norms."""
+    return [Line(f"{ours}.layers.{o}", f"{theirs}.layers.{{}}.{t}", axes) for o, (t, axes) in _GEMMA_LAYER.items()]
+
+
+def jax_layers(ours: str, config: Config, theirs: str = "llm", suffix: str = "") -> list[Line]:
+    """The same in big_vision's layout; openpi writes its expert beside it, with the suffix "_1".
+
+    Where there are as many key heads as query heads, query, key and value are one tensor.
+    """
+    c = config.backbone
+    attention, mlp = f"{theirs}/layers/attn", f"{theirs}/layers/mlp{suffix}"
+    if c.num_heads == c.num_kv_heads:
+        names = {"query": "D0NWE", "key": "D1GWE", "value": "D2GWE"}
+        lines = [Line(f"{ours}.layers.{n}", f"{attention}/qkv_einsum{suffix}/w", a) for n, a in names.items()]
+    else:
+        lines = [
+            Line(f"{ours}.layers.query", f"{attention}/q_einsum{suffix}/w", "DNWE"),
+            Line(f"{ours}.layers.key", f"{attention}/kv_einsum{suffix}/w", "D0GWE"),
+            Line(f"{ours}.layers.value", f"{attention}/kv_einsum{suffix}/w", "D1GWE"),
+        ]
+    return [
+        *lines,
+        Line(f"{ours}.layers.out", f"{attention}/attn_vec_einsum{suffix}/w", "DNEW"),
+        Line(f"{ours}.layers.gate", f"{mlp}/gating_einsum", "D0WF"),
+        Line(f"{ours}.layers.up", f"{mlp}/gating_einsum", "D1WF"),
+        Line(f"{ours}.layers.down", f"{mlp}/linear", "DFW"),
+    ]
+
+
+def torch_table(config: Config) -> list[Line]:
+    """Vision and backbone as `transformers` names them since 4.52."""
+    tower, text = "model.vision_tower.vision_model", "model.language_model"
+    return [
+        Line("vision.stem.0.kernel", f"{tower}.embeddings.patch_embedding.weight", "Wchw"),
+        Line("vision.stem.0.bias", f"{tower}.embeddings.patch_embedding.bias", "W"),
+        Line("vision.position", f"{tower}.embeddings.position_embedding.weight", "PW"),
+        *(
+            Line(f"vision.layers.{ours}", f"{tower}.encoder.layers.{{}}.{theirs}", axes)
+            for ours, (theirs, axes) in _VISION_LAYER.items()
+        ),
+        Line("vision.norm.scale", f"{tower}.post_layernorm.weight", "W"),
+        Line("vision.norm.bias", f"{tower}.post_layernorm.bias", "W"),
+        Line("vision.head.kernel", "model.multi_modal_projector.linear.weight", "OW"),
+        Line("vision.head.bias", "model.multi_modal_projector.linear.bias", "O"),
+        Line("backbone.embedding", f"{text}.embed_tokens.weight", "VW"),
+        *torch_layers("backbone", text),
+        Line("backbone.layers.attention_norm", f"{text}.layers.{{}}.input_layernorm.weight", "W"),
+        Line("backbone.layers.mlp_norm", f"{text}.layers.{{}}.post_attention_layernorm.weight", "W"),
+        Line("backbone.norm", f"{text}.norm.weight", "W"),
+    ]
+
+
+def jax_table(config: Config) -> list[Line]:
+    """Vision and backbone as big_vision names them."""
+    return [
+        Line("vision.stem.0.kernel", "img/embedding/kernel", "hwcW"),
+        Line("vision.stem.0.bias", "img/embedding/bias", "W"),
+        Line("vision.position", "img/pos_embedding", "0PW"),
+        *(
+            Line(f"vision.layers.{ours}", f"img/Transformer/encoderblock/{theirs}", axes)
+            for ours, (theirs, axes) in _JAX_VISION_LAYER.items()
+        ),
+        Line("vision.norm.scale", "img/Transformer/encoder_norm/scale", "W"),
+        Line("vision.norm.bias", "img/Transformer/encoder_norm/bias", "W"),
+        Line("vision.head.kernel", "img/head/kernel", "WO"),
+        Line("vision.head.bias", "img/head/bias", "O"),
+        Line("backbone.embedding", "llm/embedder/input_embedding", "VW"),
+        *jax_layers("backbone", config),
+        Line("backbone.layers.attention_norm", "llm/layers/pre_attention_norm/scale", "DW"),
+        Line("backbone.layers.mlp_norm", "llm/layers/pre_ffw_norm/scale", "DW"),
+        Line("backbone.norm", "llm/final_norm/scale", "W"),
+    ]
+
+
+TORCH_RENAMES = ((r"vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),)
+"""transformers 5 says less."""
+HUGGING_FACE = Format(
+    "PaliGemma (Hugging Face)",
+    torch_table,
+    renames=(
+        (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),  # before 4.52, and what save_pretrained writes
+        (r"^language_model\.model\.", "model.language_model."),
+        (r"^language_model\.lm_head\.", "lm_head."),
+        *TORCH_RENAMES,
+    ),
+    tied=(("lm_head.weight", "model.language_model.embed_tokens.weight"),),
+)
+BIG_VISION = Format("PaliGemma (big_vision)", jax_table, renames=((r"^params/", ""),))

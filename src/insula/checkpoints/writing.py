@@ -1,0 +1,106 @@
+"""Writing a model in any known format, one array at a time."""
+
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+from insula.checkpoints.layout import Format, paths, resolve
+from insula.checkpoints.store import CheckpointError
+from insula.model import Params, weight_table
+from insula.model.config import Config
+
+Read = Callable[[str, int | None], np.ndarray]
+"""(path of a weight, layer or None) → its values."""
+_NAMES = {"float32": "F32", "bfloat16": "BF16"}
+
+
+def from_params(params: Params) -> Read:
+    """Weights in memory."""
+    weights = paths(params)
+
+    def read(path: str, layer: int | None) -> np.ndarray:
+        return np.asarray(weights[path] if layer is None else weights[path][layer])
+
+    return read
+
+
+def require_names(format: Format, config: Config) -> None:
+    """Raises CheckpointError where the config has weights the format has no name for."""
+    named = {part.ours for tensor in resolve(format.table(config), config).values() for part in tensor.parts}
+    if nameless := [path for path in paths(weight_table(config)) if path not in named]:
+        raise CheckpointError(
+            f"{format.name} has no name for {', '.join(nameless)} of config {config.name!r}; "
+            "it stores PaliGemma's architecture, such as the preset 'pi05'"
+        )
+
+
+def foreign_shapes(format: Format, config: Config) -> dict[str, tuple[int, ...]]:
+    """Every tensor a file of this format holds."""
+    tensors = resolve(format.table(config), config)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    return shapes | {second: shapes[first] for second, first in format.tied} | format.unused(config)
+
+
+def foreign_tensors(format: Format, config: Config, read: Read, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of `foreign_shapes`, in its order."""
+    tensors = resolve(format.table(config), config)
+    for name in foreign_shapes(format, config):
+        tensor = tensors.get(dict(format.tied).get(name, name))
+        if tensor is None:
+            yield name, np.zeros(format.unused(config)[name], dtype)
+            continue
+        out = np.empty(tensor.shape, dtype)
+        for part in tensor.parts:
+            part.put(out, read(part.ours, part.layer))
+        yield name, out
+
+
+def write_safetensors(path: Path, format: Format, config: Config, read: Read, dtype: str) -> None:
+    """A .safetensors file, complete or not there at all. The library wants all tensors at once; this needs one.
+
+    Layout: the header's length (8 bytes, little endian), the header (JSON, padded with blanks to 8 bytes), the data.
+    """
+    shapes = foreign_shapes(format, config)
+    size = np.dtype(dtype).itemsize
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, shape in shapes.items():
+        stop = start + size * int(np.prod(shape, dtype=np.int64))
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    unfinished = path.with_name(path.name + ".unfinished")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with unfinished.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, tensor in foreign_tensors(format, config, read, dtype):
+            assert tensor.shape == shapes[name]
+            file.write(tensor.reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def write_orbax(path: Path, format: Format, config: Config, read: Read, dtype: str) -> None:
+    """An Orbax tree under the item "params", names split at slashes. Values wait on disk until Orbax takes them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        tree: dict[str, Any] = {}
+        for number, (name, tensor) in enumerate(foreign_tensors(format, config, read, dtype)):
+            waiting = Path(folder) / str(number)
+            tensor.tofile(waiting)
+            *above, last = name.split("/")
+            branch = tree
+            for key in above:
+                branch = branch.setdefault(key, {})
+            branch[last] = np.memmap(waiting, tensor.dtype, "r", shape=tensor.shape)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(path.absolute(), {"params": tree})

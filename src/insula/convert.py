@@ -1,0 +1,160 @@
+"""`insula convert`: a model from any known format into ours, LeRobot's or openpi's, with what must travel with it."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from insula.assets import CONFIG_FILE, STATS_FILE, TOKENIZER_FOLDER, Assets, read_assets, write_config
+from insula.checkpoints import lerobot
+from insula.checkpoints.formats import INSULA
+from insula.checkpoints.layout import paths
+from insula.checkpoints.loading import Report, open_weights, settle
+from insula.checkpoints.openpi import OPENPI
+from insula.checkpoints.sources import SAFETENSORS
+from insula.checkpoints.store import CheckpointError, CheckpointStore
+from insula.checkpoints.writing import Read, from_params, require_names, write_orbax, write_safetensors
+from insula.data import normalise
+from insula.data.normalise import NormStats
+from insula.model import abstract_params
+from insula.model.config import PI05, Config, config_from_dict, preset
+
+Target = Literal["insula", "lerobot", "openpi"]
+Stats = dict[str, NormStats]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model before it is written: its config, how to read its weights, and what travels with them, where there is
+    any."""
+
+    config: Config
+    read: Read
+    report: Report
+    stats: Stats | None = None
+    assets: Assets | None = None
+
+
+def convert(
+    source: Path,
+    destination: Path,
+    to: Target,
+    preset_name: str = "pi05",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    leave: Sequence[str] = (),
+    norm_stats: Path | None = None,
+) -> Report:
+    """Write `source` to the new directory `destination`, one array at a time.
+
+    `preset_name` says what a source without a config is. Raises CheckpointError where the source is damaged, does not
+    fit, or the format cannot be this model; FileExistsError where `destination` holds something.
+    """
+    if destination.exists() and any(destination.iterdir() if destination.is_dir() else [destination]):
+        raise FileExistsError(f"{destination} is not empty; choose a new directory")
+    model = open_model(source, preset_name, leave)
+    if norm_stats is not None:
+        model = dataclasses.replace(model, stats=normalise.load(norm_stats))
+    if to == "insula":
+        _write_insula(destination, model, dtype)
+    else:
+        format = lerobot.LEROBOT if to == "lerobot" else OPENPI
+        require_names(format, model.config)
+        _refuse_other_text(model, to)
+        stats = _checked_stats(model, source, to)
+        if to == "lerobot":
+            bounds = (stats["state"].bounds(), stats["actions"].bounds())
+            lerobot.write_policy_files(destination, model.config, *bounds, dtype)
+            write_safetensors(destination / lerobot.MODEL, format, model.config, model.read, dtype)
+        else:
+            write_orbax(destination / "params", format, model.config, model.read, dtype)
+            folder = destination / "assets" / "insula"
+            folder.mkdir(parents=True)
+            normalise.save(folder / STATS_FILE, _openpi_stats(stats))
+    return model.report
+
+
+def open_model(source: Path, preset_name: str, leave: Sequence[str] = ()) -> Model:
+    """A run, our own weights, or a foreign checkpoint. Nothing may be missing; what is left over must be named."""
+    if (source / "checkpoints").is_dir():
+        return _open_run(source)
+    config, assets = _config(source, preset_name), None
+    if (source / TOKENIZER_FOLDER).is_dir():
+        assets = read_assets(source)
+    reader = open_weights(source, config)
+    return Model(config, reader.read, settle(reader, leave=leave), _find_stats(source), assets)
+
+
+def _open_run(run: Path) -> Model:
+    with CheckpointStore(run / "checkpoints") as store:
+        assets = read_assets(store.assets())
+        params = store.restore("params", abstract_params(assets.config))
+    report = Report(str(run), "a run", {path: [path] for path in paths(params)}, [], [])
+    return Model(assets.config, from_params(params), report, assets.stats, assets)
+
+
+def _config(source: Path, preset_name: str) -> Config:
+    path = source / CONFIG_FILE
+    if not path.is_file():
+        return preset(preset_name)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from None
+    if "insula" in raw:
+        return config_from_dict(raw["model"], str(path))
+    return lerobot.read_config(source) if raw.get("type") == "pi05" else preset(preset_name)
+
+
+def _find_stats(source: Path) -> Stats | None:
+    """Ours, openpi's `assets/<name>/norm_stats.json`, or LeRobot's normaliser."""
+    found = [source / STATS_FILE, *sorted((source / "assets").glob(f"*/{STATS_FILE}"))]
+    files = [path for path in found if path.is_file()]
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{source} holds statistics of {len(files)} robots; choose one with --norm-stats: {files}"
+        )
+    if files:
+        return normalise.load(files[0])
+    bounds = lerobot.read_bounds(source)
+    if bounds is None:
+        return None
+    return {name: NormStats((low + high) / 2, (high - low) / 2, low, high) for name, (low, high) in bounds.items()}
+
+
+def _checked_stats(model: Model, source: Path, to: Target) -> Stats:
+    if model.stats is None:
+        raise CheckpointError(f"{source} has no normalisation statistics, which {to} needs; give --norm-stats FILE")
+    for name, width in (("state", model.config.state_dim), ("actions", model.config.action_dim)):
+        if name not in model.stats or model.stats[name].dim > width:
+            got = model.stats[name].dim if name in model.stats else "none"
+            raise CheckpointError(f"{source}: statistics of {name} have {got} dimensions, expected at most {width}")
+    return model.stats
+
+
+def _refuse_other_text(model: Model, to: Target) -> None:
+    if model.assets is None:
+        return
+    text, dialect = model.assets.tokenizer.text, model.assets.tokenizer.dialect.name
+    if text.vocab_size != PI05.vocab_size or dialect != "pi05":
+        raise CheckpointError(
+            f"{to} tokenises with PaliGemma's {PI05.vocab_size:,} entries in the dialect 'pi05'; this policy was "
+            f"trained with {text.vocab_size:,} in {dialect!r}, so its prompts would mean something else there"
+        )
+
+
+def _openpi_stats(stats: Stats) -> Stats:
+    spreads = {"state": lerobot.STATE_SPREAD, "actions": lerobot.ACTION_SPREAD}
+    bounds = {name: lerobot.with_range(stats[name].bounds(), spread) for name, spread in spreads.items()}
+    return {name: NormStats(stats[name].mean, stats[name].std, *bounds[name]) for name in spreads}
+
+
+def _write_insula(destination: Path, model: Model, dtype: str) -> None:
+    """`config.json` and `model.safetensors`, and what travels with a policy where the source has it."""
+    if model.assets is not None:
+        model.assets.write(destination)
+    else:
+        write_config(destination, model.config)
+        if model.stats is not None:
+            normalise.save(destination / STATS_FILE, model.stats)
+    write_safetensors(destination / SAFETENSORS, INSULA, model.config, model.read, dtype)

@@ -1,0 +1,355 @@
+"""Foreign checkpoints: names and shapes at full size, bit-identical round trips, and everything that can be wrong."""
+
+import dataclasses
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from safetensors.numpy import load_file, save_file
+from small import SMALL, model, transformer
+
+from insula.checkpoints.formats import FORMATS, INSULA, recognise
+from insula.checkpoints.layout import Format, paths, resolve
+from insula.checkpoints.lerobot import LEROBOT
+from insula.checkpoints.loading import load_params, open_weights, settle
+from insula.checkpoints.openpi import OPENPI, OPENPI_TORCH
+from insula.checkpoints.paligemma import BIG_VISION, HUGGING_FACE
+from insula.checkpoints.sources import open_source
+from insula.checkpoints.store import CheckpointError
+from insula.checkpoints.writing import foreign_shapes, foreign_tensors, from_params, write_orbax, write_safetensors
+from insula.model import Params, abstract_params, init_params, weight_table
+from insula.model.config import PI05, PRESETS, Config
+
+PI0 = dataclasses.replace(SMALL, name="small-pi0", state_input="token", time_input="mlp")
+MHA = dataclasses.replace(SMALL, name="small-mha", backbone=transformer(16, 4), expert=transformer(12, 4))
+WHOLE = (INSULA, LEROBOT, OPENPI, OPENPI_TORCH)
+HALF = (HUGGING_FACE, BIG_VISION)
+by_name: Callable = pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
+
+
+def write(format: Format, config: Config, folder: Path, dtype: str = "float32") -> Path:
+    """A random model in a foreign file."""
+    read = from_params(model(config)[0])
+    if format is OPENPI:
+        write_orbax(folder / "params", format, config, read, dtype)
+        return folder
+    if format is BIG_VISION:
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = {f"params/{name}": value for name, value in foreign_tensors(format, config, read, dtype)}
+        np.savez(folder / "weights.npz", **arrays)
+        return folder / "weights.npz"
+    write_safetensors(folder / "model.safetensors", format, config, read, dtype)
+    return folder
+
+
+def fresh(format: Format) -> list[str]:
+    return ["expert.*"] if format in HALF else []
+
+
+def load(path: Path, config: Config, format: Format | None = None, **options: object) -> Params:
+    return load_params(path, config, jax.random.key(1), fresh(format) if format else [], **options)[0]
+
+
+def equal(a: Params, b: Params, skip: str = "-") -> bool:
+    left, right = paths(a), paths(b)
+    return all(np.array_equal(left[name], right[name]) for name in left if not name.startswith(skip))
+
+
+# The full-size table, by shape
+
+
+@by_name
+@pytest.mark.parametrize("preset", ["pi05", "pi0"])
+def test_every_weight_has_a_foreign_name_and_the_reverse(format: Format, preset: str) -> None:
+    config = PRESETS[preset]
+    tensors = resolve(format.table(config), config)
+    weights = paths(weight_table(config))
+    parts = [part for tensor in tensors.values() for part in tensor.parts]
+    covered = {part.ours for part in parts}
+    expected = {name for name in weights if not (format in HALF and name.startswith("expert."))}
+    assert covered == expected
+    stored = sum(int(np.prod(tensor.shape, dtype=np.int64)) for tensor in tensors.values())
+    assert stored == sum(int(np.prod(weights[name].shape, dtype=np.int64)) for name in expected)
+    for name in expected:  # each layer once, or all at once
+        layers = [part.layer for part in parts if part.ours == name]
+        assert layers == [None] or layers == list(range(weights[name].shape[0]))
+
+
+@pytest.mark.parametrize(
+    ("format", "name", "shape"),
+    [
+        (OPENPI, "PaliGemma/llm/embedder/input_embedding", (257152, 2048)),
+        (OPENPI, "PaliGemma/llm/layers/attn/q_einsum/w", (18, 8, 2048, 256)),
+        (OPENPI, "PaliGemma/llm/layers/attn/kv_einsum/w", (18, 2, 1, 2048, 256)),
+        (OPENPI, "PaliGemma/llm/layers/attn/attn_vec_einsum/w", (18, 8, 256, 2048)),
+        (OPENPI, "PaliGemma/llm/layers/attn/q_einsum_1/w", (18, 8, 1024, 256)),
+        (OPENPI, "PaliGemma/llm/layers/mlp/gating_einsum", (18, 2, 2048, 16384)),
+        (OPENPI, "PaliGemma/llm/layers/mlp_1/linear", (18, 4096, 1024)),
+        (OPENPI, "PaliGemma/llm/layers/pre_attention_norm/scale", (18, 2048)),
+        (OPENPI, "PaliGemma/llm/layers/pre_attention_norm_1/Dense_0/kernel", (18, 1024, 3072)),
+        (OPENPI, "PaliGemma/llm/layers/pre_ffw_norm_1/Dense_0/bias", (18, 3072)),
+        (OPENPI, "PaliGemma/llm/final_norm_1/Dense_0/kernel", (1024, 3072)),
+        (OPENPI, "PaliGemma/img/embedding/kernel", (14, 14, 3, 1152)),
+        (OPENPI, "PaliGemma/img/pos_embedding", (1, 256, 1152)),
+        (OPENPI, "PaliGemma/img/head/kernel", (1152, 2048)),
+        (
+            OPENPI,
+            "PaliGemma/img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel",
+            (27, 1152, 16, 72),
+        ),
+        (OPENPI, "PaliGemma/img/Transformer/encoderblock/MlpBlock_0/Dense_1/kernel", (27, 4304, 1152)),
+        (OPENPI, "time_mlp_in/kernel", (1024, 1024)),
+        (OPENPI, "action_in_proj/kernel", (32, 1024)),
+        (BIG_VISION, "llm/layers/mlp/gating_einsum", (18, 2, 2048, 16384)),
+        (HUGGING_FACE, "model.language_model.layers.17.mlp.down_proj.weight", (2048, 16384)),
+        (HUGGING_FACE, "model.vision_tower.vision_model.embeddings.patch_embedding.weight", (1152, 3, 14, 14)),
+        (
+            LEROBOT,
+            "model.paligemma_with_expert.paligemma.model.vision_tower.vision_model.encoder.layers.26.self_attn."
+            "out_proj.weight",
+            (1152, 1152),
+        ),
+        (
+            LEROBOT,
+            "model.paligemma_with_expert.gemma_expert.model.layers.0.input_layernorm.dense.weight",
+            (3072, 1024),
+        ),
+        (LEROBOT, "model.paligemma_with_expert.gemma_expert.model.norm.dense.bias", (3072,)),
+        (LEROBOT, "model.paligemma_with_expert.paligemma.lm_head.weight", (257152, 2048)),
+        (LEROBOT, "model.time_mlp_out.weight", (1024, 1024)),
+        (OPENPI_TORCH, "action_out_proj.weight", (32, 1024)),
+    ],
+)
+def test_names_and_shapes_of_the_published_checkpoints(format: Format, name: str, shape: tuple[int, ...]) -> None:
+    assert foreign_shapes(format, PI05)[name] == shape
+
+
+def test_pi0_has_its_own_names() -> None:
+    shapes = foreign_shapes(OPENPI, PRESETS["pi0"])
+    assert shapes["action_time_mlp_in/kernel"] == (2048, 1024)
+    assert shapes["state_proj/kernel"] == (32, 1024)
+    assert shapes["PaliGemma/llm/layers/pre_attention_norm_1/scale"] == (18, 1024)
+    assert "time_mlp_in/kernel" not in shapes
+
+
+# Round trips
+
+
+@by_name
+@pytest.mark.parametrize("config", [SMALL, PI0, MHA], ids=lambda config: config.name)
+def test_import_export_import_is_bit_identical(format: Format, config: Config, tmp_path: Path) -> None:
+    first = load(write(format, config, tmp_path / "a"), config, format)
+    assert equal(first, model(config)[0], skip="expert." if format in HALF else "-")
+    written = dict(foreign_tensors(format, config, from_params(first), "float32"))
+    original = dict(foreign_tensors(format, config, from_params(model(config)[0]), "float32"))
+    assert written.keys() == original.keys()
+    assert all(np.array_equal(written[name], original[name]) for name in original)
+    assert not equal(first, model(config, seed=1)[0])  # the control
+
+
+def test_bfloat16_is_rounded_once_and_then_kept(tmp_path: Path) -> None:
+    params = load(write(LEROBOT, SMALL, tmp_path / "a", "bfloat16"), SMALL)
+    rounded = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float32), model(SMALL)[0])
+    assert equal(params, rounded) and not equal(params, model(SMALL)[0])
+    assert all(x.dtype == "bfloat16" for x in jax.tree.leaves(load(tmp_path / "a", SMALL, dtype="bfloat16")))
+
+
+@pytest.mark.parametrize("format", [LEROBOT, OPENPI_TORCH, HUGGING_FACE], ids=lambda format: format.name)
+def test_files_are_valid_for_the_safetensors_library(format: Format, tmp_path: Path) -> None:
+    path = write(format, SMALL, tmp_path)
+    stored = load_file(path / "model.safetensors")
+    assert {name: value.shape for name, value in stored.items()} == foreign_shapes(format, SMALL)
+    expected = dict(foreign_tensors(format, SMALL, from_params(model(SMALL)[0]), "float32"))
+    assert all(np.array_equal(stored[name], expected[name]) for name in expected)
+
+
+def hugging_face(tmp_path: Path) -> dict[str, np.ndarray]:
+    return load_file(write(HUGGING_FACE, SMALL, tmp_path / "new") / "model.safetensors")
+
+
+def relayout(tensors: dict[str, np.ndarray], *pairs: tuple[str, str]) -> dict[str, np.ndarray]:
+    renamed = {}
+    for name, value in tensors.items():
+        for old, new in pairs:
+            name = name.replace(old, new)
+        renamed[name] = value
+    assert renamed.keys() != tensors.keys()
+    return renamed
+
+
+SHORT_TOWER = ("vision_tower.vision_model.", "vision_tower.")
+OLD = [
+    ("model.vision_tower.", "vision_tower."),
+    ("model.multi_modal", "multi_modal"),
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+]
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [OLD, [*OLD, SHORT_TOWER], [SHORT_TOWER]],
+    ids=["transformers before 4.52", "save_pretrained of transformers 5", "state_dict of transformers 5"],
+)
+def test_layouts_of_paligemma(pairs: list[tuple[str, str]], tmp_path: Path) -> None:
+    save_file(relayout(hugging_face(tmp_path), *pairs), tmp_path / "model.safetensors")
+    assert equal(load(tmp_path, SMALL, HUGGING_FACE), model(SMALL)[0], skip="expert.")
+
+
+def test_padded_embeddings_are_trimmed(tmp_path: Path) -> None:
+    tensors = hugging_face(tmp_path)
+    del tensors["lm_head.weight"]
+    name = "model.language_model.embed_tokens.weight"
+    tensors[name] = np.concatenate([tensors[name], np.full((64, 16), 7, np.float32)])
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert equal(load(tmp_path, SMALL, HUGGING_FACE), model(SMALL)[0], skip="expert.")
+    tensors[name] = tensors[name][:-1]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"embed_tokens.weight has shape \[111, 16\].*expects \[48, 16\]"):
+        load(tmp_path, SMALL, HUGGING_FACE)
+
+
+def test_a_tied_head_may_stand_alone_but_not_differ(tmp_path: Path) -> None:
+    tensors = load_file(write(LEROBOT, SMALL, tmp_path / "a") / "model.safetensors")
+    head, embedding = LEROBOT.tied[0]
+    save_file({name: value for name, value in tensors.items() if name != embedding}, tmp_path / "model.safetensors")
+    assert equal(load(tmp_path, SMALL), model(SMALL)[0])
+    tensors[head] = tensors[head] + 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="tied"):
+        load(tmp_path, SMALL)
+
+
+def test_sharded_files(tmp_path: Path) -> None:
+    tensors = hugging_face(tmp_path)
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for shard, held in shards.items():
+        save_file({name: tensors[name] for name in held}, tmp_path / shard)
+    index = {"weight_map": {name: shard for shard, held in shards.items() for name in held}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert equal(load(tmp_path, SMALL, HUGGING_FACE), model(SMALL)[0], skip="expert.")
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="model-00002-of-00002"):
+        load(tmp_path, SMALL, HUGGING_FACE)
+    index["weight_map"][names[0]] = "../new/model.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"'\.\./new/model.safetensors'"):
+        load(tmp_path, SMALL, HUGGING_FACE)
+
+
+def test_openpi_leaves_may_end_in_value(tmp_path: Path) -> None:
+    tree: dict = {}
+    for name, value in foreign_tensors(OPENPI, SMALL, from_params(model(SMALL)[0]), "float32"):
+        branch = tree
+        for key in name.split("/"):
+            branch = branch.setdefault(key, {})
+        branch["value"] = value
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save((tmp_path / "params").absolute(), {"params": tree})
+    assert equal(load(tmp_path, SMALL), model(SMALL)[0])
+    assert equal(load(tmp_path / "params", SMALL), model(SMALL)[0])
+
+
+@by_name
+def test_formats_are_recognised(format: Format, tmp_path: Path) -> None:
+    path = write(format, SMALL, tmp_path)
+    assert recognise(open_source(path), SMALL) is format
+
+
+def test_weights_go_where_they_are_sharded_to(tmp_path: Path) -> None:
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = jax.tree.map(lambda _: place, abstract_params(SMALL))
+    params = load(write(INSULA, SMALL, tmp_path), SMALL, shardings=shardings)
+    assert all(leaf.sharding == place for leaf in jax.tree.leaves(params))
+
+
+# Partial loads
+
+
+def test_a_missing_weight_is_named_and_must_be_asked_for(tmp_path: Path) -> None:
+    path = write(HUGGING_FACE, SMALL, tmp_path)
+    with pytest.raises(CheckpointError, match=r"missing \(\d+; .*--fresh[\s\S]*expert\.action_in\.kernel"):
+        load(path, SMALL)
+    params, report = load_params(path, SMALL, jax.random.key(1), ["expert.*"])
+    assert report.fresh == [name for name in paths(params) if name.startswith("expert.")]
+    assert report.loaded["backbone.norm"] == ["model.language_model.norm.weight"]
+    fresh_expert = init_params(SMALL, jax.random.key(1)).expert
+    assert all(map(np.array_equal, jax.tree.leaves(params.expert), jax.tree.leaves(fresh_expert)))
+
+
+def test_a_leftover_tensor_is_named_and_must_be_asked_for(tmp_path: Path) -> None:
+    tensors = load_file(write(LEROBOT, SMALL, tmp_path / "a") / "model.safetensors")
+    tensors["model.value_head.weight"] = np.zeros((3, 3), np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"left over \(1; .*--leave[\s\S]*model\.value_head\.weight"):
+        load(tmp_path, SMALL)
+    _, report = load_params(tmp_path, SMALL, jax.random.key(0), leave=["model.value_head.*"])
+    assert report.leftover == ["model.value_head.weight"]
+    assert "model.value_head.weight" in report.summary()
+
+
+@pytest.mark.parametrize(("option", "near"), [("fresh", "expert.action_inn.kernel"), ("leave", "expert.norm.kernal")])
+def test_a_pattern_that_matches_nothing_is_refused(option: str, near: str, tmp_path: Path) -> None:
+    reader = open_weights(write(INSULA, SMALL, tmp_path), SMALL)
+    with pytest.raises(CheckpointError, match=f"{option} .*matches nothing.*did you mean"):
+        settle(reader, **{option: [near]})
+
+
+# Bad files
+
+
+def test_a_wrong_shape_is_one_clear_error(tmp_path: Path) -> None:
+    path = write(OPENPI, SMALL, tmp_path)
+    other = dataclasses.replace(SMALL, action_dim=5)
+    with pytest.raises(CheckpointError, match=r"action_in_proj/kernel has shape \[3, 12\].*expects \[5, 12\]"):
+        load(path, other)
+
+
+@by_name
+def test_a_truncated_file_is_one_clear_error(format: Format, tmp_path: Path) -> None:
+    path = write(format, SMALL, tmp_path)
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    largest = max(files, key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=r"damaged or truncated|no weights"):
+        load(path, SMALL, format)
+
+
+def test_pickled_arrays_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "weights.npz", **{"params/llm/final_norm/scale": np.array([{}], object)}, allow_pickle=True)
+    with pytest.raises(CheckpointError):
+        load(tmp_path / "weights.npz", SMALL, BIG_VISION)
+
+
+def test_whole_numbers_are_no_weights(tmp_path: Path) -> None:
+    save_file({"backbone.norm": np.zeros(16, np.int32)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"backbone\.norm holds I32"):
+        load(tmp_path, SMALL)
+
+
+@pytest.mark.parametrize("name", ["absent", "empty", "other.bin", "pytorch_model.bin"])
+def test_a_path_without_weights(name: str, tmp_path: Path) -> None:
+    if name != "absent":
+        (tmp_path / name).mkdir() if name == "empty" else (tmp_path / name).write_bytes(b"PK\3\4")
+    with pytest.raises(CheckpointError, match=r"no such file|no weights of a known kind"):
+        load(tmp_path / name, SMALL)
+
+
+def test_names_of_no_known_format(tmp_path: Path) -> None:
+    save_file({"bert.encoder": np.zeros(3, np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"bert\.encoder belong to no known format"):
+        load(tmp_path, SMALL)
+
+
+def test_a_header_that_claims_too_much_is_refused(tmp_path: Path) -> None:
+    header = json.dumps({"backbone.norm": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(CheckpointError, match="damaged or truncated"):
+        load(tmp_path, SMALL)

@@ -125,11 +125,11 @@ def run_expert(
 
 def _enter_time(
     expert: Expert, config: Config, x: Float[Array, "B K H W"], time: Float[Array, "B K W"]
-) -> tuple[Float[Array, "B K H W"], Float[Array, "B K W"] | None]:
-    """Action tokens, and the condition of adaRMS if there is one."""
+) -> tuple[Float[Array, "B K H W"], Float[Array, "B K W"]]:
+    """Action tokens, and the condition of adaRMS where there is adaRMS."""
     dtype = config.compute_dtype
     if config.time_input == "adarms":
         hidden = jax.nn.silu(affine(time, expert.time_in, dtype))
         return x, jax.nn.silu(affine(hidden, expert.time_out, dtype))
     both = jnp.concatenate([x, jnp.broadcast_to(time[:, :, None, :], x.shape)], axis=-1)
-    return affine(jax.nn.silu(affine(both, expert.time_in, dtype)), expert.time_out, dtype), None
+    return affine(jax.nn.silu(affine(both, expert.time_in, dtype)), expert.time_out, dtype), time

@@ -14,7 +14,7 @@ from insula.checkpoints.openpi import HEAD, torch_table, unused_head
 from insula.checkpoints.paligemma import TORCH_RENAMES
 from insula.checkpoints.sources import open_source
 from insula.checkpoints.store import CheckpointError
-from insula.model.config import PI05, Config, TransformerConfig, VisionConfig
+from insula.model.config import PI05, Config, TransformerConfig
 
 CONFIG, MODEL = "config.json", "model.safetensors"
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor", "policy_postprocessor"
@@ -115,7 +115,7 @@ def write_policy_files(folder: Path, config: Config, state: Bounds, action: Boun
     names = {sizes: name for name, sizes in VARIANTS.items()}
     wrong = [part for part in ("backbone", "expert") if getattr(config, part) not in names]
     wrong += ["time_input"] * (config.time_input != "adarms") + ["state_input"] * (config.state_input != "prompt")
-    wrong += ["vision"] * (dataclasses.replace(config.vision, image_size=0) != _VISION)
+    wrong += ["vision"] * (config.vision != dataclasses.replace(PI05.vision, image_size=config.vision.image_size))
     wrong += ["vocab_size"] * (config.vocab_size != PI05.vocab_size)
     if wrong:
         raise CheckpointError(
@@ -131,7 +131,7 @@ def write_policy_files(folder: Path, config: Config, state: Bounds, action: Boun
         "input_features": inputs,
         "output_features": outputs,
         "normalization_mapping": _NORMALISATION,
-        "device": "cpu",
+        "device": None,
         "paligemma_variant": names[config.backbone],
         "action_expert_variant": names[config.expert],
         "dtype": dtype,
@@ -172,7 +172,6 @@ def write_policy_files(folder: Path, config: Config, state: Bounds, action: Boun
 
 
 _USUAL = {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}
-_VISION: VisionConfig = dataclasses.replace(PI05.vision, image_size=0)
 _NORMALISATION = {"VISUAL": "IDENTITY", "STATE": "QUANTILES", "ACTION": "QUANTILES"}
 
 

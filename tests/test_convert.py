@@ -1,0 +1,249 @@
+"""Whole conversions: a trained run out to robots' formats and back, and starting a run from a foreign checkpoint."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from small import SMALL, model
+from test_formats import equal, write
+
+from insula import convert as conversion
+from insula.assets import Assets, read_assets
+from insula.checkpoints import lerobot
+from insula.checkpoints.lerobot import LEROBOT, TOKENIZER
+from insula.checkpoints.loading import load_params
+from insula.checkpoints.openpi import OPENPI
+from insula.checkpoints.paligemma import HUGGING_FACE
+from insula.checkpoints.store import CheckpointError, CheckpointStore
+from insula.checkpoints.writing import foreign_shapes
+from insula.convert import convert
+from insula.data import normalise
+from insula.data.normalise import NormStats
+from insula.model.config import PI05, PRESETS, Config, TransformerConfig, VisionConfig
+from insula.policy import Policy
+from insula.tokens.fast import FASTCodec
+from insula.tokens.sequence import FASTTokenizer
+from insula.tokens.text import embedded
+
+POLICY = dataclasses.replace(
+    SMALL,
+    name="policy",
+    vision=VisionConfig(16, (8,), (), width=16, depth=1, mlp_dim=16, num_heads=2),
+    backbone=TransformerConfig(16, 2, 24, 4, 2, 8),
+    expert=TransformerConfig(12, 2, 24, 4, 2, 8),
+    vocab_size=2800,
+    max_prompt_len=32,
+    max_fast_len=40,
+)
+STATS = {
+    "state": NormStats(np.zeros(2), np.ones(2), np.array([-1.0, 0.5]), np.array([3.0, 0.5])),  # the second never moves
+    "actions": NormStats(np.zeros(3), np.ones(3), np.array([-1.0, -2, 0.25]), np.array([1.0, 4, 0.25])),
+}
+OBSERVATION = {"state": np.array([1.0, 0.5], np.float32), "task": "put it there"} | {
+    "images": {name: np.full((16, 16, 3), 99, np.uint8) for name in SMALL.cameras}
+}
+
+
+@pytest.fixture
+def small_is_pi05(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PI05 in small: what LeRobot and the preset call gemma_2b, gemma_300m and pi05 has these sizes here."""
+    pi05 = dataclasses.replace(POLICY, name="pi05")
+    monkeypatch.setitem(PRESETS, "pi05", pi05)
+    monkeypatch.setattr(lerobot, "PI05", pi05)
+    monkeypatch.setattr(conversion, "PI05", dataclasses.replace(pi05, vocab_size=embedded().vocab_size))
+    monkeypatch.setattr(lerobot, "VARIANTS", {"gemma_2b": pi05.backbone, "gemma_300m": pi05.expert})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a checkpoint, as training leaves it."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    chunks = np.random.default_rng(0).uniform(-1, 1, (64, POLICY.horizon, POLICY.action_dim)).astype(np.float32)
+    tokenizer = FASTTokenizer(
+        embedded(),
+        FASTCodec.fit(chunks, 400, 5.0),
+        max_token_len=POLICY.max_token_len,
+        max_prompt_len=POLICY.max_prompt_len,
+    )
+    assets = Assets(POLICY, tokenizer, STATS)
+    params = model(POLICY)[0]
+    with CheckpointStore(folder / "checkpoints") as store:
+        store.save(1, params, {"step": np.zeros(())}, assets.write)
+    return folder
+
+
+def weights_of(path: Path, config: Config = POLICY) -> object:
+    return load_params(path, config, jax.random.key(0))[0]
+
+
+def test_a_run_becomes_a_policy_that_acts_the_same(run: Path, tmp_path: Path) -> None:
+    report = convert(run, tmp_path / "out", "insula")
+    assert len(report.loaded) == len(jax.tree.leaves(model(POLICY)[0])) and not report.fresh
+    expected = Policy.load(run).act(OBSERVATION)
+    np.testing.assert_array_equal(Policy.load(tmp_path / "out").act(OBSERVATION), expected)
+    assert not np.array_equal(Policy.load(tmp_path / "out", seed=1).act(OBSERVATION), expected)
+    assert read_assets(tmp_path / "out").config == POLICY
+
+
+@pytest.mark.usefixtures("small_is_pi05")
+@pytest.mark.parametrize("to", ["lerobot", "openpi"])
+def test_out_to_a_robot_and_back(to: str, run: Path, tmp_path: Path) -> None:
+    convert(run, tmp_path / "there", to)
+    assert equal(weights_of(tmp_path / "there"), model(POLICY)[0])
+    convert(tmp_path / "there", tmp_path / "back", "insula")
+    assert equal(weights_of(tmp_path / "back"), model(POLICY)[0])
+    stats = normalise.load(tmp_path / "back" / "norm_stats.json")
+    for name, value in (("state", [1.0, 0.5]), ("actions", [0.3, 1, 0.25])):
+        np.testing.assert_allclose(
+            stats[name].normalise(np.array(value)), STATS[name].normalise(np.array(value)), atol=1e-5
+        )
+        assert stats[name].normalise(np.array(value))[-1] == pytest.approx(0, abs=1e-3)  # a constant is 0 there too
+    constant = stats["actions"].unnormalise(np.array([0.0, 0.0, 0.9]))
+    assert constant[-1] == pytest.approx(0.25, abs=1e-5)
+
+
+@pytest.mark.usefixtures("small_is_pi05")
+def test_the_lerobot_directory_is_whole(run: Path, tmp_path: Path) -> None:
+    """Every file, key, shape and field of a PI05 policy, and none besides."""
+    convert(run, tmp_path / "policy", "lerobot", dtype="bfloat16")
+    files = {path.name: path for path in (tmp_path / "policy").iterdir()}
+    before, after = (
+        "policy_preprocessor_step_2_normalizer_processor",
+        "policy_postprocessor_step_0_unnormalizer_processor",
+    )
+    assert files.keys() == {
+        "config.json",
+        "model.safetensors",
+        "policy_preprocessor.json",
+        f"{before}.safetensors",
+        "policy_postprocessor.json",
+        f"{after}.safetensors",
+    }
+    config = json.loads(files["config.json"].read_text())
+    assert config.keys() <= PI05_FIELDS and config["type"] == "pi05"
+    assert (config["chunk_size"], config["n_action_steps"], config["tokenizer_max_length"]) == (4, 4, 32)
+    assert (config["max_action_dim"], config["max_state_dim"]) == (3, 2)
+    assert config["input_features"] == {
+        "observation.images.front": {"type": "VISUAL", "shape": [3, 16, 16]},
+        "observation.images.wrist": {"type": "VISUAL", "shape": [3, 16, 16]},
+        "observation.state": {"type": "STATE", "shape": [2]},
+    }
+    assert config["output_features"] == {"action": {"type": "ACTION", "shape": [3]}}
+    assert config["normalization_mapping"] == {"VISUAL": "IDENTITY", "STATE": "QUANTILES", "ACTION": "QUANTILES"}
+
+    stored = load_file(files["model.safetensors"])
+    assert {name: value.shape for name, value in stored.items()} == foreign_shapes(LEROBOT, POLICY)
+    assert {str(value.dtype) for value in stored.values()} == {"bfloat16"}
+    assert not stored["model.paligemma_with_expert.gemma_expert.lm_head.weight"].any()  # PI05 has it and never reads it
+
+    first = json.loads(files["policy_preprocessor.json"].read_text())
+    assert [step["registry_name"] for step in first["steps"]] == [
+        "rename_observations_processor",
+        "to_batch_processor",
+        "normalizer_processor",
+        "pi05_prepare_state_tokenizer_processor_step",
+        "tokenizer_processor",
+        "device_processor",
+    ]
+    assert first["name"] == "policy_preprocessor"
+    assert first["steps"][2]["state_file"] == f"{before}.safetensors"
+    assert first["steps"][4]["config"]["tokenizer_name"] == TOKENIZER
+    last = json.loads(files["policy_postprocessor.json"].read_text())
+    assert [step["registry_name"] for step in last["steps"]] == ["unnormalizer_processor", "device_processor"]
+    assert last["steps"][0]["config"]["features"] == config["output_features"]
+    stats = load_file(files[f"{after}.safetensors"])
+    assert {name: value.tolist() for name, value in stats.items() if name.startswith("observation")} == {
+        "observation.state.q01": [-1.0, -0.5],
+        "observation.state.q99": [3.0, 1.5],
+    }
+    assert stats["action.q01"].shape == (3,) and all(value.dtype == np.float32 for value in stats.values())
+
+
+_FIELDS = """
+type n_obs_steps input_features output_features device use_amp push_to_hub repo_id private tags license
+paligemma_variant action_expert_variant dtype chunk_size n_action_steps max_state_dim max_action_dim num_inference_steps
+time_sampling_beta_alpha time_sampling_beta_beta time_sampling_scale time_sampling_offset min_period max_period
+image_resolution empty_cameras tokenizer_max_length normalization_mapping gradient_checkpointing compile_model
+compile_mode optimizer_lr optimizer_betas optimizer_eps optimizer_weight_decay optimizer_grad_clip_norm
+scheduler_warmup_steps scheduler_decay_steps scheduler_decay_lr rtc_config
+"""
+PI05_FIELDS = set(_FIELDS.split())
+"""What PI05's config has in every release since 0.4; it refuses any other key."""
+
+
+def test_full_size_pi05_is_what_lerobot_knows(tmp_path: Path) -> None:
+    bounds = (np.zeros(7), np.ones(7))
+    lerobot.write_policy_files(tmp_path, PI05, bounds, bounds, "bfloat16")
+    config = lerobot.read_config(tmp_path)
+    assert dataclasses.replace(config, name="pi05") == PI05
+    with pytest.raises(CheckpointError, match=r"cannot be config 'policy': backbone, expert, vision, vocab_size"):
+        lerobot.write_policy_files(tmp_path, POLICY, bounds, bounds, "bfloat16")
+    with pytest.raises(CheckpointError, match=r"'pi0': time_input, state_input differ"):
+        lerobot.write_policy_files(tmp_path, PRESETS["pi0"], bounds, bounds, "bfloat16")
+
+
+@pytest.mark.usefixtures("small_is_pi05")
+def test_another_tokenizer_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "PI05", PI05)
+    with pytest.raises(CheckpointError, match="trained with 2,176 in 'pi05'"):
+        convert(run, tmp_path / "out", "openpi")
+
+
+@pytest.mark.usefixtures("small_is_pi05")
+def test_statistics_must_come_from_somewhere(tmp_path: Path) -> None:
+    source = write(OPENPI, POLICY, tmp_path / "source")
+    with pytest.raises(CheckpointError, match=r"no normalisation statistics.*--norm-stats"):
+        convert(source, tmp_path / "out", "lerobot")
+    normalise.save(tmp_path / "stats.json", STATS)
+    convert(source, tmp_path / "out", "lerobot", norm_stats=tmp_path / "stats.json")
+    assert equal(weights_of(tmp_path / "out"), model(POLICY)[0])
+
+
+def test_what_is_there_is_not_overwritten(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not empty"):
+        convert(run, tmp_path, "insula")
+
+
+@pytest.mark.usefixtures("small_is_pi05")
+def test_a_config_of_another_policy_is_named(run: Path, tmp_path: Path) -> None:
+    convert(run, tmp_path / "out", "lerobot")
+    path = tmp_path / "out" / "config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {"paligemma_variant": "gemma_9b"}))
+    with pytest.raises(CheckpointError, match=r"config\.json: not a PI05 config .*gemma_9b"):
+        convert(tmp_path / "out", tmp_path / "again", "insula")
+
+
+def test_an_incomplete_source_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "pi05", POLICY)
+    source = write(HUGGING_FACE, POLICY, tmp_path / "source")
+    with pytest.raises(CheckpointError, match=r"missing .*--fresh"):
+        convert(source, tmp_path / "out", "insula")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_write_leaves_no_half_file(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert(run, tmp_path / "out", "insula")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    with pytest.raises(CheckpointError, match="no policy here"):
+        Policy.load(tmp_path / "out")
+
+
+def test_a_damaged_export_is_named(run: Path, tmp_path: Path) -> None:
+    convert(run, tmp_path / "out", "insula")
+    path = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["expert.action_out.bias"]
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"expert\.action_out\.bias"):
+        Policy.load(tmp_path / "out")

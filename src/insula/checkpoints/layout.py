@@ -58,10 +58,12 @@ class Format:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A weight of ours, or one layer of it, inside a foreign tensor: how to cut it out and how to put it in."""
+    """A weight of ours, or one layer of it, inside a foreign tensor: how to cut it out and where to put it."""
 
     ours: str
     layer: int | None
+    stacked: bool
+    """Whether all layers are here, on the first axis of ours."""
     shape: tuple[int, ...]
     """Of ours, without the layer axis where `layer` is given."""
     spread: tuple[int, ...]
@@ -75,10 +77,9 @@ class Part:
         """Foreign tensor → ours."""
         return tensor.reshape(self.spread)[self.select].transpose(self.order).reshape(self.shape)
 
-    def put(self, tensor: np.ndarray, value: np.ndarray) -> None:
-        """Ours → its place in the foreign tensor."""
-        letters = tensor.reshape(self.spread)[self.select].transpose(self.order)
-        letters[...] = value.reshape(letters.shape)
+    def place(self, tensor: np.ndarray) -> np.ndarray:
+        """A view of the foreign tensor with the axes of ours, to write into."""
+        return tensor.reshape(self.spread)[self.select].transpose(self.order)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +129,7 @@ def _part(line: Line, weight: Weight, layer: int | None, patch: int, picks: int)
     return Part(
         ours=line.ours,
         layer=layer,
+        stacked=axes.startswith("D"),
         shape=shape,
         spread=tuple(picks if axis.isdigit() else sizes[axis] for axis in flat),
         select=tuple(int(axis) if axis.isdigit() else slice(None) for axis in flat),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -58,8 +59,12 @@ def foreign_tensors(format: Format, config: Config, read: Read, dtype: str) -> I
             continue
         out = np.empty(tensor.shape, dtype)
         for part in tensor.parts:
-            part.put(out, read(part.ours, part.layer))
+            place = part.place(out)
+            for layer in range(len(place)) if part.stacked else [part.layer]:  # a layer at a time: less memory
+                view = place[layer] if part.stacked else place
+                view[...] = read(part.ours, layer).reshape(view.shape)
         yield name, out
+        del out, place, view  # nor two tensors at a time
 
 
 def write_safetensors(path: Path, format: Format, config: Config, read: Read, dtype: str) -> None:
@@ -84,6 +89,7 @@ def write_safetensors(path: Path, format: Format, config: Config, read: Read, dt
         for name, tensor in foreign_tensors(format, config, read, dtype):
             assert tensor.shape == shapes[name]
             file.write(tensor.reshape(-1).view(np.uint8).data)
+            del tensor
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
@@ -97,10 +103,17 @@ def write_orbax(path: Path, format: Format, config: Config, read: Read, dtype: s
         for number, (name, tensor) in enumerate(foreign_tensors(format, config, read, dtype)):
             waiting = Path(folder) / str(number)
             tensor.tofile(waiting)
+            shape, kind = tensor.shape, tensor.dtype
+            del tensor
             *above, last = name.split("/")
             branch = tree
             for key in above:
                 branch = branch.setdefault(key, {})
-            branch[last] = np.memmap(waiting, tensor.dtype, "r", shape=tensor.shape)
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(path.absolute(), {"params": tree})
+            branch[last] = np.memmap(waiting, kind, "r", shape=shape)
+        leaves = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)  # else all are in memory at once
+        registry = ocp.type_handlers.create_type_handler_registry(
+            (np.ndarray, leaves), (jax.Array, ocp.type_handlers.ArrayHandler())
+        )
+        handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, type_handler_registry=registry)
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(path.absolute(), ocp.args.PyTreeSave({"params": tree}))

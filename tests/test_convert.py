@@ -235,7 +235,7 @@ def test_an_interrupted_write_leaves_no_half_file(run: Path, tmp_path: Path, mon
     with pytest.raises(KeyboardInterrupt):
         convert(run, tmp_path / "out", "insula")
     assert not (tmp_path / "out" / "model.safetensors").exists()
-    with pytest.raises(CheckpointError, match="no policy here"):
+    with pytest.raises(CheckpointError, match="no checkpoints here"):
         Policy.load(tmp_path / "out")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from insula.shapes import Array, Float, PRNGKeyArray
 
@@ -36,9 +37,9 @@ def integrate(velocity: Callable[[Array, Array], Array], noise: Float[Array, "B 
 
     `velocity(x [B, H, D], time [B]) -> [B, H, D]`.
     """
+    times = jnp.asarray(1 - np.arange(steps) / steps, noise.dtype)
 
     def step(i: Array, x: Array) -> Array:
-        time = jnp.full(x.shape[0], 1 - i / steps, x.dtype)
-        return x - velocity(x, time) / steps
+        return x - velocity(x, jnp.broadcast_to(times[i], x.shape[:1])) / steps
 
     return jax.lax.fori_loop(0, steps, step, noise)

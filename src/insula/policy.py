@@ -69,8 +69,8 @@ class Policy:
             params, _ = load_params(run, assets.config, jax.random.key(0))
         else:
             raise CheckpointError(
-                f"{run}: no policy here; expected what `insula train --run` wrote (checkpoints/), or a trained policy "
-                f"from `insula convert --to insula` ({SAFETENSORS}, {TOKENIZER_FOLDER}/)"
+                f"{run}: no checkpoints here; expected what `insula train --run` wrote (checkpoints/), or a trained "
+                f"policy from `insula convert --to insula` ({SAFETENSORS}, {TOKENIZER_FOLDER}/)"
             )
         return cls(params, assets, seed)
 

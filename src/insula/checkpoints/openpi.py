@@ -83,5 +83,9 @@ def unused_head(config: Config) -> dict[str, tuple[int, ...]]:
 HEAD = f"{TORCH}paligemma.lm_head.weight", f"{TORCH}paligemma.model.language_model.embed_tokens.weight"
 OPENPI = Format("openpi", jax_table, renames=((r"^params/", ""), (r"/value$", "")))
 OPENPI_TORCH = Format(
-    "openpi (PyTorch)", torch_table, renames=paligemma.TORCH_RENAMES, tied=(HEAD,), unused=unused_head
+    "openpi (PyTorch)",
+    torch_table,
+    renames=paligemma.TORCH_RENAMES,
+    tied=(HEAD,),
+    unused=unused_head,
 )

@@ -125,15 +125,17 @@ def jax_table(config: Config) -> list[Line]:
     ]
 
 
-TORCH_RENAMES = ((r"vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),)
-"""transformers 5 says less."""
+TORCH_RENAMES = (
+    (r"vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+    (r"language_model\.model\.", "language_model."),
+)
+"""What transformers 5 calls otherwise, in memory or in the files it writes."""
 HUGGING_FACE = Format(
     "PaliGemma (Hugging Face)",
     torch_table,
     renames=(
-        (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),  # before 4.52, and what save_pretrained writes
-        (r"^language_model\.model\.", "model.language_model."),
         (r"^language_model\.lm_head\.", "lm_head."),
+        (r"^(vision_tower|multi_modal_projector|language_model)\.", r"model.\1."),  # before 4.52, and in files since
         *TORCH_RENAMES,
     ),
     tied=(("lm_head.weight", "model.language_model.embed_tokens.weight"),),

@@ -106,6 +106,18 @@ def run_backbone(
     feed-forward run for these only; its keys and values, which the expert reads, exist for every position either way.
     """
     x, input_mask, block = embed(vision, backbone, config, observation, ar_mask)
+    return run_layers(backbone, config, x, input_mask, block, read)
+
+
+def run_layers(
+    backbone: Backbone,
+    config: Config,
+    x: Float[Array, "B T W"],
+    input_mask: Bool[Array, "B T"],
+    block: Bool[Array, "B T"],
+    read: Int[Array, "B s"] | None = None,
+) -> Prefix:
+    """What `run_backbone` does with its embeddings."""
     mask = masks.make_attn_mask(input_mask, block)
     positions = masks.positions(input_mask)
     dtype = config.compute_dtype

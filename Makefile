@@ -2,6 +2,8 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+# `make test EXTRAS=test` goes without PyTorch, and without the tests that compare with it.
+EXTRAS ?= test,parity
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -61,5 +63,5 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) install -q -e ".[test]" -c constraints.txt
+	$(PIP) install -q -e ".[$(EXTRAS)]" -c constraints.txt
 	@touch $@

@@ -87,11 +87,11 @@ write_constraints() {
     local venv=.cache/constraints
     rm -rf "$venv"
     "$1" -m venv "$venv"
-    "$venv/bin/python" -m pip install -q --upgrade -e ".[test,gemma,tensorboard]"
+    "$venv/bin/python" -m pip install -q --upgrade -e ".[test,gemma,tensorboard,parity]"
     {
         echo "# Exact versions insula is tested with, resolved for Python $("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])')."
         echo "# Refresh with \`make constraints\`, then \`make test\`."
-        "$venv/bin/python" -m pip freeze --exclude-editable | grep -v '^insula\b'
+        "$venv/bin/python" -m pip freeze --exclude-editable | grep -v '^insula\b' | sed 's/+cpu$//'
     } >"$venv/constraints.txt"
     mv "$venv/constraints.txt" constraints.txt
     rm -rf "$venv"

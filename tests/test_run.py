@@ -12,6 +12,7 @@ import pytest
 from insula.assets import read_assets
 from insula.checkpoints.store import CheckpointError, CheckpointStore
 from insula.collect import collect
+from insula.convert import convert
 from insula.data.schema import DatasetError
 from insula.model import abstract_params
 from insula.model.config import TINY, Config, TransformerConfig, VisionConfig
@@ -190,3 +191,37 @@ def test_assets_round_trip(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=r"unknown field 'horizn' .did you mean 'horizon'"):
         read_assets(tmp_path)
+
+
+def test_a_run_starts_from_a_checkpoint(data: Path, finished: Path, tmp_path: Path) -> None:
+    """Its weights, its tokenizers; what is initialised afresh is asked for and recorded."""
+    convert(finished, tmp_path / "weights", "insula")
+    tokenizers = read_assets(tmp_path / "weights").tokenizer
+    config = settings(
+        data,
+        tmp_path / "run",
+        from_scratch=False,
+        init=tmp_path / "weights",
+        fresh=("expert.action_out.*",),
+        text_tokenizer=tmp_path / "weights" / "tokenizer" / "text",
+        fast=tmp_path / "weights" / "tokenizer" / "fast",
+        fast_last_id=tokenizers.fast_last_id,
+        steps=1,
+    )
+    config.run.mkdir()
+    started = training.start_params(config, jax.random.key(0))
+    before, after = Policy.load(finished).params, started
+    np.testing.assert_array_equal(after.backbone.embedding, before.backbone.embedding)
+    assert not np.array_equal(after.expert.action_out.kernel, before.expert.action_out.kernel)
+    record = json.loads((config.run / "init.json").read_text())
+    assert record["fresh"] == ["expert.action_out.kernel", "expert.action_out.bias"]
+    assert "backbone.embedding" in record["loaded"] and not record["leftover"]
+
+    assert training.train(config, quiet=True)
+    assert training.train(
+        dataclasses.replace(settings(None, config.run), resume=True), quiet=True
+    )  # finds it all again
+    trained = Policy.load(config.run).assets.tokenizer
+    assert trained.fast.vocab_size == tokenizers.fast.vocab_size and trained.fast_last_id == tokenizers.fast_last_id
+    with pytest.raises(CheckpointError, match=r"missing|expects"):
+        training.start_params(dataclasses.replace(config, model=TINY), jax.random.key(0))

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from insula.tokens import text
+from insula.tokens.sequence import PALIGEMMA_FAST_LAST_ID
 from insula.tokens.text import PALIGEMMA_TOKENS, TextTokenizer, embedded, load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,6 +129,18 @@ def test_a_gemma_json_gets_paligemmas_tokens(gemma_json: Path, tmp_path: Path) -
     again = load(tmp_path)
     assert again.vocab_size == tokenizer.vocab_size
     assert again.encode(words) == tokenizer.encode(words)
+
+
+def test_gemmas_256000_pieces_become_paligemmas_257152(gemma_json: Path, tmp_path: Path) -> None:
+    """And π0-FAST's ids lie below the segmentation tokens."""
+    raw = json.loads(gemma_json.read_text())
+    vocab = raw["model"]["vocab"]
+    vocab |= {f"piece{n}": n for n in range(len(vocab), 256_000)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = load(tmp_path)
+    assert tokenizer.vocab_size == 257_152
+    assert tokenizer.encode("<loc0000><loc1023><seg000><seg127>") == [256_000, 257_023, 257_024, 257_151]
+    assert PALIGEMMA_FAST_LAST_ID == 257_023
 
 
 def test_a_paligemma_json_keeps_its_own(gemma_json: Path, tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def convert(
     """Turn a run or a checkpoint (ours, PaliGemma, openpi, LeRobot PI05) into another format, array by array.
 
     Args:
-        source: A run, a directory, a .safetensors or a .npz file.
+        source: A run, a directory, a .safetensors or a .npz file, or hf://organisation/name.
         destination: A new directory.
         to: What to write.
         preset: What a source that carries no config is: pi05, pi0, ...

@@ -9,6 +9,7 @@ from typing import Literal
 from insula.assets import CONFIG_FILE, STATS_FILE, TOKENIZER_FOLDER, Assets, read_assets, write_config
 from insula.checkpoints import lerobot
 from insula.checkpoints.formats import INSULA
+from insula.checkpoints.hub import local
 from insula.checkpoints.layout import paths
 from insula.checkpoints.loading import Report, open_weights, settle
 from insula.checkpoints.openpi import OPENPI
@@ -76,6 +77,7 @@ def convert(
 
 def open_model(source: Path, preset_name: str, leave: Sequence[str] = ()) -> Model:
     """A run, our own weights, or a foreign checkpoint. Nothing may be missing; what is left over must be named."""
+    source = local(source)
     if (source / "checkpoints").is_dir():
         return _open_run(source)
     config, assets = _config(source, preset_name), None

@@ -21,7 +21,8 @@ class TrainConfig:
     batch_size: int = 32
     seed: int = 0
     init: Path | None = None
-    """Start from this checkpoint (docs/checkpoints.md) instead of the embedded pretrained backbone."""
+    """Start from this checkpoint (a path, or hf://organisation/name; docs/checkpoints.md) instead of the embedded
+    pretrained backbone."""
     fresh: tuple[str, ...] = ()
     """Weights to initialise rather than load from `init`, as patterns: PaliGemma has no "expert.*"."""
     leave: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from insula.assets import Assets, read_assets
+from insula.checkpoints.hub import local
 from insula.checkpoints.loading import load_params
 from insula.checkpoints.pretrained import load_pretrained
 from insula.checkpoints.store import CheckpointError, CheckpointStore
@@ -81,7 +82,7 @@ def start_params(config: TrainConfig, rng: PRNGKeyArray) -> Params:
         return init_params(config.model, rng)
     if config.init is None:
         return load_pretrained(config.model, rng)
-    params, report = load_params(config.init, config.model, rng, config.fresh, config.leave)
+    params, report = load_params(local(config.init), config.model, rng, config.fresh, config.leave)
     log.warning("%s", report.summary())
     report.write(config.run / "init.json")
     return params

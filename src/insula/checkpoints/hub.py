@@ -1,0 +1,32 @@
+"""Checkpoints on the Hugging Face hub, by explicit address only: `hf://organisation/name`, or `…/name@revision`."""
+
+from pathlib import Path
+
+from insula.checkpoints.store import CheckpointError
+
+FILES = ["*.json", "*.safetensors", "*.npz", "*.model", "params/*", "assets/*"]
+"""What is fetched: nothing that could run."""
+
+
+def local(path: Path) -> Path:
+    """`path` as it is, or where the hub's files are once fetched (they are kept in the hub's own cache).
+
+    Raises CheckpointError where the address is malformed, the hub cannot be reached, or has no such model.
+    """
+    if path.parts[:1] != ("hf:",):
+        return path
+    if len(path.parts) != 3:
+        raise CheckpointError(f"{path}: expected hf://organisation/name or hf://organisation/name@revision")
+    name, _, revision = path.parts[2].partition("@")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise CheckpointError(f"{path}: fetching needs a library: pip install huggingface_hub") from error
+    try:
+        fetched = snapshot_download(f"{path.parts[1]}/{name}", revision=revision or None, allow_patterns=FILES)
+    except Exception as error:  # the library raises whatever its transport does
+        raise CheckpointError(
+            f"hf://{path.parts[1]}/{path.parts[2]} cannot be fetched ({type(error).__name__}: {error}); "
+            "fetch it where there is a network and give the folder"
+        ) from error
+    return Path(fetched)

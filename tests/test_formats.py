@@ -1,6 +1,7 @@
 """Foreign checkpoints: names and shapes at full size, bit-identical round trips, and everything that can be wrong."""
 
 import dataclasses
+import fnmatch
 import json
 import struct
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from small import SMALL, model, transformer
 
 from insula.checkpoints.formats import FORMATS, INSULA, recognise
+from insula.checkpoints.hub import local
 from insula.checkpoints.layout import Format, paths, resolve
 from insula.checkpoints.lerobot import LEROBOT
 from insula.checkpoints.loading import load_params, open_weights, settle
@@ -353,3 +355,30 @@ def test_a_header_that_claims_too_much_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     with pytest.raises(CheckpointError, match="damaged or truncated"):
         load(tmp_path, SMALL)
+
+
+# The hub
+
+
+def test_a_hub_address_is_fetched_without_anything_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict = {}
+
+    def fetch(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.update(name=name, revision=revision, patterns=allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert local(Path("hf://lerobot/pi05_base@v1")) == tmp_path
+    assert (asked["name"], asked["revision"]) == ("lerobot/pi05_base", "v1")
+    assert not any(
+        fnmatch.fnmatch(f"model.{kind}", p) for p in asked["patterns"] for kind in ("py", "bin", "pt", "pkl")
+    )
+    assert local(Path("lerobot/pi05_base")) == Path("lerobot/pi05_base")  # a path is never looked up
+
+
+@pytest.mark.parametrize(
+    ("address", "message"), [("hf://lerobot", "expected hf://"), ("hf://lerobot/pi05_base", "cannot be fetched")]
+)
+def test_a_hub_that_cannot_be_reached_is_one_clear_error(address: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        local(Path(address))

@@ -218,9 +218,8 @@ def test_a_run_starts_from_a_checkpoint(data: Path, finished: Path, tmp_path: Pa
     assert "backbone.embedding" in record["loaded"] and not record["leftover"]
 
     assert training.train(config, quiet=True)
-    assert training.train(
-        dataclasses.replace(settings(None, config.run), resume=True), quiet=True
-    )  # finds it all again
+    resumed = dataclasses.replace(settings(None, config.run), resume=True)
+    assert training.train(resumed, quiet=True)  # and finds all of it again
     trained = Policy.load(config.run).assets.tokenizer
     assert trained.fast.vocab_size == tokenizers.fast.vocab_size and trained.fast_last_id == tokenizers.fast_last_id
     with pytest.raises(CheckpointError, match=r"missing|expects"):

@@ -22,11 +22,19 @@ from insula.checkpoints.lerobot import LEROBOT
 from insula.checkpoints.loading import load_params, open_weights, settle
 from insula.checkpoints.openpi import OPENPI, OPENPI_TORCH
 from insula.checkpoints.paligemma import BIG_VISION, HUGGING_FACE
+from insula.checkpoints.pretrained import FOLDER, load_pretrained
 from insula.checkpoints.sources import open_source
 from insula.checkpoints.store import CheckpointError
-from insula.checkpoints.writing import foreign_shapes, foreign_tensors, from_params, write_orbax, write_safetensors
+from insula.checkpoints.writing import (
+    foreign_shapes,
+    foreign_tensors,
+    from_params,
+    require_names,
+    write_orbax,
+    write_safetensors,
+)
 from insula.model import Params, abstract_params, init_params, weight_table
-from insula.model.config import PI05, PRESETS, Config
+from insula.model.config import PI05, PRESETS, TINY, Config
 
 PI0 = dataclasses.replace(SMALL, name="small-pi0", state_input="token", time_input="mlp")
 MHA = dataclasses.replace(SMALL, name="small-mha", backbone=transformer(16, 4), expert=transformer(12, 4))
@@ -270,6 +278,19 @@ def test_weights_go_where_they_are_sharded_to(tmp_path: Path) -> None:
     shardings = jax.tree.map(lambda _: place, abstract_params(SMALL))
     params = load(write(INSULA, SMALL, tmp_path), SMALL, shardings=shardings)
     assert all(leaf.sharding == place for leaf in jax.tree.leaves(params))
+
+
+def test_the_embedded_backbone_is_the_tiny_preset() -> None:
+    """Its stem has several stages, which no foreign format knows."""
+    params = load_pretrained(TINY, jax.random.key(0))
+    fresh_expert = init_params(TINY, jax.random.key(0)).expert
+    assert all(map(np.array_equal, jax.tree.leaves(params.expert), jax.tree.leaves(fresh_expert)))
+    stored = load_file(FOLDER / "backbone.safetensors")
+    assert all(np.array_equal(paths(params)[name], value.astype(np.float32)) for name, value in stored.items())
+    with pytest.raises(CheckpointError, match=r"has no name for vision\.stem\.1\.kernel, .* of config 'tiny'"):
+        require_names(OPENPI, TINY)
+    with pytest.raises(CheckpointError, match="fits the preset 'tiny' only"):
+        load_pretrained(SMALL, jax.random.key(0))
 
 
 # Partial loads

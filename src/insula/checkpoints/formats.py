@@ -11,7 +11,7 @@ from insula.model.config import Config
 
 
 def _ours(config: Config) -> list[Line]:
-    return [Line(path, path, weight.axes.replace("X", "(hwc)")) for path, weight in paths(weight_table(config)).items()]
+    return [Line(path, path, weight.axes) for path, weight in paths(weight_table(config)).items()]
 
 
 def _without_expert(config: Config) -> list[Line]:

@@ -122,8 +122,8 @@ def _part(line: Line, weight: Weight, layer: int | None, patch: int, picks: int)
     if layer is not None:
         axes, shape = axes[1:], shape[1:]
     sizes = dict(zip(axes, shape, strict=True)) | {"h": patch, "w": patch, "c": 3}
-    ours = axes.replace("X", "hwc")  # the values of one patch, row by row
     flat = line.axes.replace("(", "").replace(")", "")
+    ours = axes.replace("X", "hwc") if "h" in flat else axes  # the values of one patch, row by row
     letters = re.sub(r"\d", "", flat)
     assert sorted(letters) == sorted(ours), f"{line}: axes {line.axes} are not those of ours, {ours}"
     return Part(

@@ -17,7 +17,7 @@ from insula.data.lerobot import LeRobotDataset
 from insula.data.loader import Loader
 from insula.data.samples import Samples, action_chunks, fit_stats, prepare, split_episodes
 from insula.losses import compute_loss
-from insula.model import Params, init_params
+from insula.model import Params, add_lora, init_params
 from insula.shapes import PRNGKeyArray
 from insula.tokens import text
 from insula.tokens.fast import FASTCodec
@@ -29,6 +29,8 @@ from insula.train.step import TrainState, make_train_step, start_state
 
 log = logging.getLogger(__name__)
 FAST_FIT_CHUNKS = 20_000
+LORA_KEY = 1 << 16
+"""Folded into the key of the initial weights: apart from all that `initialise` derives from it."""
 
 
 def train(config: TrainConfig, quiet: bool = False) -> bool:
@@ -75,9 +77,23 @@ def train(config: TrainConfig, quiet: bool = False) -> bool:
 
 
 def start_params(config: TrainConfig, rng: PRNGKeyArray) -> Params:
-    """Fresh parameters, with the embedded backbone unless `from_scratch`."""
-    params = init_params(config.model, rng)
-    return params if config.from_scratch else load_pretrained(config.model, params)
+    """Fresh parameters, with the embedded backbone unless `from_scratch`, and LoRA around them where the model has it.
+
+    Raises ValueError for LoRA on the expert, which starts fresh: its adaRMS gates are zero, and frozen they would stay
+    so, which hides everything between them from the flow loss.
+    """
+    plain, lora = dataclasses.replace(config.model, lora=None), config.model.lora
+    params = init_params(plain, rng)
+    if not config.from_scratch:
+        params = load_pretrained(plain, params)
+    if lora is None:
+        return params
+    if "expert" in lora.parts:
+        raise ValueError(
+            f"config {plain.name!r}: lora.parts {lora.parts} would freeze an expert that starts from random weights "
+            "and gates of zero, so it could never learn; train it whole with lora.parts ('backbone',)"
+        )
+    return add_lora(params, config.model, jax.random.fold_in(rng, LORA_KEY))
 
 
 def make_assets(config: TrainConfig, dataset: LeRobotDataset, episodes: np.ndarray) -> Assets:

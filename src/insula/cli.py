@@ -126,7 +126,14 @@ def train(*arguments: str) -> None:
         del rest[at : at + 2]
     model = dataclasses.replace(preset(name), compute_dtype="bfloat16")
     default = TrainConfig(run=tyro.MISSING, model=model)
-    config = tyro.cli(TrainConfig, prog="insula train", description=train.__doc__, default=default, args=rest)
+    config = tyro.cli(
+        TrainConfig,
+        prog="insula train",
+        description=train.__doc__,
+        default=default,
+        args=rest,
+        config=(tyro.conf.CascadeSubcommandArgs,),  # flags in any order, before or after model.lora:lora-config
+    )
     complete = run(config)
     state = "done" if complete else "interrupted; go on with: insula train --resume --run"
     print(f"{state} {config.run}")

@@ -20,6 +20,7 @@ from insula.data import normalise
 from insula.data.normalise import NormStats
 from insula.model import abstract_params
 from insula.model.config import PI05, Config, config_from_dict, preset
+from insula.model.lora import merge
 
 Target = Literal["insula", "lerobot", "openpi"]
 Stats = dict[str, NormStats]
@@ -91,6 +92,9 @@ def _open_run(run: Path) -> Model:
     with CheckpointStore(run / "checkpoints") as store:
         assets = read_assets(store.assets())
         params = store.restore("params", abstract_params(assets.config))
+    if assets.config.lora is not None:
+        params = merge(params)
+        assets = dataclasses.replace(assets, config=dataclasses.replace(assets.config, lora=None))
     report = Report(str(run), "a run", {path: [path] for path in paths(params)}, [], [])
     return Model(assets.config, from_params(params), report, assets.stats, assets)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from insula import flow
 from insula.batch import Batch
-from insula.model import Params
+from insula.model import Params, trainable
 from insula.model.backbone import run_backbone, take
 from insula.model.config import Config
 from insula.model.expert import run_expert
@@ -28,13 +28,10 @@ def compute_loss(params: Params, config: Config, batch: Batch, rng: PRNGKeyArray
     A sample that scores more than `max_fast_len` tokens, or has a prompt longer than `max_prompt_len`, makes its loss
     NaN: a compiled function cannot raise, and must not score less than it was given. `FASTTokenizer` refuses both.
     """
-    vision, backbone = params.vision, params.backbone
-    if config.freeze_backbone:
-        vision, backbone = freeze((vision, backbone))
-
+    params = jax.tree.map(lambda learns, tree: tree if learns else freeze(tree), trainable(config), params)
     targets = scored_tokens(batch, config)
     read = targets.read if targets else None
-    prefix = run_backbone(vision, backbone, config, batch.observation, batch.ar_mask, read)
+    prefix = run_backbone(params.vision, params.backbone, config, batch.observation, batch.ar_mask, read)
     memory = insulate(prefix, config.num_memory, stop=config.knowledge_insulation)
 
     time_rng, noise_rng = jax.random.split(rng)
@@ -46,7 +43,7 @@ def compute_loss(params: Params, config: Config, batch: Batch, rng: PRNGKeyArray
         params.expert, config, memory, batch.observation.state, flow.add_noise(actions, noise, time), time
     )
 
-    fast, token_metrics = token_loss(prefix.hidden, backbone.embedding, targets, config)
+    fast, token_metrics = token_loss(prefix.hidden, params.backbone.embedding, targets, config)
     mask = batch.action_mask[:, None]
     error = average(flow_loss(velocity, flow.target_velocity(actions, noise), mask), mask)
     unseen = masks.visible_to_expert(prefix.input_mask, prefix.ar_mask)[:, config.num_memory :]

@@ -19,6 +19,7 @@ N     query heads
 G     key/value heads (N is a multiple of G)
 R     query heads per key/value head, N / G
 E     head dimension
+r     rank of a LoRA update
 V     vocabulary
 ====  =====================================================================
 """

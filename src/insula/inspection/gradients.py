@@ -88,12 +88,13 @@ def gradient_table(params: Params, config: Config, batch: Batch, rng: PRNGKeyArr
     """Norms of d loss / d part. Rows: vision, embedding, each backbone layer, final norm, expert.
 
     Columns: "flow" and "fast" with insulation, "flow_control" and "fast_control" without, all else the same; losses
-    are unweighted. A norm is 0.0 exactly where every gradient entry is. `freeze_backbone` is lifted in all of them:
-    zeros are to come from insulation.
+    are unweighted. A norm is 0.0 exactly where every gradient entry is. `freeze_backbone` and the freezing of what LoRA
+    leaves alone are lifted in all of them: zeros are to come from insulation.
     """
     free = dataclasses.replace(
         config,
         freeze_backbone=False,
+        lora=None,
         ki_fast_loss_weight=config.ki_fast_loss_weight or 1.0,
         knowledge_insulation=True,
     )

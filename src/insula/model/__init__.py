@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from insula.model import backbone, expert, vision
+from insula.model import backbone, expert, lora, vision
 from insula.model.config import Config
 from insula.model.weights import initialise, is_weight
 from insula.shapes import PRNGKeyArray
@@ -23,12 +23,46 @@ class Params:
 
 def weight_table(config: Config) -> Params:
     """The same tree with a `Weight` (shape, axes, start) at each leaf."""
-    return Params(vision.weights(config), backbone.weights(config), expert.weights(config))
+    table = Params(vision.weights(config), backbone.weights(config), expert.weights(config))
+    if config.lora is None:
+        return table
+    return dataclasses.replace(table, **{p: lora.adapt(getattr(table, p), config.lora) for p in config.lora.parts})
+
+
+def trainable(config: Config) -> Params:
+    """Which parameters learn, as a prefix of their tree: one bool for a part, or for each leaf of a part under LoRA."""
+    whole = Params(not config.freeze_backbone, not config.freeze_backbone, True)  # type: ignore[arg-type]
+    if config.lora is None:
+        return whole
+    table = weight_table(config)
+    return dataclasses.replace(whole, **{part: lora.trained(getattr(table, part)) for part in config.lora.parts})
 
 
 def init_params(config: Config, rng: PRNGKeyArray) -> Params:
     """Fresh float32 parameters. adaRMS starts at zero, so the expert starts as the identity on its residual stream."""
     return jax.jit(lambda key: initialise(weight_table(config), key))(rng)  # one program, not one per weight
+
+
+def add_lora(params: Params, config: Config, rng: PRNGKeyArray) -> Params:
+    """Plain parameters, read from a file perhaps, as the bases of `config.lora`: the same model until a step is made.
+
+    The inverse is `lora.merge`. Raises ValueError where there is no LoRA to add, or some already.
+    """
+    if config.lora is None or any(map(lora.is_lora, jax.tree.leaves(params, is_leaf=lora.is_lora))):
+        there = "config has lora=None" if config.lora is None else "parameters are under LoRA already; merge them first"
+        raise ValueError(f"add_lora, config {config.name!r}: {there}")
+
+    def updates(weight: Any) -> Any:
+        return dataclasses.replace(weight, base=None) if lora.is_lora(weight) else None
+
+    table = jax.tree.map(updates, weight_table(config), is_leaf=lambda x: lora.is_lora(x) or is_weight(x))
+    fresh = jax.jit(lambda key: initialise(table, key))(rng)
+    return jax.tree.map(
+        lambda update, base: base if update is None else dataclasses.replace(update, base=base),
+        fresh,
+        params,
+        is_leaf=lambda x: x is None or lora.is_lora(x),
+    )
 
 
 def abstract_params(config: Config) -> Params:

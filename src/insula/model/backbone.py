@@ -130,7 +130,7 @@ def run_layers(
         if read is not None:
             x, where, seen = (take(rows, read) for rows in (x, positions, mask))
             y = layers.rms_norm(x, p.attention_norm)
-        q = layers.rope(layers.linear(y, p.query, dtype), where) * p.query.shape[-1] ** -0.5
+        q = layers.rope(layers.linear(y, p.query, dtype), where) * config.backbone.head_dim**-0.5
         x = x + layers.merge_heads(attend(q, k, v, seen), p.out, dtype)
         x = x + layers.geglu(layers.rms_norm(x, p.mlp_norm), p.gate, p.up, p.down, dtype)
         return x, (k, v)

@@ -41,6 +41,31 @@ class TransformerConfig:
     head_dim: int
 
 
+LORA_PARTS = ("backbone", "expert")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank updates (`insula.model.lora`) of the attention and feed-forward matrices of `parts`, scaled by
+    alpha / rank. All else of these parts is frozen; the other parts are trained as usual."""
+
+    rank: int = 16
+    alpha: float = 16.0
+    parts: tuple[Literal["backbone", "expert"], ...] = ("backbone",)
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora: rank is {self.rank}, expected ≥ 1; for no LoRA at all set lora=None")
+        if self.alpha <= 0 or not math.isfinite(self.alpha):
+            raise ValueError(f"lora: alpha is {self.alpha}, expected > 0")
+        for part in self.parts:
+            if part not in LORA_PARTS:
+                near = did_you_mean(str(part), LORA_PARTS)
+                raise ValueError(f"lora: parts has {part!r}, expected any of {LORA_PARTS}{near}")
+        if not self.parts or len(set(self.parts)) < len(self.parts):
+            raise ValueError(f"lora: parts is {self.parts}, expected at least one, and each once")
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A knowledge-insulated VLA. Change fields with `dataclasses.replace`; the whole is checked each time.
@@ -65,6 +90,8 @@ class Config:
     knowledge_insulation: bool = True
     ki_fast_loss_weight: float = 1.0
     freeze_backbone: bool = False
+    lora: LoraConfig | None = None
+    """Train low-rank updates in place of whole matrices."""
     flow_samples: int = 1
     """Noise draws per sample that share one backbone pass; each costs only the expert."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -129,6 +156,11 @@ class Config:
                 f"config {self.name!r}: knowledge_insulation with ki_fast_loss_weight = 0 leaves the backbone "
                 "without any gradient; set a weight > 0, or freeze_backbone=True if that is what you want"
             )
+        if self.freeze_backbone and self.lora and "backbone" in self.lora.parts:
+            raise ValueError(
+                f"config {self.name!r}: freeze_backbone contradicts lora.parts {self.lora.parts}, which trains the "
+                "backbone's updates; drop one of them"
+            )
 
 
 def _gemma(width: int, mlp_dim: int) -> TransformerConfig:
@@ -190,6 +222,7 @@ def config_from_dict(raw: dict[str, Any], where: str = "config") -> Config:
     """The inverse of `dataclasses.asdict`. Raises ValueError for a missing or unknown field, naming the nearest."""
     parts = {"vision": VisionConfig, "backbone": TransformerConfig, "expert": TransformerConfig}
     nested = {name: build(kind, raw.get(name, {}), f"{where}: {name}") for name, kind in parts.items()}
+    nested["lora"] = build(LoraConfig, raw["lora"], f"{where}: lora") if raw.get("lora") is not None else None
     return build(Config, {**raw, **nested}, where)
 
 

@@ -110,7 +110,7 @@ def run_expert(
     def layer(x: Array, inputs: tuple[ExpertLayer, Array, Array]) -> tuple[Array, None]:
         p, memory_k, memory_v = inputs
         y, gate = norm(x, p.attention_norm)
-        q = layers.rope(layers.linear(y, p.query, dtype), positions) * p.query.shape[-1] ** -0.5
+        q = layers.rope(layers.linear(y, p.query, dtype), positions) * config.expert.head_dim**-0.5
         k = layers.rope(layers.linear(y, p.key, dtype), positions)
         v = layers.linear(y, p.value, dtype)
         y = attend_with_memory(q, k, v, memory_k, memory_v, memory.mask, self_mask)

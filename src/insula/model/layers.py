@@ -1,6 +1,7 @@
 """The small functions every tower is made of. All are plain functions of (weights, inputs)."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from insula.model.lora import LoRA
 from insula.shapes import Array, Float, Int, Leaf
 
 
@@ -37,10 +39,19 @@ def _product_backward(dtype: str, residuals: tuple[Array, Array], g: Array) -> t
 _product.defvjp(_product_forward, _product_backward)
 
 
-def linear(x: Float[Array, "*b i"], w: Float[Array, "i *o"], dtype: str) -> Float[Array, "..."]:
+def _contract(x: Array, w: Array | LoRA, axes: int, dtype: str) -> Array:
+    """The last `axes` axes of x against the first of w. With LoRA the merged matrix never exists."""
+    if isinstance(w, LoRA):
+        update = _contract(_contract(x, w.a, axes, dtype), w.b, 1, dtype)
+        return _contract(x, w.base, axes, dtype) + w.scale * update
+    batch, out = x.shape[: x.ndim - axes], w.shape[axes:]
+    flat = _product(x.reshape(*batch, -1), w.reshape(math.prod(w.shape[:axes]), -1), dtype)
+    return flat.reshape(*batch, *out)
+
+
+def linear(x: Float[Array, "*b i"], w: Float[Array, "i *o"] | LoRA, dtype: str) -> Float[Array, "..."]:
     """A matrix product over the last axis of x and the first of w; further axes of w (heads) come out as they are."""
-    out = _product(x, w.reshape(w.shape[0], -1), dtype)
-    return out.reshape(*x.shape[:-1], *w.shape[1:])
+    return _contract(x, w, 1, dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -56,9 +67,9 @@ def affine(x: Float[Array, "*b i"], weight: Affine, dtype: str) -> Float[Array, 
     return linear(x, weight.kernel, dtype) + weight.bias
 
 
-def merge_heads(x: Float[Array, "*b N E"], w: Float[Array, "N E W"], dtype: str) -> Float[Array, "*b W"]:
+def merge_heads(x: Float[Array, "*b N E"], w: Float[Array, "N E W"] | LoRA, dtype: str) -> Float[Array, "*b W"]:
     """The attention output projection: heads and head dimension back to the residual width."""
-    return _product(x.reshape(*x.shape[:-2], -1), w.reshape(-1, w.shape[-1]), dtype)
+    return _contract(x, w, 2, dtype)
 
 
 def rms_norm(x: Float[Array, "*b W"], scale: Float[Array, "W"]) -> Float[Array, "*b W"]:
@@ -86,7 +97,7 @@ def layer_norm(x: Float[Array, "*b W"], scale: Float[Array, "W"], bias: Float[Ar
     return centred * lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + 1e-6) * scale + bias
 
 
-def geglu(x: Array, gate: Array, up: Array, down: Array, dtype: str) -> Array:
+def geglu(x: Array, gate: Array | LoRA, up: Array | LoRA, down: Array | LoRA, dtype: str) -> Array:
     """Gemma's feed-forward: down(gelu(gate(x)) · up(x))."""
     return linear(jax.nn.gelu(linear(x, gate, dtype)) * linear(x, up, dtype), down, dtype)
 

@@ -5,11 +5,12 @@ import dataclasses
 import jax
 import optax
 
-from insula.model import Params, weight_table
+from insula.model import Params, trainable, weight_table
 from insula.model.config import Config
 from insula.model.weights import is_weight
 
 PARTS = tuple(field.name for field in dataclasses.fields(Params))
+FROZEN = "frozen"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,22 +41,24 @@ def make_optimiser(config: OptimiserConfig, model: Config, steps: int) -> optax.
     """`steps` is the length of the whole training; the schedule ends there.
 
     Weight decay is for what starts as a random matrix. Norms, biases, modulations and positions start from a constant
-    that means something, and are left alone.
+    that means something, and are left alone. What is frozen has no moments, and counts in no norm.
     """
+    learns = trainable(model)
+    labels = Params(
+        *(jax.tree.map(lambda yes, name=name: name if yes else FROZEN, getattr(learns, name)) for name in PARTS)
+    )
     decayed = jax.tree.map(lambda weight: weight.start == "normal", weight_table(model), is_leaf=is_weight)
 
     def part(name: str, rate: float) -> optax.GradientTransformation:
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, rate, min(config.warmup_steps, steps // 2), steps, config.final_fraction * rate
         )
-        mask = Params(*(getattr(decayed, other) if other == name else optax.MaskedNode() for other in PARTS))
+        mask = jax.tree.map(lambda label, tree: tree if label == name else optax.MaskedNode(), labels, decayed)
         return optax.chain(
             optax.clip_by_global_norm(config.clip_norm),
             optax.adamw(schedule, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=mask),
         )
 
-    parts = {name: part(name, getattr(config, f"{name}_rate")) for name in PARTS}
-    if model.freeze_backbone:
-        parts |= {"vision": optax.set_to_zero(), "backbone": optax.set_to_zero()}
-    labels = Params(*PARTS)  # type: ignore[arg-type]  # a prefix of the parameters' tree: one label for each part
-    return optax.partition(parts, labels)
+    parts = {name: part(name, getattr(config, f"{name}_rate")) for name in PARTS} | {FROZEN: optax.set_to_zero()}
+    used = set(jax.tree.leaves(labels))
+    return optax.partition({label: transform for label, transform in parts.items() if label in used}, labels)

@@ -19,7 +19,7 @@ from insula.data.lerobot import LeRobotDataset
 from insula.data.loader import Loader
 from insula.data.samples import Samples, action_chunks, fit_stats, prepare, split_episodes
 from insula.losses import compute_loss
-from insula.model import Params, init_params
+from insula.model import Params, add_lora, init_params
 from insula.shapes import PRNGKeyArray
 from insula.tokens import text
 from insula.tokens.fast import FASTCodec
@@ -31,6 +31,8 @@ from insula.train.step import TrainState, make_train_step, start_state
 
 log = logging.getLogger(__name__)
 FAST_FIT_CHUNKS = 20_000
+LORA_KEY = 1 << 16
+"""Folded into the key of the initial weights: apart from all that `initialise` derives from it."""
 
 
 def train(config: TrainConfig, quiet: bool = False) -> bool:
@@ -56,9 +58,11 @@ def train(config: TrainConfig, quiet: bool = False) -> bool:
 
         init_rng, step_rng, eval_rng = jax.random.split(jax.random.key(config.seed), 3)
         optimiser = make_optimiser(config.optimiser, config.model, config.steps)
-        state = start_state(start_params(config, init_rng), optimiser)
-        if config.resume:
-            state = store.restore("train_state", state)
+        if config.resume:  # what it started from need not be there any more
+            like = jax.eval_shape(lambda key: start_state(init_params(config.model, key), optimiser), init_rng)
+            state = store.restore("train_state", like)
+        else:
+            state = start_state(start_params(config, init_rng), optimiser)
         step = make_train_step(config.model, optimiser, config.optimiser.ema_decay, step_rng)
 
         def save(state: TrainState) -> None:
@@ -77,15 +81,31 @@ def train(config: TrainConfig, quiet: bool = False) -> bool:
 
 
 def start_params(config: TrainConfig, rng: PRNGKeyArray) -> Params:
-    """Parameters from `init`, from the embedded backbone, or fresh. What `init` gave is written to init.json."""
+    """Parameters from `init`, from the embedded backbone, or fresh, and LoRA around them where the model has it. What
+    `init` gave is written to init.json.
+
+    Raises ValueError for LoRA on an expert that starts fresh: its adaRMS gates are zero, and frozen they would stay so,
+    which hides everything between them from the flow loss.
+    """
+    plain, lora = dataclasses.replace(config.model, lora=None), config.model.lora
+    trained_expert = False
     if config.from_scratch:
-        return init_params(config.model, rng)
-    if config.init is None:
-        return load_pretrained(config.model, rng)
-    params, report = load_params(local(config.init), config.model, rng, config.fresh, config.leave)
-    log.warning("%s", report.summary())
-    report.write(config.run / "init.json")
-    return params
+        params = init_params(plain, rng)
+    elif config.init is None:
+        params = load_pretrained(plain, rng)
+    else:
+        params, report = load_params(local(config.init), plain, rng, config.fresh, config.leave)
+        log.warning("%s", report.summary())
+        report.write(config.run / "init.json")
+        trained_expert = not any(name.startswith("expert.layers.") for name in report.fresh)
+    if lora is None:
+        return params
+    if "expert" in lora.parts and not trained_expert:
+        raise ValueError(
+            f"config {plain.name!r}: lora.parts {lora.parts} would freeze an expert that starts from random weights "
+            "and gates of zero, so it could never learn; train it whole with lora.parts ('backbone',)"
+        )
+    return add_lora(params, config.model, jax.random.fold_in(rng, LORA_KEY))
 
 
 def make_assets(config: TrainConfig, dataset: LeRobotDataset, episodes: np.ndarray) -> Assets:

@@ -53,7 +53,8 @@ def make_train_step(
         updates, optimiser_state = optimiser.update(gradients, state.optimiser, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))  # short memory while all is new
-        average = optax.incremental_update(params, state.average, 1 - decay)
+        # Written so that what does not move, a frozen part, stays the same to the last bit in the average as well.
+        average = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), state.average, params)
         return TrainState(state.step + 1, params, average, optimiser_state), metrics | norms | {"total": total}
 
     return jax.jit(step, donate_argnums=0)

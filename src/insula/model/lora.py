@@ -1,0 +1,75 @@
+"""LoRA (Hu et al. 2021, §4.1): a matrix that stays as it is, and a product of two thin ones that learns beside it.
+
+A `LoRA` stands where a matrix stood, so whatever walks the parameters (initialisation, checkpoints, averaging, layers)
+needs to know nothing of it, but for `layers.linear` and `layers.merge_heads`, which multiply by it.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from insula.model.config import LoraConfig
+from insula.model.weights import Weight, dense, is_weight, zeros
+from insula.shapes import Leaf
+
+INPUT_AXES = {"query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
+"""The matrices of a Gemma layer, and how many of their axes (after depth) a product sums over."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+    """Multiplies like base + scale · a·b. Stacked over depth: base [D, inputs, outputs], a [D, inputs, r], b
+    [D, r, outputs], where inputs and outputs are as many axes as the base has. `scale` is alpha / rank."""
+
+    base: Leaf
+    a: Leaf
+    b: Leaf
+    scale: float = dataclasses.field(metadata={"static": True})
+
+
+def is_lora(x: object) -> bool:
+    return isinstance(x, LoRA)
+
+
+def adapt(part: Any, config: LoraConfig) -> Any:
+    """The weight table of a backbone or expert with a `LoRA` of weights in place of each matrix of `INPUT_AXES`."""
+    adapted = {name: _adapted(getattr(part.layers, name), inputs, config) for name, inputs in INPUT_AXES.items()}
+    return dataclasses.replace(part, layers=dataclasses.replace(part.layers, **adapted))
+
+
+def _adapted(base: Weight, inputs: int, config: LoraConfig) -> LoRA:
+    """b starts at zero: nothing is changed yet. a starts as any matrix does: else no gradient would reach b."""
+    split, rank = 1 + inputs, config.rank
+    a = dense(f"{base.axes[:split]}r", *base.shape[:split], rank, fan_in=math.prod(base.shape[1:split]))
+    b = zeros(f"{base.axes[0]}r{base.axes[split:]}", base.shape[0], rank, *base.shape[split:])
+    return LoRA(base, a, b, config.alpha / rank)
+
+
+def trained(part: Any) -> Any:
+    """Of an adapted weight table: True for each a and b, False for all else, norms and embeddings among it."""
+
+    def mark(leaf: Weight | LoRA) -> Any:
+        return dataclasses.replace(leaf, base=False, a=True, b=True) if isinstance(leaf, LoRA) else False
+
+    return jax.tree.map(mark, part, is_leaf=lambda x: is_lora(x) or is_weight(x))
+
+
+def merge(params: Any) -> Any:
+    """Plain parameters that do the same, base + scale · a·b in float32: to export, or to serve a little faster.
+
+    They belong to the config with `lora=None`.
+    """
+
+    def plain(leaf: Leaf) -> Leaf:
+        if not isinstance(leaf, LoRA):
+            return leaf
+        depth, rank = leaf.b.shape[:2]
+        a, b = leaf.a.reshape(depth, -1, rank), leaf.b.reshape(depth, rank, -1)
+        update = jnp.matmul(a, b, precision="highest")  # in float32 on every device
+        return leaf.base + leaf.scale * update.reshape(leaf.base.shape)
+
+    return jax.tree.map(plain, params, is_leaf=is_lora)

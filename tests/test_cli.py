@@ -19,6 +19,7 @@ def insula(*arguments: object) -> subprocess.CompletedProcess[str]:
         (("train", "--run", "r", "--preset", "tinny"), "no preset 'tinny' (did you mean 'tiny'?)"),
         (("train", "--run", "r"), "no data set; give --data"),
         (("train", "--run", "r", "--data", "nowhere"), "nowhere"),
+        (("train", "model.lora:lora-config", "--run", "r", "--model.lora.rank", "2", "--data", "nowhere"), "nowhere"),
         (("train", "--run", "r", "--resume"), "nothing to resume"),
         (("evaluate", "nowhere"), "no checkpoints here"),
         (("collect", "--out", ".", "--episodes", "1"), "not empty"),

@@ -278,10 +278,11 @@ def test_settings_survive_json() -> None:
 
 
 @pytest.fixture(scope="module")
-def run_settings(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """The settings of a run that is done."""
     folder = tmp_path_factory.mktemp("lora")
     size = TransformerConfig(16, 1, 16, 2, 1, 8)
-    return TrainConfig(
+    settings = TrainConfig(
         run=folder / "whole",
         data=collect(folder / "demos", episodes=2, processes=1).root,
         model=dataclasses.replace(
@@ -299,12 +300,13 @@ def run_settings(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
         held_out_fraction=0.0,
         fast_vocab=512,
     )
+    assert training.train(settings, quiet=True)
+    return settings
 
 
-def test_a_run_resumes_and_serves(run_settings: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_resumes_and_serves(finished: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted and resumed equals uninterrupted; both load as policies; merged, the policy acts the same."""
-    assert training.train(run_settings, quiet=True)
-    cut = dataclasses.replace(run_settings, run=run_settings.run.parent / "cut")
+    cut = dataclasses.replace(finished, run=finished.run.parent / "cut")
     fit = training.fit
 
     def interrupted(*args: object, **kwargs: object) -> object:
@@ -317,10 +319,10 @@ def test_a_run_resumes_and_serves(run_settings: TrainConfig, monkeypatch: pytest
     assert CheckpointStore(cut.run / "checkpoints").latest() == 2
     assert training.train(TrainConfig(run=cut.run, resume=True), quiet=True)
 
-    policy, resumed = Policy.load(run_settings.run), Policy.load(cut.run)
+    policy, resumed = Policy.load(finished.run), Policy.load(cut.run)
     assert policy.config.lora == ON_BACKBONE
     assert difference(policy.params, resumed.params) == 0.0
-    start = training.start_params(run_settings, jax.random.split(jax.random.key(0), 3)[0])
+    start = training.start_params(finished, jax.random.split(jax.random.key(0), 3)[0])
     base, trained = rest(start.backbone), by_leaf(policy.params.backbone)
     assert all(np.array_equal(leaf, trained[name]) for name, leaf in base.items())
     assert not any(np.array_equal(leaf, trained[name]) for name, leaf in updates(start.backbone).items())
@@ -333,16 +335,16 @@ def test_a_run_resumes_and_serves(run_settings: TrainConfig, monkeypatch: pytest
     assert difference(Policy(merge(policy.params), plain).act(seen), chunk) < CLOSE
     assert np.ptp(chunk) > FAR
 
-    convert(run_settings.run, run_settings.run.parent / "exported", "insula")  # merged on the way out
-    exported = Policy.load(run_settings.run.parent / "exported")
+    convert(finished.run, finished.run.parent / "exported", "insula")  # merged on the way out
+    exported = Policy.load(finished.run.parent / "exported")
     assert exported.config.lora is None and difference(exported.act(seen), chunk) < CLOSE
 
     both = dataclasses.replace(
-        run_settings,
-        run=run_settings.run.parent / "expert",
+        finished,
+        run=finished.run.parent / "expert",
         model=dataclasses.replace(exported.config, lora=BOTH),
         from_scratch=False,
-        init=run_settings.run.parent / "exported",
+        init=finished.run.parent / "exported",
         steps=1,
     )
     both.run.mkdir()
@@ -350,8 +352,8 @@ def test_a_run_resumes_and_serves(run_settings: TrainConfig, monkeypatch: pytest
     assert is_lora(Policy.load(both.run).params.expert.layers.query)
 
 
-def test_a_checkpoint_of_another_rank_is_refused(run_settings: TrainConfig) -> None:
-    with CheckpointStore(run_settings.run / "checkpoints") as store:
+def test_a_checkpoint_of_another_rank_is_refused(finished: TrainConfig) -> None:
+    with CheckpointStore(finished.run / "checkpoints") as store:
         assets = read_assets(store.assets())
         other = dataclasses.replace(assets.config, lora=dataclasses.replace(ON_BACKBONE, rank=5))
         for config in (other, dataclasses.replace(assets.config, lora=None)):

@@ -1,4 +1,4 @@
-"""`insula collect | pretrain | train | evaluate | convert | demo`: thin commands over the package."""
+"""`insula collect | pretrain | train | evaluate | convert | demo | data`: thin commands over the package."""
 
 import dataclasses
 import logging
@@ -28,10 +28,13 @@ def main() -> None:
         "evaluate": evaluate,
         "convert": convert,
         "demo": demo,
+        "data": data,
     }
     try:
         if sys.argv[1:2] == ["train"]:
             return train(*sys.argv[2:])  # it parses by itself: one of its flags chooses the defaults of all others
+        if sys.argv[1:2] == ["data"]:
+            return data(*sys.argv[2:])
         tyro.extras.subcommand_cli_from_dict(commands, prog="insula", description=__doc__)
     except KeyboardInterrupt as error:
         console.print(f"insula: {error.args[0] if error.args else 'interrupted'}", markup=False, highlight=False)
@@ -156,6 +159,29 @@ def convert(
     from insula.convert import convert as run
 
     print(run(source, destination, to, preset, dtype, leave, norm_stats).summary())
+
+
+def data(*arguments: str) -> None:
+    """Look after a LeRobot data set: insula data COMMAND --help."""
+    commands: dict[str, Callable[..., Any]] = {"convert": data_convert}
+    description = "Look after a LeRobot data set."
+    tyro.extras.subcommand_cli_from_dict(commands, prog="insula data", description=description, args=list(arguments))
+
+
+def data_convert(
+    source: tyro.conf.Positional[Path], destination: tyro.conf.Positional[Path], overwrite: bool = False
+) -> None:
+    """Write a data set (v2.1) anew as v3.0: the same rows and pictures, true global statistics.
+
+    Args:
+        source: A LeRobot data set.
+        destination: A new folder.
+        overwrite: Replace what is there.
+    """
+    from insula.data.conversion import convert as run
+
+    done = run(source, destination, overwrite=overwrite)
+    print(f"{len(done.episodes)} episodes, {len(done)} frames, {done.info.codebase_version}: {destination}")
 
 
 def demo(out: Path | None = None, quick: bool = False, seed: int = 0) -> None:

@@ -163,7 +163,7 @@ def convert(
 
 def data(*arguments: str) -> None:
     """Look after a LeRobot data set: insula data COMMAND --help."""
-    commands: dict[str, Callable[..., Any]] = {"convert": data_convert}
+    commands: dict[str, Callable[..., Any]] = {"convert": data_convert, "doctor": data_doctor}
     description = "Look after a LeRobot data set."
     tyro.extras.subcommand_cli_from_dict(commands, prog="insula data", description=description, args=list(arguments))
 
@@ -182,6 +182,26 @@ def data_convert(
 
     done = run(source, destination, overwrite=overwrite)
     print(f"{len(done.episodes)} episodes, {len(done)} frames, {done.info.codebase_version}: {destination}")
+
+
+def data_doctor(path: tyro.conf.Positional[Path], json: bool = False, quick: bool = False) -> None:
+    """Find everything that is wrong with a data set. Exit code 0: sound; 1: faults were found.
+
+    Args:
+        path: A LeRobot data set (v2.1 or v3.0).
+        json: Print the faults as JSON.
+        quick: Decode three pictures of each episode and camera rather than all.
+    """
+    from json import dumps
+
+    from insula.data.doctor import examine
+
+    found = examine(path, every_frame=not quick)
+    if json:
+        print(dumps([finding.to_json() for finding in found], indent=1))
+    else:
+        print("\n".join(map(str, found)) if found else f"{path}: sound")
+    sys.exit(1 if found else 0)
 
 
 def demo(out: Path | None = None, quick: bool = False, seed: int = 0) -> None:

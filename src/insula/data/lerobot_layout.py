@@ -39,6 +39,11 @@ class Episodes:
         """The episode of each frame index."""
         return np.searchsorted(self.stop, frames, side="right")
 
+    def between(self, start: int, stop: int) -> range:
+        """The episodes of the frames start .. stop - 1."""
+        first, last = self.of_frame(np.array([start, stop - 1])).tolist()
+        return range(first, last + 1)
+
     def locate(self, frame: int) -> tuple[int, int]:
         """(episode, step within it) of one frame index."""
         episode = int(np.searchsorted(self.stop, frame, side="right"))
@@ -207,7 +212,9 @@ def _check_episodes(root: Path, info: Info, index: np.ndarray, start: np.ndarray
         raise DatasetError(f"{where}: {frames} frames in all, info.json says {info.total_frames}")
     due = np.concatenate([[0], stop[:-1]])
     for e in np.flatnonzero((start != due) | (stop <= start))[:1]:
-        raise DatasetError(f"{where}: episode {e} spans frames {start[e]} to {stop[e]}, expected a start at {due[e]}")
+        fault = "empty episode" if start[e] == stop[e] == due[e] else "metadata"
+        message = f"{where}: episode {e} spans frames {start[e]} to {stop[e]}, expected a start at {due[e]}"
+        raise DatasetError(message + (" and at least one frame" if fault == "empty episode" else ""), fault)
 
 
 def _inside(root: Path, template: str, **values: int | str) -> Path:
@@ -219,5 +226,5 @@ def _inside(root: Path, template: str, **values: int | str) -> Path:
         )
     path = root / template.format(**values)
     if not path.is_relative_to(root) or ".." in path.relative_to(root).parts:  # symbolic links into a cache are fine
-        raise DatasetError(f"data set {root}: path {template!r} leaves the data set")
+        raise DatasetError(f"data set {root}: path {template!r} leaves the data set", "path outside")
     return path

@@ -1,4 +1,4 @@
-"""`insula collect | pretrain | train | evaluate | convert | demo`: thin commands over the package."""
+"""`insula collect | pretrain | train | evaluate | convert | demo | data`: thin commands over the package."""
 
 import dataclasses
 import logging
@@ -28,10 +28,13 @@ def main() -> None:
         "evaluate": evaluate,
         "convert": convert,
         "demo": demo,
+        "data": data,
     }
     try:
         if sys.argv[1:2] == ["train"]:
             return train(*sys.argv[2:])  # it parses by itself: one of its flags chooses the defaults of all others
+        if sys.argv[1:2] == ["data"]:
+            return data(*sys.argv[2:])
         tyro.extras.subcommand_cli_from_dict(commands, prog="insula", description=__doc__)
     except KeyboardInterrupt as error:
         console.print(f"insula: {error.args[0] if error.args else 'interrupted'}", markup=False, highlight=False)
@@ -163,6 +166,49 @@ def convert(
     from insula.convert import convert as run
 
     print(run(source, destination, to, preset, dtype, leave, norm_stats).summary())
+
+
+def data(*arguments: str) -> None:
+    """Look after a LeRobot data set: insula data COMMAND --help."""
+    commands: dict[str, Callable[..., Any]] = {"convert": data_convert, "doctor": data_doctor}
+    description = "Look after a LeRobot data set."
+    tyro.extras.subcommand_cli_from_dict(commands, prog="insula data", description=description, args=list(arguments))
+
+
+def data_convert(
+    source: tyro.conf.Positional[Path], destination: tyro.conf.Positional[Path], overwrite: bool = False
+) -> None:
+    """Write a data set (v2.1) anew as v3.0: the same rows and pictures, true global statistics.
+
+    Args:
+        source: A LeRobot data set.
+        destination: A new folder.
+        overwrite: Replace what is there.
+    """
+    from insula.data.conversion import convert as run
+
+    done = run(source, destination, overwrite=overwrite)
+    print(f"{len(done.episodes)} episodes, {len(done)} frames, {done.info.codebase_version}: {destination}")
+
+
+def data_doctor(path: tyro.conf.Positional[Path], json: bool = False, quick: bool = False) -> None:
+    """Find everything that is wrong with a data set. Exit code 0: sound; 1: faults were found.
+
+    Args:
+        path: A LeRobot data set (v2.1 or v3.0).
+        json: Print the faults as JSON.
+        quick: Decode three pictures of each episode and camera rather than all.
+    """
+    from json import dumps
+
+    from insula.data.doctor import examine
+
+    found = examine(path, every_frame=not quick)
+    if json:
+        print(dumps([finding.to_json() for finding in found], indent=1))
+    else:
+        print("\n".join(map(str, found)) if found else f"{path}: sound")
+    sys.exit(1 if found else 0)
 
 
 def demo(out: Path | None = None, quick: bool = False, seed: int = 0) -> None:

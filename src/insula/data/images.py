@@ -5,6 +5,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -18,11 +19,28 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """The frames of one camera: `png` [T] byte strings, `histogram` int64 [3, 256] of their pixels, (height, width)."""
+    """The frames of one camera: `files` [T] byte strings (PNG, JPEG, WEBP), `histogram` int64 [3, 256] of their pixels,
+    (height, width)."""
 
-    png: tuple[bytes, ...]
+    files: tuple[bytes, ...]
     histogram: np.ndarray
     size: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+@dataclass(frozen=True)
+class EncodedVideo:
+    """The `frames` of one camera as a video file that starts with the first; the other fields as above."""
+
+    path: Path
+    frames: int
+    histogram: np.ndarray
+    size: tuple[int, int]
+
+    def __len__(self) -> int:
+        return self.frames
 
 
 def encode_png(image: np.ndarray) -> bytes:

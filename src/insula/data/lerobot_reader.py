@@ -1,6 +1,5 @@
-"""Reading LeRobot v3.0 with images in parquet: columns as numpy, frames decoded when asked for."""
+"""Reading LeRobot v2.1 and v3.0, images in parquet or video: columns as numpy, frames decoded when asked for."""
 
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -12,36 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from insula.data.images import decode_image
-from insula.data.schema import DATA_PATH, DatasetError, Feature, Info, pick, read_info
+from insula.data.lerobot_layout import Clip, Episodes, open_parquet, read_layout
+from insula.data.schema import DatasetError, Feature, Info, pick
+from insula.data.video import VideoReader
 
 GIB = 2**30
 ENCODED_BYTES = GIB // 4  # PNG bytes of recently read row groups, kept so that neighbours need no second read
-_TEMPLATE = re.compile(r"(?:[^{}]|\{(?:chunk_index|file_index)(?::0?\d?d)?\})+")
-
-
-@dataclass(frozen=True)
-class Episodes:
-    """The episode table: episode e has the frames start[e] .. stop[e] - 1, and the texts tasks[e]."""
-
-    start: np.ndarray
-    stop: np.ndarray
-    tasks: tuple[tuple[str, ...], ...]
-
-    def __len__(self) -> int:
-        return len(self.start)
-
-    @property
-    def length(self) -> np.ndarray:
-        return self.stop - self.start
-
-    def of_frame(self, frames: np.ndarray) -> np.ndarray:
-        """The episode of each frame index."""
-        return np.searchsorted(self.stop, frames, side="right")
-
-    def locate(self, frame: int) -> tuple[int, int]:
-        """(episode, step within it) of one frame index."""
-        episode = int(np.searchsorted(self.stop, frame, side="right"))
-        return episode, frame - int(self.start[episode])
+OPEN_FILES = 64  # v2.1 has a file per episode
+DECODE_FRAMES = 256  # at a time into the cache
 
 
 @dataclass(frozen=True)
@@ -63,15 +40,20 @@ class LeRobotDataset:
         dataset.episodes.start, .stop, .tasks;  dataset.tasks[dataset.column("task_index")[i]]
 
     Decoded frames are kept while all frames of a camera fit under `cache_bytes` (cameras count together); a camera that
-    does not fit is decoded anew each time. Raises DatasetError for whatever is missing, damaged or inconsistent.
+    does not fit is decoded anew each time. Of a video, the frame at exactly its timestamp is decoded. Raises
+    DatasetError for whatever is missing, damaged or inconsistent.
     """
 
     def __init__(self, root: str | Path, cache_bytes: int = 4 * GIB):
         self.root = Path(root)
-        self.info: Info = read_info(self.root)
-        self.tasks: tuple[str, ...] = _read_tasks(self.root / "meta" / "tasks.parquet")
-        self.episodes, self._spans = _read_episodes(self.root, self.info)
-        self._shards: dict[int, _Shard] = {}
+        layout = read_layout(self.root)
+        self.info: Info = layout.info
+        self.tasks: tuple[str, ...] = layout.tasks
+        self.episodes: Episodes = layout.episodes
+        self._spans, self._clips = layout.spans, layout.clips
+        self._stops = [span.stop for span in layout.spans]
+        self._videos = VideoReader()
+        self._shards: OrderedDict[int, _Shard] = OrderedDict()
         self._columns: dict[str, np.ndarray] = {}
         self._decoded: dict[str, tuple[np.ndarray, np.ndarray] | None] = {}
         self._encoded: OrderedDict[tuple[str, int, int], pa.BinaryArray] = OrderedDict()
@@ -137,6 +119,14 @@ class LeRobotDataset:
             raise DatasetError(f"{shard.path}: {name!r} is {array.dtype}, info.json says {feature.dtype}")
         return array.astype(feature.dtype, copy=False).reshape(rows, *shape)
 
+    def texts(self, name: str) -> list[str]:
+        """All frames of a string feature."""
+        if self.feature(name).dtype != "string":
+            raise DatasetError(f"data set {self.root}: {name!r} holds {self.features[name].dtype} values, not strings")
+        with self._lock:
+            parts = [_read(self._shard(i), [name])[name].to_pylist() for i in range(len(self._spans))]
+        return [str(text) for part in parts for text in part]
+
     # --- images ------------------------------------------------------------------------------------------------------
 
     def image(self, key: str, index: int) -> np.ndarray:
@@ -149,12 +139,25 @@ class LeRobotDataset:
         self._check_indices(wanted)
         cache = self._frame_cache(key)
         if cache is None:
-            return np.stack([self._decode(key, i) for i in wanted.tolist()])
+            return self._decode(key, wanted)
         frames, known = cache
-        for i in wanted[~known[wanted]].tolist():
-            frames[i] = self._decode(key, i)
-            known[i] = True  # after the pixels: another thread may look at any moment
+        missing = np.unique(wanted[~known[wanted]])
+        if len(missing) and key in self._clips:  # a video is read in order: the whole episode costs little more
+            missing = np.flatnonzero(
+                np.isin(self.episodes.of_frame(np.arange(len(self))), self.episodes.of_frame(missing))
+            )
+        for part in np.array_split(missing, -(-len(missing) // DECODE_FRAMES)) if len(missing) else []:
+            frames[part] = self._decode(key, part)
+            known[part] = True  # after the pixels: another thread may look at any moment
         return frames[wanted]
+
+    def encoded_images(self, key: str, indices: Sequence[int] | np.ndarray) -> list[bytes]:
+        """The stored files of frames of a camera of dtype "image"."""
+        return [self._image_bytes(key, i)[0] for i in np.asarray(indices, np.int64).tolist()]
+
+    def clip(self, key: str, episode: int) -> Clip:
+        """Where a camera of dtype "video" shows an episode."""
+        return self._clips[key][episode]
 
     def _check_indices(self, indices: np.ndarray) -> None:
         outside = indices[(indices < 0) | (indices >= len(self))]
@@ -165,11 +168,8 @@ class LeRobotDataset:
         """(frames, which are decoded), or None when they do not fit. Untouched pages cost no memory."""
         if key not in self._decoded:
             feature = self.feature(key)
-            if feature.dtype != "image":
-                raise DatasetError(
-                    f"data set {self.root}: {key!r} is stored as {feature.dtype}; frames are read from features of "
-                    "dtype 'image' (PNG in the parquet files) for now"
-                )
+            if not feature.is_camera:
+                raise DatasetError(f"data set {self.root}: {key!r} holds {feature.dtype} values, expected a camera")
             with self._lock:
                 shape = (len(self), *feature.size, 3)
                 fits = int(np.prod(shape)) <= self._cache_left
@@ -179,18 +179,34 @@ class LeRobotDataset:
                     self._decoded[key] = (np.empty(shape, np.uint8), np.zeros(len(self), bool)) if fits else None
         return self._decoded[key]
 
-    def _decode(self, key: str, index: int) -> np.ndarray:
+    def _decode(self, key: str, indices: np.ndarray) -> np.ndarray:
+        if key not in self._clips:
+            return np.stack([self._decode_image(key, i) for i in indices.tolist()])
+        feature, timestamps = self.features[key], self.column("timestamp")
+        out = np.empty((len(indices), *feature.size, 3), np.uint8)
+        episodes = self.episodes.of_frame(indices)
+        for episode in np.unique(episodes).tolist():
+            rows, clip = np.flatnonzero(episodes == episode), self._clips[key][episode]
+            at = clip.start + timestamps[indices[rows]].astype(np.float64)
+            out[rows] = self._videos.frames(clip.path, at.tolist(), feature.size, f"{key!r}, episode {episode}")
+        return out
+
+    def _decode_image(self, key: str, index: int) -> np.ndarray:
+        data, where = self._image_bytes(key, index)
+        return decode_image(data, self.features[key].size, where)
+
+    def _image_bytes(self, key: str, index: int) -> tuple[bytes, str]:
         data, path = self._encoded_image(key, index)
         episode, step = self.episodes.locate(index)
         where = f"{path}: {key!r}, episode {episode}, frame {step}"
         if data is None:
             raise DatasetError(f"{where}: no image bytes; only images stored inside the parquet files are read")
-        return decode_image(data, self.features[key].size, where)
+        return data, where
 
     def _encoded_image(self, key: str, index: int) -> tuple[bytes | None, Path]:
         """The stored bytes of one frame; its row group is read unless it was read lately."""
         with self._lock:
-            number = int(np.searchsorted([stop for _, _, stop in self._spans], index, side="right"))
+            number = int(np.searchsorted(self._stops, index, side="right"))
             shard = self._shard(number)
             group = int(np.searchsorted(shard.groups, index, side="right")) - 1
             column = self._encoded.get((key, number, group))
@@ -206,9 +222,12 @@ class LeRobotDataset:
 
     def _shard(self, number: int) -> _Shard:
         """Open a data file once; its rows must be those the episode table promises."""
-        if number not in self._shards:
-            path, start, stop = self._spans[number]
-            file = _open_parquet(path)
+        if number in self._shards:
+            self._shards.move_to_end(number)
+        else:
+            span = self._spans[number]
+            path, start, stop = span.path, span.start, span.stop
+            file = open_parquet(path)
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             if sum(sizes) != stop - start:
                 raise DatasetError(
@@ -220,20 +239,9 @@ class LeRobotDataset:
                 if feature.dtype != "video":
                     pick(name, columns, "column", path)
             self._shards[number] = _Shard(path, start, stop, file, start + np.cumsum([0, *sizes[:-1]]))
+            if len(self._shards) > OPEN_FILES:
+                self._shards.popitem(last=False)
         return self._shards[number]
-
-
-def _open_parquet(path: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path, memory_map=True)
-    except FileNotFoundError:
-        raise DatasetError(f"{path}: missing; the copy of the data set is incomplete") from None
-    except (pa.ArrowException, OSError) as e:
-        size = path.stat().st_size if path.is_file() else 0
-        raise DatasetError(
-            f"{path}: not a readable parquet file ({size} bytes; {str(e).splitlines()[0]}); "
-            "it was probably cut short while copying or recording: restore it"
-        ) from None
 
 
 def _read(shard: _Shard, columns: list[str], group: int | None = None) -> pa.Table:
@@ -244,60 +252,3 @@ def _read(shard: _Shard, columns: list[str], group: int | None = None) -> pa.Tab
     except (pa.ArrowException, OSError) as e:
         part = "" if group is None else f", row group {group}"
         raise DatasetError(f"{shard.path}{part}: damaged ({str(e).splitlines()[0]}); restore the file") from None
-
-
-def _read_tasks(path: Path) -> tuple[str, ...]:
-    """Texts ordered by task_index. Converters leave the text column unnamed, which pandas stores as below."""
-    table = _open_parquet(path).read()
-    text = next((name for name in ("task", "__index_level_0__") if name in table.column_names), None)
-    if text is None or "task_index" not in table.column_names:
-        raise DatasetError(f"{path}: columns are {table.column_names}, expected task and task_index")
-    pairs = sorted(zip(table["task_index"].to_pylist(), table[text].to_pylist(), strict=True))
-    if [index for index, _ in pairs] != list(range(len(pairs))):
-        raise DatasetError(f"{path}: task_index must count from 0 without gaps, got {[i for i, _ in pairs][:10]} ...")
-    return tuple(task for _, task in pairs)
-
-
-def _read_episodes(root: Path, info: Info) -> tuple[Episodes, list[tuple[Path, int, int]]]:
-    """The episode table, and (path, first frame, last frame + 1) of each data file."""
-    paths = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
-    if not paths:
-        raise DatasetError(f"data set {root}: no meta/episodes/chunk-*/file-*.parquet; the copy is incomplete")
-    numbers = ["episode_index", "dataset_from_index", "dataset_to_index", "data/chunk_index", "data/file_index"]
-    names = [*numbers, "tasks"]
-    tables = []
-    for path in paths:
-        file = _open_parquet(path)
-        for name in names:
-            pick(name, file.schema_arrow.names, "column", path)
-        tables.append(file.read(columns=names))
-    table = pa.concat_tables(tables).sort_by("episode_index")
-    index, start, stop, chunk, file_index = (table[name].to_numpy() for name in numbers)
-    _check_episodes(root, info, index, start, stop)
-    spans: list[tuple[Path, int, int]] = []
-    for where in set(zip(chunk.tolist(), file_index.tolist(), strict=True)):
-        rows = np.flatnonzero((chunk == where[0]) & (file_index == where[1]))
-        spans.append((_data_path(root, info, *where), int(start[rows].min()), int(stop[rows].max())))
-    spans.sort(key=lambda span: span[1])
-    return Episodes(start, stop, tuple(map(tuple, table["tasks"].to_pylist()))), spans
-
-
-def _check_episodes(root: Path, info: Info, index: np.ndarray, start: np.ndarray, stop: np.ndarray) -> None:
-    where = f"data set {root}: meta/episodes"
-    if len(index) != info.total_episodes or not np.array_equal(index, np.arange(len(index))):
-        raise DatasetError(f"{where}: {len(index)} episodes, expected 0 to {info.total_episodes - 1}, each once")
-    if not len(index) or stop[-1] != info.total_frames:
-        frames = int(stop[-1]) if len(stop) else 0
-        raise DatasetError(f"{where}: {frames} frames in all, info.json says {info.total_frames}")
-    due = np.concatenate([[0], stop[:-1]])
-    for e in np.flatnonzero((start != due) | (stop <= start))[:1]:
-        raise DatasetError(f"{where}: episode {e} spans frames {start[e]} to {stop[e]}, expected a start at {due[e]}")
-
-
-def _data_path(root: Path, info: Info, chunk: int, file: int) -> Path:
-    if not _TEMPLATE.fullmatch(info.data_path):
-        raise DatasetError(f"data set {root}: data_path is {info.data_path!r}, expected something like {DATA_PATH!r}")
-    path = root / info.data_path.format(chunk_index=chunk, file_index=file)
-    if not path.is_relative_to(root) or ".." in path.relative_to(root).parts:  # symbolic links into a cache are fine
-        raise DatasetError(f"data set {root}: data_path {info.data_path!r} leaves the data set")
-    return path

@@ -13,13 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from insula.data.images import EncodedImages, encode_images
+from insula.data.images import EncodedImages, EncodedVideo, encode_images
+from insula.data.lerobot_layout import VIDEO_PATH
 from insula.data.schema import BOOKKEEPING, DATA_PATH, EPISODES_PATH, VERSION, DatasetError, Feature, Info, pick
 from insula.data.statistics import histogram_stats, numeric_stats
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 PENDING = 100  # episode rows kept in memory
-Values = np.ndarray | Sequence[Any] | EncodedImages
+Encoded = EncodedImages | EncodedVideo
+Values = np.ndarray | Sequence[Any] | Encoded
 
 
 class LeRobotWriter:
@@ -61,30 +63,38 @@ class LeRobotWriter:
         (self._partial / "meta").mkdir(parents=True)
         self._open = True
 
-    def add_episode(self, frames: Mapping[str, Values], task: str) -> int:
+    def add_episode(self, frames: Mapping[str, Values], task: str | Sequence[str]) -> int:
         """Append one episode and return its index.
 
-        `frames[name]` is [T, *shape] of that feature; cameras are uint8 [T, h, w, 3] or EncodedImages.
+        `frames[name]` is [T, *shape] of that feature; cameras are uint8 [T, h, w, 3] or EncodedImages, those of dtype
+        "video" EncodedVideo, whose file is copied. `task` is one text, or one for each frame.
         Raises ValueError naming feature, shapes, and the frame and dimension of any NaN or infinity.
         """
         if not self._open:
             raise RuntimeError(f"{self.root}: add_episode() after close()")
         episode, steps = self._episodes, _check_episode(frames, self.features, self._episodes)
         values = {k: _checked(k, f, frames[k], steps, episode) for k, f in self.features.items()}
-        task_index = self._tasks.setdefault(task, len(self._tasks))
+        texts = [task] * steps if isinstance(task, str) else list(task)
+        if len(texts) != steps:
+            raise DatasetError(
+                f"episode {episode}: {len(texts)} tasks for {steps} frames, expected one or one for each"
+            )
+        known = dict.fromkeys(texts)  # in order, each once
+        for text in known:
+            self._tasks.setdefault(text, len(self._tasks))
         number = np.arange(steps)
         values |= {
             "timestamp": (number / self.fps).astype(np.float32),
             "frame_index": number,
             "episode_index": np.full(steps, episode),
             "index": self._frames + number,
-            "task_index": np.full(steps, task_index),
+            "task_index": np.array([self._tasks[text] for text in texts]),
         }
         file = self._write_rows(values)
         self._pending.append(
             {
                 "episode_index": episode,
-                "tasks": [task],
+                "tasks": list(known),
                 "length": steps,
                 "data/chunk_index": file // 1000,
                 "data/file_index": file % 1000,
@@ -92,6 +102,7 @@ class LeRobotWriter:
                 "dataset_to_index": self._frames + steps,
                 "meta/episodes/chunk_index": 0,
                 "meta/episodes/file_index": 0,
+                **self._copy_videos(values, episode),
                 **{f"stats/{k}/{name}": v.tolist() for k, s in self._note(values).items() for name, v in s.items()},
             }
         )
@@ -154,14 +165,27 @@ class LeRobotWriter:
             path = self._partial / DATA_PATH.format(chunk_index=self._file // 1000, file_index=self._file % 1000)
             path.parent.mkdir(parents=True, exist_ok=True)
             self._sink = pa.OSFile(str(path), "wb")
-            cameras = {k for k, f in self.features.items() if f.is_camera}
+            cameras = {k for k, f in self.features.items() if f.dtype == "image"}
             coded = [k for k in BOOKKEEPING if k not in ("timestamp", "index")]
             packing = {f.name: "snappy" for f in self._schema if f.name not in cameras}
             packing |= {f"{k}.{part}": "none" for k in cameras for part in ("bytes", "path")}  # PNG is packed already
             self._rows = pq.ParquetWriter(self._sink, self._schema, compression=packing, use_dictionary=coded)
-        arrays = [_arrow(f, values[k]) for k, f in self._all_features()]
+        arrays = [_arrow(f, values[k]) for k, f in self._all_features() if f.dtype != "video"]
         self._rows.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
         return self._file
+
+    def _copy_videos(self, values: Mapping[str, Any], episode: int) -> dict[str, Any]:
+        """A file for each episode and camera; where they are, for the episode table."""
+        row: dict[str, Any] = {}
+        for key, video in values.items():
+            if isinstance(video, EncodedVideo):
+                place = {"chunk_index": episode // 1000, "file_index": episode % 1000}
+                path = self._partial / VIDEO_PATH.format(video_key=key, **place)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(video.path, path)
+                times = {"from_timestamp": 0.0, "to_timestamp": video.frames / self.fps}
+                row |= {f"videos/{key}/{name}": value for name, value in (place | times).items()}
+        return row
 
     def _write_pending(self) -> None:
         """Episode rows with their statistics are large as Python objects; few are kept."""
@@ -191,9 +215,9 @@ class LeRobotWriter:
         """This episode's statistics; its values are kept for the global ones."""
         stats = {}
         for name, feature in self._all_features():
-            if isinstance(encoded := values[name], EncodedImages):
+            if isinstance(encoded := values[name], Encoded):
                 self._histograms[name] += encoded.histogram
-                stats[name] = histogram_stats(encoded.histogram) | {"count": np.array([len(encoded.png)])}
+                stats[name] = histogram_stats(encoded.histogram) | {"count": np.array([len(encoded)])}
             elif feature.is_numeric:
                 self._columns[name].append(values[name])
                 stats[name] = numeric_stats(values[name])
@@ -214,6 +238,7 @@ class LeRobotWriter:
             total_frames=self._frames,
             total_tasks=len(self._tasks),
             robot_type=self.robot_type,
+            video_path=VIDEO_PATH if any(f.dtype == "video" for f in self.features.values()) else None,
             data_files_size_in_mb=self._file_megabytes,
         )
 
@@ -224,8 +249,6 @@ def _checked_features(features: Mapping[str, Feature]) -> dict[str, Feature]:
             raise ValueError(f"feature {name!r} is filled in by the writer; leave it out")
         if not name or "/" in name:
             raise ValueError(f"feature {name!r}: a name must not be empty nor contain '/'")
-        if feature.dtype == "video":
-            raise ValueError(f"feature {name!r}: got dtype 'video', this writer stores cameras as 'image'")
         if not feature.is_camera and len(feature.shape) != 1:
             raise ValueError(f"feature {name!r}: got shape {feature.shape}, expected one axis; flatten it first")
         if feature.names is not None and not feature.is_camera and len(feature.names) != feature.shape[0]:
@@ -243,7 +266,7 @@ def _check_episode(frames: Mapping[str, Values], features: Mapping[str, Feature]
     missing = [name for name in features if name not in frames]
     if missing:
         raise DatasetError(f"{where}: lacks {', '.join(missing)}")
-    lengths = {k: len(v.png) if isinstance(v, EncodedImages) else len(v) for k, v in frames.items()}
+    lengths = {k: len(v) for k, v in frames.items()}
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         raise DatasetError(f"{where}: features differ in length or are empty: {lengths}")
     return next(iter(lengths.values()))
@@ -253,11 +276,13 @@ def _checked(name: str, feature: Feature, values: Values, steps: int, episode: i
     """`values` in the feature's dtype and shape: EncodedImages, numpy [T] (shape (1,)) or [T, D], or strings."""
     where = f"episode {episode}, feature {name!r}"
     if feature.is_camera:
-        encoded = values if isinstance(values, EncodedImages) else encode_images(values)
+        if (feature.dtype == "video") != isinstance(values, EncodedVideo):
+            raise DatasetError(f"{where}: got {type(values).__name__} for a camera stored as {feature.dtype}")
+        encoded = values if isinstance(values, Encoded) else encode_images(values)
         if encoded.size != feature.size:
             raise DatasetError(f"{where}: got images of {encoded.size}, expected {feature.size} (height, width)")
         return encoded
-    if isinstance(values, EncodedImages):
+    if isinstance(values, Encoded):
         raise DatasetError(f"{where}: got images, expected {feature.dtype}{list(feature.shape)}")
     if feature.dtype == "string":
         return [str(value) for value in values]
@@ -283,6 +308,8 @@ def _schema(features: Mapping[str, Feature]) -> pa.Schema:
     fields: list[pa.Field] = []
     notes: dict[str, dict[str, Any]] = {}
     for name, feature in features.items():
+        if feature.dtype == "video":
+            continue
         if feature.is_camera:
             kind, notes[name] = IMAGE, {"_type": "Image"}
         else:
@@ -300,8 +327,8 @@ def _arrow_type(dtype: str) -> pa.DataType:
 
 def _arrow(feature: Feature, values: Any) -> pa.Array:
     if isinstance(values, EncodedImages):
-        paths = [f"frame-{i:06d}.png" for i in range(len(values.png))]
-        return pa.StructArray.from_arrays([pa.array(values.png, pa.binary()), pa.array(paths)], fields=list(IMAGE))
+        paths = [f"frame-{i:06d}.png" for i in range(len(values))]
+        return pa.StructArray.from_arrays([pa.array(values.files, pa.binary()), pa.array(paths)], fields=list(IMAGE))
     if isinstance(values, np.ndarray) and values.ndim == 2:
         return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), feature.shape[0])
     return pa.array(values, _arrow_type(feature.dtype))

@@ -14,6 +14,8 @@ from typing import Any
 from insula.errors import did_you_mean
 
 VERSION = "v3.0"
+"""What is written; `READABLE` is read."""
+READABLE = ("v2.0", "v2.1", VERSION)
 NUMERIC = ("float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")
 DTYPES = (*NUMERIC, "string", "image", "video")
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
@@ -21,7 +23,14 @@ EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.par
 
 
 class DatasetError(ValueError):
-    """A data set on disk is missing, damaged or not what was asked for. The message says what, where and the fix."""
+    """A data set on disk is missing, damaged or not what was asked for. The message says what, where and the fix.
+
+    `fault` is the doctor's name for it (`insula.data.doctor.REMEDIES`).
+    """
+
+    def __init__(self, message: str, fault: str = "metadata") -> None:
+        super().__init__(message)
+        self.fault = fault
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,11 @@ class Info:
     chunks_size: int = 1000
     data_files_size_in_mb: float | int = 100
 
+    @property
+    def videos(self) -> tuple[str, ...]:
+        """Cameras stored as video."""
+        return tuple(name for name, feature in self.features.items() if feature.dtype == "video")
+
     def to_json(self) -> dict[str, Any]:
         """Every key LeRobot writes, in its order."""
         return {
@@ -122,11 +136,8 @@ def read_info(root: Path) -> Info:
 def parse_info(raw: Mapping[str, Any], where: str) -> Info:
     """`raw` as Info. Keys that later versions of the format add are left aside; known ones must be right."""
     version = _get(raw, "codebase_version", str, where)
-    if version != VERSION:
-        raise DatasetError(
-            f"{where}: codebase_version is {version!r}, this reader knows {VERSION!r}; convert the data set first "
-            "(LeRobot ships a script for v2.1 to v3.0)"
-        )
+    if version not in READABLE:
+        raise DatasetError(f"{where}: codebase_version is {version!r}, this reader knows {', '.join(READABLE)}")
     features = {k: parse_feature(v, f"{where}: features[{k!r}]") for k, v in _get(raw, "features", dict, where).items()}
     missing = [name for name in BOOKKEEPING if name not in features]
     if missing:

@@ -23,7 +23,7 @@ demo: $(VENV)/.demo gl  ## demonstrations, training, evaluation, one report.html
 	$(BIN)/insula demo $(DEMO_ARGS)
 
 test: lint types gl  ## ruff, mypy, unit tests, and the quick demo
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 	$(BIN)/insula demo --quick
 
 setup: $(VENV)/.test gl  ## the virtual environment, with the tools of the tests

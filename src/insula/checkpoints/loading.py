@@ -159,8 +159,8 @@ def settle(reader: Reader, fresh: Sequence[str] = (), leave: Sequence[str] = ())
     if missing or leftover:
         raise CheckpointError(
             f"{path} ({reader.format.name}) does not fit the config exactly.\n"
-            + _listed("missing", missing, "initialise them with --fresh, e.g. --fresh 'expert.*'")
-            + _listed("left over", leftover, "leave them with --leave PATTERN")
+            + _listed("missing", missing, "to initialise them: insula train --init ... --fresh 'expert.*'")
+            + _listed("left over", leftover, "to leave them: --leave PATTERN")
         )
     loaded = {name: theirs for name, theirs in reader.loaded.items() if name not in started}
     return Report(path, reader.format.name, loaded, started, reader.leftover)

@@ -23,6 +23,7 @@ from insula.checkpoints.writing import foreign_shapes
 from insula.convert import convert
 from insula.data import normalise
 from insula.data.normalise import NormStats
+from insula.data.robot import Robot
 from insula.model.config import PI05, PRESETS, Config, TransformerConfig, VisionConfig
 from insula.policy import Policy
 from insula.tokens.fast import FASTCodec
@@ -69,7 +70,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_token_len=POLICY.max_token_len,
         max_prompt_len=POLICY.max_prompt_len,
     )
-    assets = Assets(POLICY, tokenizer, STATS)
+    assets = Assets(POLICY, tokenizer, {"arm": Robot(STATS, POLICY.cameras, POLICY.horizon)})
     params = model(POLICY)[0]
     with CheckpointStore(folder / "checkpoints") as store:
         store.save(1, params, {"step": np.zeros(())}, assets.write)

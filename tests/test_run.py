@@ -132,7 +132,7 @@ def observation(task: str = "put the red block in the blue bowl") -> dict:
 def test_serving_tokens_are_the_prefix_of_training(finished: Path) -> None:
     policy = Policy.load(finished)
     seen = policy.observe([observation()])
-    state = policy.assets.stats["state"].normalise(observation()["state"])
+    state = policy.robot.stats["state"].normalise(observation()["state"])
     trained = policy.assets.tokenizer.tokenize(observation()["task"], state, np.zeros((6, 7)))
     prefix = trained.tokens[trained.token_mask & ~trained.ar_mask]
     assert np.array_equal(seen.tokens[0][seen.token_mask[0]], prefix)
@@ -162,8 +162,8 @@ def test_bad_runs_are_refused_by_name(finished: Path, data: Path, tmp_path: Path
         training.train(TrainConfig(run=tmp_path / "c", resume=True))
     with pytest.raises(CheckpointError, match=r"resume it, or choose another folder"):
         training.train(settings(data, finished))
-    with pytest.raises(ValueError, match=r"state has 5 dimensions.*state_dim=5"):
-        training.train(settings(data, tmp_path / "d", model=dataclasses.replace(SMALL, state_dim=9)))
+    with pytest.raises(ValueError, match=r"state has 5 dimensions.*at most 4.*state_dim=5"):
+        training.train(settings(data, tmp_path / "d", model=dataclasses.replace(SMALL, state_dim=4)))
     with pytest.raises(ValueError, match=r"raise it, or lower fast_vocab"):
         training.train(settings(data, tmp_path / "e", model=dataclasses.replace(SMALL, vocab_size=2200)))
     with pytest.raises(DatasetError, match=r"episode \d+, frame \d+.*limit is 4"):

@@ -1,7 +1,7 @@
 """What travels inside every checkpoint besides the weights: enough to serve from the checkpoint alone.
 
 config.json        the model's config and the version that wrote it
-norm_stats.json    normalisation, openpi's format
+robots/NAME/       what its numbers mean: normalisation (openpi's format), cameras, horizon
 tokenizer/         text tokenizer, FAST codec, dialect
 """
 
@@ -10,25 +10,34 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
-from insula.data import normalise
-from insula.data.normalise import NormStats
+from insula.data.robot import Robot, read_robot
+from insula.errors import did_you_mean
 from insula.model.config import Config, config_from_dict
 from insula.tokens.sequence import FASTTokenizer
 
-CONFIG_FILE, STATS_FILE, TOKENIZER_FOLDER = "config.json", "norm_stats.json", "tokenizer"
+CONFIG_FILE, ROBOTS_FOLDER, TOKENIZER_FOLDER = "config.json", "robots", "tokenizer"
 
 
 @dataclasses.dataclass(frozen=True)
 class Assets:
-    """`stats` holds "state" and "actions"; the tokenizer holds its dialect."""
+    """The tokenizer holds its dialect; `robots` has at least one."""
 
     config: Config
     tokenizer: FASTTokenizer
-    stats: dict[str, NormStats]
+    robots: dict[str, Robot]
+
+    def robot(self, name: str | None = None) -> Robot:
+        """The named one, or the only one. Raises ValueError where it is not known or there are several."""
+        if name is None and len(self.robots) > 1:
+            raise ValueError(f"this model knows several robots; choose one with robot=: {', '.join(self.robots)}")
+        if name is not None and name not in self.robots:
+            raise ValueError(f"no robot {name!r}{did_you_mean(name, self.robots)}; known: {', '.join(self.robots)}")
+        return self.robots[name or next(iter(self.robots))]
 
     def write(self, directory: Path) -> None:
         write_config(directory, self.config)
-        normalise.save(directory / STATS_FILE, self.stats)
+        for name, robot in self.robots.items():
+            robot.write(directory / ROBOTS_FOLDER / name)
         self.tokenizer.save(directory / TOKENIZER_FOLDER)
 
 
@@ -45,8 +54,11 @@ def read_assets(directory: Path) -> Assets:
         written = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
+    robots = sorted(path for path in (directory / ROBOTS_FOLDER).glob("*") if path.is_dir())
+    if not robots:
+        raise FileNotFoundError(f"{directory / ROBOTS_FOLDER}: no robot; a checkpoint holds what serves at least one")
     return Assets(
         config=config_from_dict(written["model"], str(path)),
         tokenizer=FASTTokenizer.load(directory / TOKENIZER_FOLDER),
-        stats=normalise.load(directory / STATS_FILE),
+        robots={path.name: read_robot(path) for path in robots},
     )

@@ -1,4 +1,4 @@
-"""`insula collect | pretrain | train | evaluate | convert | demo | data`: thin commands over the package."""
+"""`insula COMMAND`: thin commands over the package."""
 
 import dataclasses
 import logging
@@ -23,6 +23,7 @@ def main() -> None:
     warnings.formatwarning = lambda message, *_: f"insula: {message}\n"
     commands: dict[str, Callable[..., Any]] = {
         "collect": collect,
+        "questions": questions,
         "pretrain": pretrain,
         "train": train,
         "evaluate": evaluate,
@@ -72,6 +73,20 @@ def collect(out: Path, episodes: int = 400, first_seed: int = 0, noise: float = 
     print(f"{len(done.seeds)} demonstrations, {done.frames} frames, {len(done.discarded)} discarded: {done.root}")
 
 
+def questions(out: Path, scenes: int = 1500, each: int = 8, overwrite: bool = False) -> None:
+    """Write questions about rendered tabletop scenes, with answers: vision-language samples to mix into training.
+
+    Args:
+        out: Folder for questions.jsonl and images.
+        scenes: Scenes to render.
+        each: Questions about each.
+        overwrite: Replace what is in `out`.
+    """
+    from insula.collect import collect_questions
+
+    print(f"{collect_questions(out, scenes, each, overwrite=overwrite)} questions about {scenes} scenes: {out}")
+
+
 def pretrain(out: Path, steps: int | None = None, scenes: int | None = None, seed: int = 0) -> None:
     """Train the small backbone on questions about rendered scenes, without robot actions.
 
@@ -100,6 +115,7 @@ def evaluate(
     execute: int = 2,
     json: Path | None = None,
     video: Path | None = None,
+    robot: str | None = None,
 ) -> None:
     """Run a trained policy in closed loop in the tabletop: success, wrong objects, and swapped instructions.
 
@@ -110,10 +126,11 @@ def evaluate(
         execute: Steps of each chunk to execute before the policy looks again.
         json: Write the results to this file.
         video: Write the first episodes to this .mp4 or .gif.
+        robot: Which one to act for, where the run was trained on several.
     """
     from insula.evaluate.command import evaluate_run
 
-    print(evaluate_run(run, episodes, first_seed, execute, json, video))
+    print(evaluate_run(run, episodes, first_seed, execute, json, video, robot))
 
 
 def train(*arguments: str) -> None:
@@ -151,6 +168,7 @@ def convert(
     dtype: Literal["float32", "bfloat16"] = "float32",
     leave: tuple[str, ...] = (),
     norm_stats: Path | None = None,
+    robot: str | None = None,
 ) -> None:
     """Turn a run or a checkpoint (ours, PaliGemma, openpi, LeRobot PI05) into another format, array by array.
 
@@ -162,17 +180,88 @@ def convert(
         dtype: Of the weights written.
         leave: Patterns of tensors in the source that may be left over.
         norm_stats: openpi's norm_stats.json, where the source has no statistics.
+        robot: Whose statistics to write, where the run was trained on several.
     """
     from insula.convert import convert as run
 
-    print(run(source, destination, to, preset, dtype, leave, norm_stats).summary())
+    print(run(source, destination, to, preset, dtype, leave, norm_stats, robot).summary())
 
 
 def data(*arguments: str) -> None:
     """Look after a LeRobot data set: insula data COMMAND --help."""
-    commands: dict[str, Callable[..., Any]] = {"convert": data_convert, "doctor": data_doctor}
+    commands: dict[str, Callable[..., Any]] = {
+        "describe": data_describe,
+        "stats": data_stats,
+        "fit-fast": data_fit_fast,
+        "convert": data_convert,
+        "doctor": data_doctor,
+    }
     description = "Look after a LeRobot data set."
     tyro.extras.subcommand_cli_from_dict(commands, prog="insula data", description=description, args=list(arguments))
+
+
+def data_describe(path: tyro.conf.Positional[Path], preset: str = "tiny") -> None:
+    """Print a mapping for a data set, to be corrected and given to insula train --data.
+
+    Args:
+        path: A LeRobot data set (v2.1 or v3.0).
+        preset: Whose cameras to find.
+    """
+    from insula.data.describe import describe
+    from insula.model.config import preset as named
+
+    print(describe(path, named(preset).cameras), end="")
+
+
+def data_stats(
+    path: tyro.conf.Positional[Path],
+    out: Path | None = None,
+    horizon: int = 16,
+    chunks: int = 200_000,
+    processes: int = 2,
+) -> None:
+    """Statistics of state and actions over all episodes, quantiles exact.
+
+    Args:
+        path: A LeRobot data set, or a .toml mapping.
+        out: Write norm_stats.json: a .json file, or a folder for a mapping of several robots.
+        horizon: Steps of a chunk, where the mapping names none.
+        chunks: Spread evenly over all episodes, to count clipped values in.
+        processes: To share the data files between.
+    """
+    from insula.data.command import stats
+
+    print(stats(path, horizon, out, chunks, processes))
+
+
+def data_fit_fast(
+    path: tyro.conf.Positional[Path],
+    out: Path,
+    vocab: int = 1024,
+    scale: float = 10.0,
+    preset: str = "tiny",
+    horizon: int | None = None,
+    chunks: int = 200_000,
+    processes: int = 2,
+) -> None:
+    """Fit a FAST tokenizer on chunks of all episodes, for insula train --fast, with a report.
+
+    Args:
+        path: A LeRobot data set, or a .toml mapping.
+        out: Folder for the tokenizer and report.json.
+        vocab: Entries.
+        scale: Of the DCT coefficients before rounding: larger is finer and longer.
+        preset: Whose horizon and token budget count.
+        horizon: Steps of a chunk; the preset's unless given.
+        chunks: Spread evenly over all episodes of each robot.
+        processes: To share the work between.
+    """
+    from insula.data.command import fit_fast
+    from insula.model.config import preset as named
+
+    model = named(preset)
+    steps = horizon or model.horizon
+    print(fit_fast(path, steps, model.max_fast_len, out, vocab, scale, chunks, processes))
 
 
 def data_convert(

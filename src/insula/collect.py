@@ -1,4 +1,4 @@
-"""Demonstrations of the tabletop's scripted expert, written as a LeRobot v3.0 data set."""
+"""Demonstrations of the tabletop's scripted expert, written as a LeRobot v3.0 data set, and questions about scenes."""
 
 import contextlib
 import json
@@ -17,12 +17,13 @@ import gymnasium
 import numpy as np
 
 import insula.sim  # noqa: F401 - registers the environment
-from insula.data.images import EncodedImages, encode_images
+from insula.data.images import EncodedImages, encode_images, encode_png
 from insula.data.lerobot_writer import LeRobotWriter
-from insula.data.schema import Feature, image_feature
+from insula.data.schema import DatasetError, Feature, image_feature
+from insula.scenes import render_scenes
 from insula.sim.expert import rollout
 from insula.sim.scene import CAMERAS
-from insula.sim.seeds import DEMONSTRATIONS
+from insula.sim.seeds import DEMONSTRATIONS, PRETRAINING
 from insula.sim.tabletop import ACTION_DIM, ACTION_NAMES, STATE_DIM, STATE_NAMES
 
 FPS = 10
@@ -162,3 +163,30 @@ def _demonstration(env: gymnasium.Env, seed: int, noise: float | int) -> _Demons
     values["observation.state"] = np.stack([o["state"] for o in episode.observations])
     values["action"] = episode.labels
     return _Demonstration(seed, episode.task, values)
+
+
+HELD_OUT_SCENES = 500
+"""The first seeds of pretraining: questions about them are asked only when measuring what a model knows."""
+
+
+def collect_questions(
+    root: str | Path, scenes: int, each: int = 8, *, image_size: int = 64, overwrite: bool = False
+) -> int:
+    """Write `each` questions about each of `scenes` scenes, whose answers the simulator knows, and the pictures:
+    `questions.jsonl` and `images/`. Returns how many questions. Deterministic.
+
+    Raises DatasetError when `root` is not empty and `overwrite` is not set, ValueError when the seeds end.
+    """
+    root = Path(root)
+    if root.exists() and any(root.iterdir()) and not overwrite:
+        raise DatasetError(f"{root} is not empty; choose another folder or overwrite it")
+    made = render_scenes(PRETRAINING.take(scenes, HELD_OUT_SCENES), each, image_size)
+    (root / "images").mkdir(parents=True, exist_ok=True)
+    with (root / "questions.jsonl").open("w", encoding="utf-8") as file:
+        for n, asked in enumerate(made.questions):
+            images = {camera: f"images/{n:06d}-{camera}.png" for camera in made.images}
+            for camera, path in images.items():
+                (root / path).write_bytes(encode_png(made.images[camera][n]))
+            for _, question, answer in asked:
+                file.write(json.dumps({"images": images, "question": question, "answer": answer}) + "\n")
+    return sum(map(len, made.questions))

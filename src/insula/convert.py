@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from insula.assets import CONFIG_FILE, STATS_FILE, TOKENIZER_FOLDER, Assets, read_assets, write_config
+from insula.assets import CONFIG_FILE, TOKENIZER_FOLDER, Assets, read_assets, write_config
 from insula.checkpoints import lerobot
 from insula.checkpoints.formats import INSULA
 from insula.checkpoints.hub import local
@@ -18,10 +19,12 @@ from insula.checkpoints.store import CheckpointError, CheckpointStore
 from insula.checkpoints.writing import Read, from_params, require_names, write_orbax, write_safetensors
 from insula.data import normalise
 from insula.data.normalise import NormStats
+from insula.data.robot import STATS_FILE
 from insula.model import abstract_params
 from insula.model.config import PI05, Config, config_from_dict, preset
 from insula.model.lora import merge
 
+log = logging.getLogger(__name__)
 Target = Literal["insula", "lerobot", "openpi"]
 Stats = dict[str, NormStats]
 
@@ -46,10 +49,12 @@ def convert(
     dtype: Literal["float32", "bfloat16"] = "float32",
     leave: Sequence[str] = (),
     norm_stats: Path | None = None,
+    robot: str | None = None,
 ) -> Report:
     """Write `source` to the new directory `destination`, one array at a time.
 
-    `preset_name` says what a source without a config is. Raises CheckpointError where the source is damaged, does not
+    `preset_name` says what a source without a config is; `robot` whose statistics LeRobot or openpi get, where the
+    model knows several. Raises CheckpointError where the source is damaged, does not
     fit, or the format cannot be this model; FileExistsError where `destination` holds something.
     """
     if destination.exists() and any(destination.iterdir() if destination.is_dir() else [destination]):
@@ -62,6 +67,7 @@ def convert(
     else:
         format = lerobot.LEROBOT if to == "lerobot" else OPENPI
         require_names(format, model.config)
+        model = _for_robot(model, robot, to)
         _refuse_other_text(model, to)
         stats = _checked_stats(model, source, to)
         if to == "lerobot":
@@ -85,7 +91,8 @@ def open_model(source: Path, preset_name: str, leave: Sequence[str] = ()) -> Mod
     if (source / TOKENIZER_FOLDER).is_dir():
         assets = read_assets(source)
     reader = open_weights(source, config)
-    return Model(config, reader.read, settle(reader, leave=leave), _find_stats(source), assets)
+    stats = None if assets else _find_stats(source)
+    return Model(config, reader.read, settle(reader, leave=leave), stats, assets)
 
 
 def _open_run(run: Path) -> Model:
@@ -96,7 +103,21 @@ def _open_run(run: Path) -> Model:
         params = merge(params)
         assets = dataclasses.replace(assets, config=dataclasses.replace(assets.config, lora=None))
     report = Report(str(run), "a run", {path: [path] for path in paths(params)}, [], [])
-    return Model(assets.config, from_params(params), report, assets.stats, assets)
+    return Model(assets.config, from_params(params), report, assets=assets)
+
+
+def _for_robot(model: Model, name: str | None, to: Target) -> Model:
+    """With that robot's statistics, unless others were given."""
+    if model.assets is None:
+        return model
+    robot = model.assets.robot(name)
+    if robot.delta:
+        log.warning(
+            "the actions %s are relative to the state, which %s's files cannot say: add the state on the robot",
+            robot.delta,
+            to,
+        )
+    return model if model.stats is not None else dataclasses.replace(model, stats=robot.stats)
 
 
 def _config(source: Path, preset_name: str) -> Config:

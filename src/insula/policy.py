@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from insula import flow
@@ -12,24 +13,35 @@ from insula.batch import Observation
 from insula.checkpoints.loading import load_params
 from insula.checkpoints.sources import SAFETENSORS
 from insula.checkpoints.store import CheckpointError, CheckpointStore
+from insula.data.samples import pad
 from insula.model import Params, abstract_params
 from insula.model.backbone import run_backbone
 from insula.model.config import Config
 from insula.model.expert import run_expert
 from insula.model.insulation import Memory, insulate
-from insula.shapes import Array, Float, PRNGKeyArray
+from insula.shapes import AnyArray, Array, Bool, Float, PRNGKeyArray
 
 FLOW_STEPS = 10
 
 
 def sample_actions(
-    params: Params, config: Config, observation: Observation, noise: Float[Array, "B H D"], steps: int = FLOW_STEPS
+    params: Params,
+    config: Config,
+    observation: Observation,
+    noise: Float[Array, "B H D"],
+    steps: int = FLOW_STEPS,
+    real: Bool[AnyArray, "H D"] | None = None,
 ) -> Float[Array, "B H D"]:
-    """Normalised chunks: the prefix is read once, then the expert alone takes `steps` Euler steps from t = 1 to 0."""
+    """Normalised chunks: the prefix is read once, then the expert alone takes `steps` Euler steps from t = 1 to 0.
+
+    `real` marks the values this robot has, all by default. The others go straight to 0, as the expert saw them do in
+    training: t · noise. (It is not asked for their velocity, on which it was never scored.)
+    """
     memory = read_prefix(params, config, observation)
 
     def velocity(x: Array, time: Array) -> Array:
-        return run_expert(params.expert, config, memory, observation.state, x[:, None], time[:, None])[:, 0]
+        found = run_expert(params.expert, config, memory, observation.state, x[:, None], time[:, None])[:, 0]
+        return found if real is None else jnp.where(real, found, noise)
 
     return flow.integrate(velocity, noise, steps)
 
@@ -41,20 +53,29 @@ def read_prefix(params: Params, config: Config, observation: Observation) -> Mem
 
 
 class Policy:
-    """A trained model that acts. Observations are {"images": {camera: uint8[h, w, 3]}, "state": [S], "task": str}."""
+    """A trained model that acts. Observations are {"images": {camera: uint8[h, w, 3]}, "state": [S], "task": str}.
 
-    def __init__(self, params: Params, assets: Assets, seed: int = 0, steps: int = FLOW_STEPS):
+    `robot` names which one it acts for, where it was trained on several.
+    """
+
+    def __init__(
+        self, params: Params, assets: Assets, seed: int = 0, steps: int = FLOW_STEPS, robot: str | None = None
+    ):
         self.params, self.assets, self.config = params, assets, assets.config
+        self.robot = assets.robot(robot)
         self._rng, self._calls = jax.random.key(seed), 0
+        real = np.zeros((self.config.horizon, self.config.action_dim), bool)
+        real[: self.robot.horizon, : self.robot.action_dim] = True
+        mask = None if real.all() else real
 
         def chunk(params: Params, observation: Observation, rng: PRNGKeyArray) -> Array:
             shape = (observation.state.shape[0], self.config.horizon, self.config.action_dim)
-            return sample_actions(params, self.config, observation, jax.random.normal(rng, shape), steps)
+            return sample_actions(params, self.config, observation, jax.random.normal(rng, shape), steps, mask)
 
         self._chunk = jax.jit(chunk)
 
     @classmethod
-    def load(cls, run: str | Path, step: int | None = None, seed: int = 0) -> "Policy":
+    def load(cls, run: str | Path, step: int | None = None, seed: int = 0, robot: str | None = None) -> "Policy":
         """The newest checkpoint of a run, the one at `step`, or what `insula convert --to insula` wrote.
 
         Raises CheckpointError where there is none or it is damaged.
@@ -72,10 +93,11 @@ class Policy:
                 f"{run}: no checkpoints here; expected what `insula train --run` wrote (checkpoints/), or a trained "
                 f"policy from `insula convert --to insula` ({SAFETENSORS}, {TOKENIZER_FOLDER}/)"
             )
-        return cls(params, assets, seed)
+        return cls(params, assets, seed, robot=robot)
 
     def act(self, observation: dict[str, Any]) -> Float[np.ndarray, "H D"]:
-        """The next H actions, in the robot's units. Raises ValueError naming what is wrong in the observation."""
+        """The next actions, as many as the robot's horizon, in its units. Raises ValueError naming what is wrong in the
+        observation."""
         return self.act_batch([observation])[0]
 
     def act_batch(self, observations: list[dict[str, Any]]) -> Float[np.ndarray, "B H D"]:
@@ -87,23 +109,27 @@ class Policy:
             raise FloatingPointError(
                 "the policy produced NaN or infinite actions; do not execute them, check the weights"
             )
-        return self.assets.stats["actions"].unnormalise(chunk)
+        chunk = chunk[:, : self.robot.horizon, : self.robot.action_dim]
+        return self.robot.unnormalise_actions(chunk, np.stack([o["state"] for o in observations]))
 
     def observe(self, observations: list[dict[str, Any]]) -> Observation:
         """Check, normalise and tokenise: exactly the prefix of training."""
         for observation in observations:
             self._check(observation)
-        state = self.assets.stats["state"].normalise(np.stack([o["state"] for o in observations]))
-        in_prompt = self.config.state_input == "prompt"
+        state = self.robot.stats["state"].normalise(np.stack([o["state"] for o in observations]))
+        in_prompt = self.config.state_input == "prompt" and self.robot.state_dim > 0
         width = self.config.max_prompt_len
         rows = [
             self.assets.tokenizer.tokenize(o["task"], s if in_prompt else None)
             for o, s in zip(observations, state, strict=True)
         ]
+        size = self.config.vision.image_size
+        absent = np.zeros((len(rows), size, size, 3), np.uint8)
+        has = {name: name in self.robot.cameras for name in self.config.cameras}
         return Observation(
-            images={name: np.stack([o["images"][name] for o in observations]) for name in self.config.cameras},
-            image_mask={name: np.ones(len(rows), bool) for name in self.config.cameras},
-            state=state,
+            images={n: np.stack([o["images"][n] for o in observations]) if has[n] else absent for n in has},
+            image_mask={name: np.full(len(rows), has[name]) for name in has},
+            state=pad(state, self.config.state_dim),
             tokens=np.stack([row.tokens[:width] for row in rows]),
             token_mask=np.stack([row.token_mask[:width] for row in rows]),
         )
@@ -112,7 +138,7 @@ class Policy:
         for key in ("images", "state", "task"):
             if key not in observation:
                 raise ValueError(f"observation has {sorted(observation)}, expected also {key!r}")
-        for name in self.config.cameras:
+        for name in self.robot.cameras:
             image = observation["images"].get(name)
             if image is None:
                 raise ValueError(f"observation has cameras {sorted(observation['images'])}, expected also {name!r}")
@@ -120,8 +146,8 @@ class Policy:
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
                 raise ValueError(f"image {name!r} is {image.dtype}{list(image.shape)}, expected uint8[h, w, 3]")
         state = np.asarray(observation["state"])
-        if state.shape != (self.config.state_dim,):
-            raise ValueError(f"state has shape {state.shape}, expected ({self.config.state_dim},)")
+        if state.shape != (self.robot.state_dim,):
+            raise ValueError(f"state has shape {state.shape}, expected ({self.robot.state_dim},)")
         if not np.isfinite(state).all():
             raise ValueError(f"state[{int(np.argmin(np.isfinite(state)))}] is not finite: {state}")
         if not isinstance(observation["task"], str):

@@ -3,7 +3,7 @@
 import io
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,13 +71,23 @@ def encode_images(images: Sequence[np.ndarray] | np.ndarray) -> EncodedImages:
 
 def decode_image(data: bytes, size: tuple[int, int], where: str) -> np.ndarray:
     """Encoded bytes to uint8 [h, w, 3]. Raises DatasetError, naming `where`, for another size or damaged bytes."""
+
+    def check(width: int, height: int) -> None:
+        if (height, width) != size:
+            raise DatasetError(
+                f"{where}: the image is {height}×{width} (height×width), info.json says {size[0]}×{size[1]}; correct "
+                "the feature's shape or record the frame anew"
+            )
+
+    return decode_any(data, where, check)
+
+
+def decode_any(data: bytes, where: str, check: Callable[[int, int], None] | None = None) -> np.ndarray:
+    """The same for an image of any size. `check(width, height)` is called before any pixel is decoded."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.size != (size[1], size[0]):  # before any pixel is decoded
-                raise DatasetError(
-                    f"{where}: the image is {image.size[1]}×{image.size[0]} (height×width), info.json says "
-                    f"{size[0]}×{size[1]}; correct the feature's shape or record the frame anew"
-                )
+            if check:
+                check(*image.size)
             return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         if isinstance(e, DatasetError):
@@ -86,3 +96,18 @@ def decode_image(data: bytes, size: tuple[int, int], where: str) -> np.ndarray:
             f"{where}: unreadable image ({len(data)} bytes: {e}); expected {', '.join(FORMATS)}. "
             "Remove the episode or restore the file"
         ) from None
+
+
+def resize_with_pad(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [h, w, 3] to `size` (height, width): shrunk or grown without stretching, the rest black, as the device
+    does it. For pictures of several sizes in one batch; others travel as they are."""
+    height, width = image.shape[:2]
+    if (height, width) == size:
+        return image
+    scale = max(height / size[0], width / size[1])
+    rows, columns = max(1, int(height / scale)), max(1, int(width / scale))
+    above, left = (size[0] - rows) // 2, (size[1] - columns) // 2
+    out = np.zeros((*size, 3), np.uint8)
+    inner = Image.fromarray(image).resize((columns, rows), Image.Resampling.BILINEAR)
+    out[above : above + rows, left : left + columns] = np.asarray(inner)
+    return out

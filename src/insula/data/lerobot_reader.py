@@ -57,8 +57,12 @@ class LeRobotDataset:
         self._columns: dict[str, np.ndarray] = {}
         self._decoded: dict[str, tuple[np.ndarray, np.ndarray] | None] = {}
         self._encoded: OrderedDict[tuple[str, int, int], pa.BinaryArray] = OrderedDict()
-        self._encoded_bytes, self._cache_left = 0, cache_bytes
+        self._encoded_bytes, self._cache_bytes, self._cache_left = 0, cache_bytes, cache_bytes
         self._lock = threading.RLock()
+
+    def __reduce__(self) -> tuple:
+        """Another process opens it anew."""
+        return type(self), (self.root, self._cache_bytes)
 
     def __len__(self) -> int:
         return self.info.total_frames
@@ -80,23 +84,40 @@ class LeRobotDataset:
         """Raises DatasetError with the nearest name when there is no such feature."""
         return self.features[pick(name, self.features, "feature", f"data set {self.root}")]
 
-    # --- numbers -----------------------------------------------------------------------------------------------------
-
-    def column(self, name: str) -> np.ndarray:
-        """All frames of a numeric feature, [frames] (shape (1,)) or [frames, *shape], read-only."""
+    def numeric(self, name: str) -> Feature:
+        """Raises DatasetError unless it holds numbers."""
         feature = self.feature(name)
         if not feature.is_numeric:
             way = "ask images() for frames" if feature.is_camera else "only numbers are read as columns"
             raise DatasetError(f"data set {self.root}: {name!r} holds {feature.dtype} values; {way}")
+        return feature
+
+    # --- numbers -----------------------------------------------------------------------------------------------------
+
+    def column(self, name: str) -> np.ndarray:
+        """All frames of a numeric feature, [frames] (shape (1,)) or [frames, *shape], read-only."""
+        self.numeric(name)
         with self._lock:
             if name not in self._columns:
-                parts = [self._read_column(name, feature, i) for i in range(len(self._spans))]
+                parts = [self.read_column(name, i) for i in range(self.files)]
                 self._columns[name] = np.concatenate(parts)
                 self._columns[name].flags.writeable = False
             return self._columns[name]
 
-    def _read_column(self, name: str, feature: Feature, shard_number: int) -> np.ndarray:
-        shard = self._shard(shard_number)
+    @property
+    def files(self) -> int:
+        """How many data files there are."""
+        return len(self._spans)
+
+    def frames_of(self, file: int) -> tuple[int, int]:
+        """(first frame, one past the last) of a data file."""
+        return self._spans[file].start, self._spans[file].stop
+
+    def read_column(self, name: str, file: int) -> np.ndarray:
+        """A numeric feature as one data file holds it, read anew: for passes over more than fits into memory."""
+        feature = self.numeric(name)
+        with self._lock:
+            shard = self._shard(file)
         table = _read(shard, [name, "index"])
         index = table["index"].to_numpy()
         if not np.array_equal(index, np.arange(shard.start, shard.stop)):

@@ -1,258 +1,256 @@
-"""From a data set to batches: everything that need not be done in the training loop is done once, here.
+"""The samples of one robot data set, each padded to what the model reads.
 
-A sample is one frame: the images and state then, the instruction, and the chunk of the next H actions:
-
-    frame           t   t+1  t+2 | end of the episode
-    chunk (H = 5)   a_t a_t+1 a_t+2 a_t+2 a_t+2         clamped at the last action
-    action_is_pad    0    0    0     1     1            no flow loss there
+A sample is one frame: the images and state then, the instruction, and the chunk of the next H actions. What this robot
+lacks of the model's sizes is padded and masked: cameras (`image_mask`), action dimensions (`action_dim_mask`), steps
+past the robot's horizon (`action_is_pad`), state dimensions (zeros).
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 
 from insula.batch import Batch, Observation
-from insula.data import normalise
+from insula.data.fitting import refuse_non_finite
+from insula.data.images import resize_with_pad
 from insula.data.lerobot_reader import LeRobotDataset
-from insula.data.normalise import NormStats
+from insula.data.mapping import RobotData
+from insula.data.robot import Robot
 from insula.data.schema import DatasetError
+from insula.data.values import check_delta, chosen_episodes, chunk_indices, dim_names, frames_of, joined, named_cameras
 from insula.tokens.fast import FASTRangeError
 from insula.tokens.sequence import FASTTokenizer, TokenBudgetError, Tokenized
 
-STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
-ACTION_CLIP = 2.0
-"""Normalised actions are clipped to ± this, for both losses alike. 98 % of them are inside ±1, a Gaussian's four
-deviations inside ±1.7: only outliers are touched, which would cost many FAST tokens and dominate a squared error."""
-
+EAGER = 200_000
+"""Up to so many samples are tokenised before training, so that an overlong one is known then; of more, those spread
+evenly, and the others when they are drawn."""
+TokenOverflow = Literal["error", "drop_token_loss"]
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """N samples, tokenised and normalised; images are read from the data set when a batch is made.
+@dataclass(frozen=True)
+class Sizes:
+    """What every sample of a run is padded to. `cameras`: (height, width) of each of the model's."""
 
-    frames [N]: the data set's frame of each sample; stop [N]: one past its episode's last frame; state float32 [N, S];
-    actions float32 [frames, D] of the whole data set; tokens int32 [N, L] and the three masks bool [N, L].
-    dropped: samples whose token loss was given up; clipped: fraction of action values beyond ACTION_CLIP.
+    horizon: int
+    state_dim: int
+    action_dim: int
+    cameras: dict[str, tuple[int, int]]
+
+
+class TokenTable:
+    """Token sequences of N samples, filled in when first asked for: tokens int32 [N, L] and three masks bool [N, L].
+    Rows nobody asks for cost no memory."""
+
+    FIELDS = ("tokens", "token_mask", "ar_mask", "loss_mask")
+
+    def __init__(self, size: int, length: int):
+        self.known = np.zeros(size, bool)
+        self.tokens = np.zeros((size, length), np.int32)
+        self.token_mask, self.ar_mask, self.loss_mask = (np.zeros((size, length), bool) for _ in range(3))
+
+    def put(self, row: int, sample: Tokenized) -> None:
+        for name in self.FIELDS:
+            getattr(self, name)[row] = getattr(sample, name)
+        self.known[row] = True
+
+
+class Samples:
+    """N samples of a robot, `batch(rows)` makes a Batch of them.
+
+    frames [N]: the data set's frame of each; stop [N]: one past its episode's last frame; dropped: samples seen so far
+    whose token loss was given up; quarantined: frames left out because a number in them is NaN.
+
+    A chunk whose tokens do not fit raises DatasetError naming episode, frame, length and limit; with "drop_token_loss"
+    that sample keeps its prompt and flow loss and loses its token loss, counted in `dropped` and logged. A prompt that
+    does not fit is always an error. NaN and infinity in state or actions are errors as well, or, with
+    `skip_non_finite`, those samples are left out, counted and logged.
     """
 
-    dataset: LeRobotDataset
-    cameras: dict[str, str]
-    horizon: int
-    frames: np.ndarray
-    stop: np.ndarray
-    state: np.ndarray
-    actions: np.ndarray
-    tokens: np.ndarray
-    token_mask: np.ndarray
-    ar_mask: np.ndarray
-    loss_mask: np.ndarray
-    dropped: int
-    clipped: float
+    def __init__(
+        self,
+        data: RobotData,
+        robot: Robot,
+        tokenizer: FASTTokenizer,
+        sizes: Sizes,
+        episodes: Iterable[SupportsIndex] | None = None,
+        on_overflow: TokenOverflow = "error",
+        *,
+        state_in_prompt: bool = True,
+        skip_non_finite: bool = False,
+        dataset: LeRobotDataset | None = None,
+    ):
+        self._rebuild = partial(
+            Samples,
+            data,
+            robot,
+            tokenizer,
+            sizes,
+            episodes,
+            on_overflow,
+            state_in_prompt=state_in_prompt,
+            skip_non_finite=skip_non_finite,
+        )
+        if on_overflow not in ("error", "drop_token_loss"):
+            raise ValueError(f"on_overflow: got {on_overflow!r}, expected 'error' or 'drop_token_loss'")
+        self.dataset = dataset or LeRobotDataset(data.path)
+        self.data, self.robot, self.tokenizer, self.sizes = data, robot, tokenizer, sizes
+        self.on_overflow, self.state_in_prompt = on_overflow, state_in_prompt
+        named_cameras(self.dataset, data)
+        self.frames, self.stop = frames_of(self.dataset, chosen_episodes(self.dataset, episodes))
+        self.state, self.actions = self._numbers()
+        self._check_sizes()
+        self.quarantined = self._without_non_finite(skip_non_finite)
+        self._instructions = self.dataset.texts(data.instruction) if data.instruction else None
+        self._task = None if data.instruction else _task_of(self.dataset, self.frames)
+        self.table = TokenTable(len(self.frames), tokenizer.max_token_len)
+        self.dropped = 0
 
     def __len__(self) -> int:
         return len(self.frames)
 
-    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """The samples `indices` [B] as one Batch of numpy arrays."""
-        rows = np.asarray(indices, np.int64)
-        frames = self.frames[rows]
-        chunk, is_pad = chunk_indices(frames, self.stop[rows], self.horizon)
+    def __reduce__(self) -> tuple:
+        """Another process reads them anew, rather than be sent every number and picture."""
+        return self._rebuild, ()
+
+    def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
+        """The samples `rows` [B] as one Batch of numpy arrays."""
+        rows = np.asarray(rows, np.int64)
+        frames, sizes, has_flow = self.frames[rows], self.sizes, "flow" in self.data.losses
+        actions, is_pad = self.chunks(rows)
+        tokens = self.tokens(rows)
         observation: dict[str, Any] = {
-            "images": {name: self.dataset.images(key, frames) for name, key in self.cameras.items()},
-            "image_mask": {name: np.ones(len(rows), bool) for name in self.cameras},
-            "state": self.state[rows],
-            "tokens": self.tokens[rows],
-            "token_mask": self.token_mask[rows],
+            "images": {name: self._images(name, size, frames) for name, size in sizes.cameras.items()},
+            "image_mask": {name: np.full(len(rows), name in self.data.cameras) for name in sizes.cameras},
+            "state": pad(self._state(rows), sizes.state_dim),
+            "tokens": tokens["tokens"],
+            "token_mask": tokens["token_mask"],
         }
-        targets: dict[str, Any] = {
-            "actions": self.actions[chunk],
-            "action_is_pad": is_pad,
-            "action_dim_mask": np.ones((len(rows), self.actions.shape[1]), bool),
-            "ar_mask": self.ar_mask[rows],
-            "loss_mask": self.loss_mask[rows],
-        }
-        return Batch(Observation(**observation), **targets)
-
-    @property
-    def action_tokens(self) -> np.ndarray:
-        """How many tokens each sample is scored on, int [N]."""
-        return self.loss_mask.sum(1)
-
-
-def prepare(
-    dataset: LeRobotDataset,
-    tokenizer: FASTTokenizer,
-    stats: Mapping[str, NormStats],
-    horizon: int,
-    cameras: Sequence[str] | Mapping[str, str],
-    on_overflow: Literal["error", "drop_token_loss"] = "error",
-    episodes: Iterable[SupportsIndex] | None = None,
-    *,
-    state_in_prompt: bool = True,
-    state_key: str = STATE,
-    action_key: str = ACTION,
-) -> Samples:
-    """Tokenise and normalise every frame of `episodes` (all by default). `stats` holds "state" and "actions".
-
-    `cameras` maps the model's names to features; a plain sequence of names means "observation.images.<name>".
-    A chunk whose tokens do not fit raises DatasetError naming episode, frame, length and limit; with "drop_token_loss"
-    that sample keeps its prompt and flow loss and loses its token loss, counted in `dropped` and logged. A prompt that
-    does not fit is always an error.
-    """
-    if on_overflow not in ("error", "drop_token_loss"):
-        raise ValueError(f"on_overflow: got {on_overflow!r}, expected 'error' or 'drop_token_loss'")
-    if horizon < 1:
-        raise ValueError(f"horizon: got {horizon}, expected at least 1 step")
-    chosen = named_cameras(dataset, cameras)
-    chosen_episodes = _checked_episodes(dataset, episodes)
-    frames, stop = _frames(dataset, chosen_episodes)
-    state = _normalised(dataset, stats, "state", state_key)[frames]
-    actions, clipped = _clip(_normalised(dataset, stats, "actions", action_key))
-    tokenized, dropped = _tokenise(
-        dataset, tokenizer, frames, stop, state if state_in_prompt else None, actions, horizon, on_overflow
-    )
-    if dropped:
-        log.warning("%d of %d samples have no token loss: their action tokens exceed the limit", dropped, len(frames))
-    if clipped:
-        log.info("%.3f %% of the normalised action values were clipped to ±%g", 100 * clipped, ACTION_CLIP)
-    return Samples(dataset, chosen, horizon, frames, stop, state, actions, *tokenized, dropped=dropped, clipped=clipped)
-
-
-def fit_stats(
-    dataset: LeRobotDataset,
-    episodes: Iterable[SupportsIndex] | None = None,
-    state_key: str = STATE,
-    action_key: str = ACTION,
-) -> dict[str, NormStats]:
-    """{"state": ..., "actions": ...} over the frames of `episodes` (all by default)."""
-    frames, _ = _frames(dataset, _checked_episodes(dataset, episodes))
-    return {
-        name: normalise.fit(dataset.column(key)[frames], dataset.feature(key).names, key)
-        for name, key in (("state", state_key), ("actions", action_key))
-    }
-
-
-def action_chunks(
-    dataset: LeRobotDataset,
-    stats: Mapping[str, NormStats],
-    horizon: int,
-    episodes: Iterable[SupportsIndex] | None = None,
-    limit: int | None = None,
-    action_key: str = ACTION,
-) -> np.ndarray:
-    """Chunks float32 [N, H, D], exactly as `prepare` tokenises them: what FASTCodec.fit wants.
-
-    With `limit`, that many spread evenly over the frames.
-    """
-    frames, stop = _frames(dataset, _checked_episodes(dataset, episodes))
-    if limit is not None and limit < len(frames):
-        rows = np.linspace(0, len(frames) - 1, limit).astype(np.int64)
-        frames, stop = frames[rows], stop[rows]
-    actions, _ = _clip(_normalised(dataset, stats, "actions", action_key))
-    return actions[chunk_indices(frames, stop, horizon)[0]]
-
-
-def split_episodes(n: int, held_out_fraction: float | int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(train, held-out) episode numbers, each sorted: a frame is never held out from its own episode.
-
-    At least one episode is held out when the fraction is positive. Raises ValueError when none is left to train on.
-    """
-    if not 0 <= held_out_fraction < 1:
-        raise ValueError(f"held_out_fraction: got {held_out_fraction}, expected at least 0 and below 1")
-    held_out = int(np.ceil(n * held_out_fraction))
-    if n - held_out < 1:
-        raise ValueError(f"held_out_fraction {held_out_fraction} of {n} episodes leaves none to train on; collect more")
-    order = np.random.default_rng(seed).permutation(n)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
-
-
-def chunk_indices(frames: np.ndarray, stop: np.ndarray, horizon: int) -> tuple[np.ndarray, np.ndarray]:
-    """Frame indices [N, H] of each chunk, clamped before `stop` [N], and where they were clamped, bool [N, H]."""
-    steps = frames[:, None] + np.arange(horizon)
-    return np.minimum(steps, stop[:, None] - 1), steps >= stop[:, None]
-
-
-def named_cameras(dataset: LeRobotDataset, cameras: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
-    """{model's name: feature}. Raises DatasetError when a feature is missing or is no camera."""
-    pairs = dict(cameras) if isinstance(cameras, Mapping) else {name: IMAGES + name for name in cameras}
-    for key in pairs.values():
-        if not dataset.feature(key).is_camera:
-            have = ", ".join(dataset.cameras) or "none"
-            raise DatasetError(f"data set {dataset.root}: {key!r} is no camera; its cameras: {have}")
-    return pairs
-
-
-def _checked_episodes(dataset: LeRobotDataset, episodes: Iterable[SupportsIndex] | None) -> np.ndarray:
-    count = len(dataset.episodes)
-    chosen = np.arange(count) if episodes is None else np.asarray(list(episodes), np.int64)
-    outside = chosen[(chosen < 0) | (chosen >= count)]
-    if not len(chosen) or len(outside):
-        what = f"episode {outside[0]} does not exist" if len(outside) else "no episode was chosen"
-        raise DatasetError(f"data set {dataset.root}: {what}; it has episodes 0 to {count - 1}")
-    return chosen
-
-
-def _frames(dataset: LeRobotDataset, episodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(frames [N], one past the last frame of each one's episode [N])."""
-    start, stop = dataset.episodes.start[episodes], dataset.episodes.stop[episodes]
-    frames = np.concatenate([np.arange(a, b) for a, b in zip(start, stop, strict=True)])
-    return frames, np.repeat(stop, stop - start)
-
-
-def _normalised(dataset: LeRobotDataset, stats: Mapping[str, NormStats], name: str, key: str) -> np.ndarray:
-    values, feature = dataset.column(key), dataset.feature(key)
-    if name not in stats:
-        raise ValueError(f"statistics: no {name!r}; expected 'state' and 'actions', got {', '.join(stats) or 'none'}")
-    values = values.reshape(len(values), -1)
-    if values.shape[1] != stats[name].dim:
-        raise ValueError(
-            f"statistics of {name!r} have {stats[name].dim} dimensions, feature {key!r} of {dataset.root} has "
-            f"{values.shape[1]}; fit them on this data set"
+        steps = np.ones((len(rows), sizes.horizon), bool)
+        steps[:, : self.robot.horizon] = is_pad if has_flow else True
+        chunk = np.zeros((len(rows), sizes.horizon, sizes.action_dim), np.float32)
+        chunk[:, : self.robot.horizon, : self.robot.action_dim] = actions
+        dims = np.arange(sizes.action_dim) < self.robot.action_dim
+        return Batch(
+            Observation(**observation),
+            actions=chunk,
+            action_is_pad=steps,
+            action_dim_mask=np.broadcast_to(dims, (len(rows), sizes.action_dim)).copy(),
+            ar_mask=tokens["ar_mask"],
+            loss_mask=tokens["loss_mask"],
         )
-    normalise.refuse_non_finite(values, feature.names, f"data set {dataset.root}, {key!r}")
-    return stats[name].normalise(values)
+
+    def chunks(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Normalised and clipped chunks float32 [B, h, d] of the robot's own sizes, and which steps are past the end of
+        the episode, bool [B, h]."""
+        index, is_pad = chunk_indices(self.frames[rows], self.stop[rows], self.robot.horizon)
+        chunk = self.robot.normalise_actions(self.actions[index], self.state[self.frames[rows]])
+        return np.clip(chunk, -self.robot.clip, self.robot.clip), is_pad
+
+    def tokens(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """tokens, token_mask, ar_mask, loss_mask, each [B, L]."""
+        new = np.unique(rows[~self.table.known[rows]])
+        if len(new):
+            self._tokenise(new)
+        return {name: getattr(self.table, name)[rows] for name in TokenTable.FIELDS}
+
+    def tokenise_ahead(self) -> None:
+        """Tokenise all samples, or EAGER of them, spread evenly: what does not fit is an error now."""
+        rows = np.arange(len(self)) if len(self) <= EAGER else np.linspace(0, len(self) - 1, EAGER).astype(np.int64)
+        self.tokens(rows)
+        if self.dropped:
+            log.warning("%d of %d samples have no token loss: their tokens exceed the limit", self.dropped, len(rows))
+
+    def where(self, row: int) -> str:
+        """Which episode and frame a sample is, for a person."""
+        episode, step = self.dataset.episodes.locate(int(self.frames[row]))
+        return f"data set {self.dataset.root}, episode {episode}, frame {step}"
+
+    # --- its parts ---------------------------------------------------------------------------------------------------
+
+    def _numbers(self) -> tuple[np.ndarray, np.ndarray]:
+        """State and actions of the whole data set, float32 [frames, ·], in the data's units."""
+        dataset = self.dataset
+        actions = joined(dataset, self.data.actions, dataset.column)
+        if not self.data.state:
+            return np.zeros((len(dataset), 0), np.float32), actions
+        return joined(dataset, self.data.state, dataset.column), actions
+
+    def _check_sizes(self) -> None:
+        check_delta(self.data, self.state.shape[1], self.actions.shape[1])
+        for name, values in (("state", self.state), ("actions", self.actions)):
+            dim = self.robot.stats[name].dim
+            if values.shape[1] != dim:
+                raise DatasetError(
+                    f"statistics of {name!r} have {dim} dimensions, data set {self.dataset.root} has "
+                    f"{values.shape[1]}; fit them on this data set"
+                )
+        for setting, got, limit in (
+            ("state_dim", self.robot.state_dim, self.sizes.state_dim),
+            ("action_dim", self.robot.action_dim, self.sizes.action_dim),
+            ("horizon", self.robot.horizon, self.sizes.horizon),
+        ):
+            if got > limit:
+                raise DatasetError(f"data set {self.dataset.root}: {setting} is {got}, the model's {limit}; raise it")
+
+    def _without_non_finite(self, skip: bool) -> int:
+        """Leave out the samples with a NaN or infinity, or raise. Returns how many."""
+        good = np.isfinite(self.actions).all(1)[chunk_indices(self.frames, self.stop, self.robot.horizon)[0]].all(1)
+        good &= np.isfinite(self.state).all(1)[self.frames]
+        bad = int((~good).sum())
+        if bad and not skip:
+            for values, columns in ((self.state, self.data.state), (self.actions, self.data.actions)):
+                refuse_non_finite(self.dataset, values, 0, dim_names(self.dataset, columns))
+        if bad:
+            log.warning("data set %s: %d samples with a NaN or infinity are left out", self.dataset.root, bad)
+            self.frames, self.stop = self.frames[good], self.stop[good]
+        if not len(self.frames):
+            raise DatasetError(f"data set {self.dataset.root}: no sample has finite numbers throughout")
+        return bad
+
+    def _state(self, rows: np.ndarray) -> np.ndarray:
+        return self.robot.stats["state"].normalise(self.state[self.frames[rows]])
+
+    def _images(self, camera: str, size: tuple[int, int], frames: np.ndarray) -> np.ndarray:
+        if camera not in self.data.cameras:
+            return np.zeros((len(frames), *size, 3), np.uint8)
+        key = self.data.cameras[camera]
+        images = self.dataset.images(key, frames)
+        if images.shape[1:3] == size:
+            return images
+        return np.stack([resize_with_pad(image, size) for image in images])
+
+    def _tokenise(self, rows: np.ndarray) -> None:
+        with_state = self.state_in_prompt and self.robot.state_dim > 0
+        states = self._state(rows) if with_state else [None] * len(rows)
+        chunks = self.chunks(rows)[0] if "fast" in self.data.losses else [None] * len(rows)
+        for row, state, chunk in zip(rows.tolist(), states, chunks, strict=True):
+            prompt = self._instruction(row)
+            try:
+                sample = self.tokenizer.tokenize(prompt, state, chunk)
+            except (TokenBudgetError, FASTRangeError) as e:
+                hopeless = isinstance(e, TokenBudgetError) and e.part == "prompt"
+                if hopeless or self.on_overflow == "error":
+                    way = "; or keep such samples for the flow loss only: on_overflow='drop_token_loss'"
+                    raise DatasetError(f"{self.where(row)} ({prompt!r}): {e}{'' if hopeless else way}") from e
+                sample = self.tokenizer.tokenize(prompt, state)
+                self.dropped += 1
+            self.table.put(row, sample)
+
+    def _instruction(self, row: int) -> str:
+        frame = int(self.frames[row])
+        if self._instructions is not None:
+            return self._instructions[frame]
+        assert self._task is not None
+        return self.dataset.tasks[self._task[row]]
 
 
-def _clip(actions: np.ndarray) -> tuple[np.ndarray, float]:
-    return np.clip(actions, -ACTION_CLIP, ACTION_CLIP), float((np.abs(actions) > ACTION_CLIP).mean())
-
-
-def _tokenise(
-    dataset: LeRobotDataset,
-    tokenizer: FASTTokenizer,
-    frames: np.ndarray,
-    stop: np.ndarray,
-    state: np.ndarray | None,
-    actions: np.ndarray,
-    horizon: int,
-    on_overflow: str,
-) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], int]:
-    """(tokens, token_mask, ar_mask, loss_mask), each [N, L], and how many samples lost their token loss."""
-    tokens = np.zeros((len(frames), tokenizer.max_token_len), np.int32)
-    masks = np.zeros((3, *tokens.shape), bool)
-    task = _task_of(dataset, frames)
-    chunks, _ = chunk_indices(frames, stop, horizon)
-    dropped = 0
-    for n in range(len(frames)):
-        prompt, now = dataset.tasks[task[n]], None if state is None else state[n]
-        try:
-            sample = tokenizer.tokenize(prompt, now, actions[chunks[n]])
-        except (TokenBudgetError, FASTRangeError) as e:
-            hopeless = isinstance(e, TokenBudgetError) and e.part == "prompt"
-            if hopeless or on_overflow == "error":
-                raise _overflow(dataset, int(frames[n]), prompt, e, hopeless) from e
-            sample, dropped = tokenizer.tokenize(prompt, now), dropped + 1
-        _put(sample, tokens[n], masks[:, n])
-    return (tokens, *masks), dropped
-
-
-def _put(sample: Tokenized, tokens: np.ndarray, masks: np.ndarray) -> None:
-    tokens[:] = sample.tokens
-    masks[0], masks[1], masks[2] = sample.token_mask, sample.ar_mask, sample.loss_mask
+def pad(values: np.ndarray, width: int) -> np.ndarray:
+    """[N, d] with zeros up to [N, width]."""
+    return np.pad(values, ((0, 0), (0, width - values.shape[1])))
 
 
 def _task_of(dataset: LeRobotDataset, frames: np.ndarray) -> np.ndarray:
@@ -264,9 +262,3 @@ def _task_of(dataset: LeRobotDataset, frames: np.ndarray) -> np.ndarray:
             f"meta/tasks.parquet has 0 to {len(dataset.tasks) - 1}"
         )
     return task
-
-
-def _overflow(dataset: LeRobotDataset, frame: int, prompt: str, cause: ValueError, hopeless: bool) -> DatasetError:
-    episode, step = dataset.episodes.locate(frame)
-    way = "" if hopeless else "; or keep such samples for the flow loss only: on_overflow='drop_token_loss'"
-    return DatasetError(f"data set {dataset.root}, episode {episode}, frame {step} ({prompt!r}): {cause}{way}")

@@ -10,10 +10,16 @@ from insula.sim.seeds import EVALUATION
 
 
 def evaluate_run(
-    run: Path, episodes: int, first_seed: int | None, execute: int, results: Path | None, video: Path | None
+    run: Path,
+    episodes: int,
+    first_seed: int | None,
+    execute: int,
+    results: Path | None,
+    video: Path | None,
+    robot: str | None = None,
 ) -> str:
     """Run the newest policy of `run` in closed loop, write what was asked for, and return a table."""
-    policy = Policy.load(run)
+    policy = Policy.load(run, robot=robot)
     done = evaluate(policy, episodes, EVALUATION.start if first_seed is None else first_seed, execute)
     if results is not None:
         results.parent.mkdir(parents=True, exist_ok=True)

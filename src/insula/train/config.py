@@ -14,7 +14,7 @@ class TrainConfig:
 
     run: Path
     data: Path | None = None
-    """A LeRobot v3.0 data set; needed unless `resume`."""
+    """A LeRobot data set, or a .toml file that maps one or several (docs/data.md); needed unless `resume`."""
     model: Config = TINY_BFLOAT16
     optimiser: OptimiserConfig = DEFAULT
     steps: int = 2500
@@ -40,8 +40,12 @@ class TrainConfig:
     fast_scale: float = 10.0
     on_overflow: Literal["error", "drop_token_loss"] = "error"
     """A chunk with too many FAST tokens: refuse the data, or give up that sample's token loss (counted, logged)."""
+    on_bad_sample: Literal["fail", "quarantine"] = "fail"
+    """A sample that cannot be read or holds a NaN: stop, or take another and write it to quarantine.jsonl."""
+    workers: int = 0
+    """Processes that make batches; 0 is a thread, enough for small images."""
     held_out_fraction: float = 0.05
-    """Share of episodes never trained on, whose losses are measured along the way."""
+    """Share of episodes (and of questions) never trained on, whose losses are measured along the way."""
     evaluate_every: int = 500
     checkpoint_every: int = 1000
     log_every: int = 20

@@ -10,27 +10,31 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from insula.assets import Assets, read_assets
+from insula.assets import read_assets
 from insula.checkpoints.hub import local
 from insula.checkpoints.loading import load_params
 from insula.checkpoints.pretrained import load_pretrained
 from insula.checkpoints.store import CheckpointError, CheckpointStore
-from insula.data.lerobot import LeRobotDataset
 from insula.data.loader import Loader
-from insula.data.samples import Samples, action_chunks, fit_stats, prepare, split_episodes
+from insula.data.mapping import Mapping
+from insula.data.mixture import Source, quarantined
 from insula.losses import compute_loss
 from insula.model import Params, add_lora, init_params
 from insula.shapes import PRNGKeyArray
-from insula.tokens import text
-from insula.tokens.fast import FASTCodec
-from insula.tokens.sequence import FASTTokenizer
 from insula.train.config import TrainConfig, from_dict, to_dict
+from insula.train.data import (
+    QUARANTINE_FILE,
+    fit_assets,
+    held_out_sources,
+    open_data,
+    training_mixture,
+    write_mapping,
+)
 from insula.train.loop import Every, Metrics, MetricsLog, fit
 from insula.train.optimiser import make_optimiser
 from insula.train.step import TrainState, make_train_step, start_state
 
 log = logging.getLogger(__name__)
-FAST_FIT_CHUNKS = 20_000
 LORA_KEY = 1 << 16
 """Folded into the key of the initial weights: apart from all that `initialise` derives from it."""
 
@@ -42,19 +46,17 @@ def train(config: TrainConfig, quiet: bool = False) -> bool:
     """
     if config.resume:
         config = _stored(config)
-    if config.data is None:
-        raise ValueError("no data set; give --data, a LeRobot v3.0 folder (insula collect makes one)")
-    dataset = LeRobotDataset(config.data)
-    episodes, held_out = split_episodes(len(dataset.episodes), config.held_out_fraction, config.seed)
+    data = open_data(config)
     with CheckpointStore(config.run / "checkpoints") as store:
         if not config.resume and store.latest() is not None:
             raise CheckpointError(
                 f"{config.run} holds a run at step {store.latest()}; resume it, or choose another folder"
             )
-        assets = read_assets(store.assets()) if config.resume else make_assets(config, dataset, episodes)
-        samples = prepare_samples(config, assets, dataset, episodes)
-        unseen = prepare_samples(config, assets, dataset, held_out) if len(held_out) else None
+        assets = read_assets(store.assets()) if config.resume else fit_assets(config, data)
+        mixture = training_mixture(config, assets, data)
+        unseen = held_out_sources(config, assets, data)
         _write_config(config)
+        write_mapping(config, data.mapping)
 
         init_rng, step_rng, eval_rng = jax.random.split(jax.random.key(config.seed), 3)
         optimiser = make_optimiser(config.optimiser, config.model, config.steps)
@@ -69,14 +71,19 @@ def train(config: TrainConfig, quiet: bool = False) -> bool:
             store.save(int(state.step), state.average, state, assets.write)
 
         hooks = [Every(config.checkpoint_every, save)]
-        if unseen is not None:
-            hooks.insert(0, Every(config.evaluate_every, held_out_losses(config, unseen, eval_rng)))
+        if unseen:
+            hooks.insert(0, Every(config.evaluate_every, held_out_losses(config, data.mapping, unseen, eval_rng)))
+        if config.on_bad_sample == "quarantine":
+            hooks.append(Every(config.log_every, lambda _: {"quarantined": float(quarantined(mixture))}))
+        shard = (jax.process_index(), jax.process_count())
         with (
             contextlib.closing(_metrics_log(config)) as metrics,
-            Loader(samples, config.batch_size, config.seed, start_step=int(state.step)) as batches,
+            Loader(mixture, config.batch_size, config.seed, int(state.step), config.workers, shard) as batches,
         ):
             state, complete = fit(state, step, batches, config.steps, metrics, config.log_every, tuple(hooks), quiet)
         save(state)
+    if bad := quarantined(mixture):
+        log.warning("%d samples were left out, see %s", bad, config.run / QUARANTINE_FILE)
     return complete
 
 
@@ -108,60 +115,29 @@ def start_params(config: TrainConfig, rng: PRNGKeyArray) -> Params:
     return add_lora(params, config.model, jax.random.fold_in(rng, LORA_KEY))
 
 
-def make_assets(config: TrainConfig, dataset: LeRobotDataset, episodes: np.ndarray) -> Assets:
-    """Normalisation and FAST fitted on the training episodes, and the tokenizer made of them."""
-    model = config.model
-    stats = fit_stats(dataset, episodes)
-    for name, width in (("state", model.state_dim), ("actions", model.action_dim)):
-        if stats[name].dim != width:
-            raise ValueError(
-                f"data set {dataset.root}: {name} has {stats[name].dim} dimensions, config {model.name!r} "
-                f"expects {width}; set {'state_dim' if name == 'state' else 'action_dim'}={stats[name].dim}"
-            )
-    chunks = action_chunks(dataset, stats, model.horizon, episodes, limit=FAST_FIT_CHUNKS)
-    codec = FASTCodec.load(config.fast) if config.fast else FASTCodec.fit(chunks, config.fast_vocab, config.fast_scale)
-    tokenizer = FASTTokenizer(
-        text.load(config.text_tokenizer) if config.text_tokenizer else text.embedded(),
-        codec,
-        config.dialect,
-        max_token_len=model.max_token_len,
-        max_prompt_len=model.max_prompt_len,
-        fast_last_id=config.fast_last_id,
-    )
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(
-            f"text and FAST tokens need {tokenizer.vocab_size} entries, config {model.name!r} has "
-            f"vocab_size {model.vocab_size}; raise it, or lower fast_vocab"
-        )
-    return Assets(model, tokenizer, stats)
-
-
-def prepare_samples(config: TrainConfig, assets: Assets, dataset: LeRobotDataset, episodes: np.ndarray) -> Samples:
-    """Tokenise and normalise `episodes` as this run's model reads them."""
-    return prepare(
-        dataset,
-        assets.tokenizer,
-        assets.stats,
-        config.model.horizon,
-        config.model.cameras,
-        config.on_overflow,
-        episodes,
-        state_in_prompt=config.model.state_input == "prompt",
-    )
-
-
 def held_out_losses(
-    config: TrainConfig, samples: Samples, rng: PRNGKeyArray, batches: int = 8
+    config: TrainConfig, mapping: Mapping, unseen: dict[str, Source], rng: PRNGKeyArray, batches: int = 8
 ) -> Callable[[TrainState], Metrics]:
-    """Mean losses of the averaged parameters on the same unseen samples, noise and times each time."""
-    size = min(config.batch_size, len(samples))
-    rows = np.random.default_rng(config.seed).permutation(len(samples))[: max(1, batches * size // size) * size]
-    groups = [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)]
+    """Mean losses of the averaged parameters on the same unseen samples, noise and times each time. The only robot's
+    are called "held_out/flow" and so on; those of other sources carry their name."""
     loss = jax.jit(lambda params, batch, key: compute_loss(params, config.model, batch, key))
+    groups: dict[str, list[np.ndarray]] = {}
+    for name, samples in unseen.items():
+        size = min(config.batch_size, len(samples))
+        rows = np.random.default_rng(config.seed).permutation(len(samples))[: batches * size]
+        groups[name] = [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)]
 
     def look(state: TrainState) -> Metrics:
-        found = [loss(state.average, samples.batch(g), jax.random.fold_in(rng, i))[1] for i, g in enumerate(groups)]
-        return {f"held_out/{k}": float(np.mean([m[k] for m in found])) for k in ("flow", "fast", "token_accuracy")}
+        metrics: Metrics = {}
+        for name, samples in unseen.items():
+            found = [
+                loss(state.average, samples.batch(rows), jax.random.fold_in(rng, i))[1]
+                for i, rows in enumerate(groups[name])
+            ]
+            prefix = "held_out" if name in mapping.robots and len(mapping.robots) == 1 else f"held_out/{name}"
+            kinds = ("flow", "fast", "token_accuracy") if name in mapping.robots else ("fast", "token_accuracy")
+            metrics |= {f"{prefix}/{kind}": float(np.mean([m[kind] for m in found])) for kind in kinds}
+        return metrics
 
     return look
 

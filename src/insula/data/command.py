@@ -1,0 +1,128 @@
+"""What `insula data stats` and `insula data fit-fast` do."""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from insula.data import normalise
+from insula.data.fitting import FASTReport, action_chunks, fit_stats, measure_fast
+from insula.data.lerobot_reader import LeRobotDataset
+from insula.data.mapping import RobotData, read_mapping
+from insula.data.normalise import NormStats
+from insula.data.robot import Robot
+from insula.data.values import dim_names
+from insula.tokens.fast import FASTCodec
+
+REPORT_FILE = "report.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One robot data set: its statistics, how its dimensions are called, its chunks, how many values were clipped."""
+
+    robot: Robot
+    names: dict[str, list[str]]
+    chunks: np.ndarray
+    clipped: float
+
+
+def measure(path: Path, horizon: int, limit: int, processes: int) -> dict[str, Measured]:
+    """Every robot of a mapping, or of a plain folder; at most `limit` chunks of each, spread evenly."""
+    found = {}
+    for name, data in read_mapping(path).robots.items():
+        stats = _stats(data, horizon, processes)
+        robot = Robot(stats, tuple(data.cameras), data.horizon or horizon, data.delta, data.units)
+        dataset = LeRobotDataset(data.path, cache_bytes=0)
+        names = {"state": dim_names(dataset, data.state), "actions": dim_names(dataset, data.actions)}
+        chunks, clipped = action_chunks(data, robot, limit=limit, processes=processes)
+        found[name] = Measured(robot, names, chunks, clipped)
+    return found
+
+
+def _stats(data: RobotData, horizon: int, processes: int) -> dict[str, NormStats]:
+    if data.statistics is not None:
+        return normalise.load(data.statistics)
+    return fit_stats(data, data.horizon or horizon, processes=processes)
+
+
+def stats(path: Path, horizon: int, out: Path | None, limit: int, processes: int) -> str:
+    """Write norm_stats.json of each robot below `out`, and return tables."""
+    found = measure(path, horizon, limit, processes)
+    for name, measured in found.items():
+        if out is not None:
+            target = out if out.suffix == ".json" and len(found) == 1 else out / f"{name}.json"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            normalise.save(target, measured.robot.stats)
+    return "\n".join(_tables(name, measured) for name, measured in found.items())
+
+
+def fit_fast(
+    path: Path,
+    horizon: int,
+    budget: int,
+    out: Path,
+    vocab_size: int,
+    scale: float,
+    limit: int,
+    processes: int,
+) -> str:
+    """Fit a codec on the chunks of all robots, write it and its report to `out`, and return a table."""
+    found = measure(path, horizon, limit, processes)
+    codec = FASTCodec.fit([chunk for measured in found.values() for chunk in measured.chunks], vocab_size, scale)
+    codec.save(out)
+    reports = {
+        name: measure_fast(codec, measured.chunks, budget, measured.clipped, processes)
+        for name, measured in found.items()
+    }
+    written = {name: report.to_json() for name, report in reports.items()}
+    (out / REPORT_FILE).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    return _fast_table(reports)
+
+
+def _tables(name: str, measured: Measured) -> str:
+    tables = []
+    for what, stats in measured.robot.stats.items():
+        table = Table("", "min", "q01", "mean", "q99", "max", "std", "", title=f"{name}: {what}", title_justify="left")
+        for dim, label in enumerate(measured.names[what]):
+            columns = (stats.min, stats.q01, stats.mean, stats.q99, stats.max, stats.std)
+            figures = ["" if column is None else f"{column[dim]:.4g}" for column in columns]
+            table.add_row(label, *figures, _note(stats, dim))
+        tables.append(table)
+    return _text(*tables, f"{measured.clipped:.3%} of the normalised action values are beyond ±{measured.robot.clip:g}")
+
+
+def _note(stats: NormStats, dim: int) -> str:
+    if stats.constant[dim]:
+        return "constant: always 0"
+    return "rarely moves: scaled by min and max" if stats.rarely_moves[dim] else ""
+
+
+def _fast_table(reports: dict[str, FASTReport]) -> str:
+    table = Table("", *reports, title="FAST", title_justify="left")
+    rows: dict[str, Any] = {
+        "chunks": lambda r: str(r.chunks),
+        "tokens of a chunk: p50": lambda r: f"{r.tokens['p50']:.0f}",
+        "p99": lambda r: f"{r.tokens['p99']:.0f}",
+        "largest": lambda r: f"{r.tokens['max']:.0f}",
+        'beyond the budget, with "|" and EOS': lambda r: f"{r.over_budget} of {r.budget}-token budgets",
+        "not writable by the codec": lambda r: str(r.out_of_range),
+        "reconstruction error, rms, normalised": lambda r: f"{r.reconstruction_error:.4f}",
+        "values clipped": lambda r: f"{r.clipped:.3%}",
+    }
+    for label, figure in rows.items():
+        table.add_row(label, *(figure(report) for report in reports.values()))
+    return _text(table)
+
+
+def _text(*parts: Table | str) -> str:
+    text = io.StringIO()
+    console = Console(file=text, width=120, highlight=False)
+    for part in parts:
+        console.print(part, markup=False)
+    return text.getvalue().rstrip()

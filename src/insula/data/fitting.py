@@ -1,0 +1,241 @@
+"""Statistics and FAST over a whole data set, one data file at a time, over as many processes as asked for."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from insula.data import normalise, quantiles
+from insula.data.lerobot_reader import LeRobotDataset
+from insula.data.mapping import RobotData
+from insula.data.normalise import NormStats
+from insula.data.robot import Robot, relative
+from insula.data.values import check_delta, chosen_episodes, chunk_indices, dim_names, frames_of, joined
+from insula.data.workers import Map, mapping_over
+from insula.tokens.fast import FASTCodec, FASTRangeError
+
+QUANTILES = (0.01, 0.99)
+ENCODED_AT_ONCE = 2000
+
+
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """What every worker must know. `episodes` bool [all]: which are looked at."""
+
+    data: RobotData
+    horizon: int
+    episodes: np.ndarray
+    skip_non_finite: bool
+
+
+def fit_stats(
+    data: RobotData,
+    horizon: int,
+    episodes: Iterable[SupportsIndex] | None = None,
+    processes: int = 1,
+    skip_non_finite: bool = False,
+) -> dict[str, NormStats]:
+    """{"state": ..., "actions": ...} over all frames of `episodes` (all by default), quantiles exact. Dimensions in
+    `data.delta` are measured as they are learnt: over all real steps of all chunks, relative to the state. A state
+    without columns has no "state" dimension.
+
+    Raises DatasetError; ValueError for NaN or infinity, naming where, unless they are to be skipped.
+    """
+    dataset = LeRobotDataset(data.path, cache_bytes=0)
+    work = _prepared(dataset, data, horizon, episodes, skip_non_finite)
+    with mapping_over(min(processes, dataset.files)) as over:
+        return {
+            name: _stats(over, partial(_rows, work, name), dataset.files, data, name, dim_names(dataset, columns))
+            if columns
+            else normalise.nothing(data.normalisation)
+            for name, columns in (("state", data.state), ("actions", data.actions))
+        }
+
+
+def _prepared(
+    dataset: LeRobotDataset,
+    data: RobotData,
+    horizon: int,
+    episodes: Iterable[SupportsIndex] | None,
+    skip_non_finite: bool,
+) -> _Pass:
+    check_delta(data, len(dim_names(dataset, data.state)), len(dim_names(dataset, data.actions)))
+    included = np.zeros(len(dataset.episodes), bool)
+    included[chosen_episodes(dataset, episodes)] = True
+    return _Pass(data, data.horizon or horizon, included, skip_non_finite)
+
+
+def _stats(over: Map, rows: Any, count: int, data: RobotData, what: str, names: list[str]) -> NormStats:
+    files = range(count)
+    whole = quantiles.merged(part for part in over(partial(_moments, rows), files) if part is not None)
+    histogram = sum(over(partial(_counts, rows, whole), files), np.zeros((len(names), quantiles.BINS), np.int64))
+    wanted = quantiles.wanted_bins(histogram, QUANTILES)
+    parts = list(over(partial(_candidates, rows, whole, wanted), files))
+    q01, q99 = quantiles.quantiles(parts, wanted, whole, QUANTILES)
+    stats = NormStats(whole.mean, whole.std, q01, q99, whole.min, whole.max, data.normalisation)
+    normalise.warn_of_constants(stats, names, f"{data.path}, {what}")
+    return stats
+
+
+def _moments(rows: Any, file: int) -> quantiles.Moments | None:
+    values = rows(file)
+    return quantiles.moments(values) if len(values) else None
+
+
+def _counts(rows: Any, whole: quantiles.Moments, file: int) -> np.ndarray:
+    return quantiles.counts(rows(file), whole)
+
+
+def _candidates(rows: Any, whole: quantiles.Moments, wanted: quantiles.Wanted, file: int) -> dict:
+    return quantiles.candidates(rows(file), whole, wanted)
+
+
+@lru_cache(maxsize=1)
+def _open(path: Path) -> LeRobotDataset:
+    return LeRobotDataset(path, cache_bytes=0)
+
+
+def _frames(work: _Pass, file: int) -> tuple[LeRobotDataset, np.ndarray, np.ndarray, int]:
+    """(data set, included frames of a data file, one past the end of each one's episode, the file's first frame)."""
+    dataset = _open(work.data.path)
+    start, stop = dataset.frames_of(file)
+    members = np.array([e for e in dataset.episodes.between(start, stop) if work.episodes[e]], np.int64)
+    if not len(members):
+        return dataset, np.zeros(0, np.int64), np.zeros(0, np.int64), start
+    return dataset, *frames_of(dataset, members), start
+
+
+def _values(work: _Pass, name: str, file: int) -> np.ndarray:
+    """float32 [frames of the file, D]."""
+    dataset = _open(work.data.path)
+    columns = work.data.state if name == "state" else work.data.actions
+    values = joined(dataset, columns, lambda column: dataset.read_column(column, file))
+    if not work.skip_non_finite:
+        start, _ = dataset.frames_of(file)
+        refuse_non_finite(dataset, values, start, dim_names(dataset, columns))
+    return values
+
+
+def _rows(work: _Pass, name: str, file: int) -> np.ndarray:
+    """What the statistics are made of, [n, D]."""
+    _, frames, stop, start = _frames(work, file)
+    values = _values(work, name, file)
+    if name == "state" or not work.data.delta:
+        rows = values[frames - start]
+    else:
+        chunks, is_pad = chunk_indices(frames, stop, work.horizon)
+        state = _values(work, "state", file)[frames - start]
+        rows = relative(values[chunks - start], state, work.data.delta)[~is_pad]
+    return rows[np.isfinite(rows).all(1)] if work.skip_non_finite else rows
+
+
+def refuse_non_finite(dataset: LeRobotDataset, values: np.ndarray, first: int, names: list[str]) -> None:
+    """Raises ValueError naming episode, frame and dimension of the first value that is NaN or infinite."""
+    if np.isfinite(values).all():
+        return
+    row, dim = np.argwhere(~np.isfinite(values))[0].tolist()
+    episode, frame = dataset.episodes.locate(first + row)
+    raise ValueError(
+        f"data set {dataset.root}, episode {episode}, frame {frame}: {names[dim]} is {values[row, dim]}; "
+        "expected finite numbers. insula data doctor lists all of them; on_bad_sample='quarantine' leaves them out"
+    )
+
+
+# --- FAST ------------------------------------------------------------------------------------------------------------
+
+
+def action_chunks(
+    data: RobotData,
+    robot: Robot,
+    episodes: Iterable[SupportsIndex] | None = None,
+    limit: int | None = None,
+    processes: int = 1,
+) -> tuple[np.ndarray, float]:
+    """(chunks float32 [N, H, D] exactly as they are tokenised, fraction of values that were clipped).
+
+    With `limit`, that many spread evenly over all frames of `episodes`. Chunks with a NaN are left out.
+    """
+    dataset = LeRobotDataset(data.path, cache_bytes=0)
+    work = _prepared(dataset, data, robot.horizon, episodes, skip_non_finite=True)
+    total = int(dataset.episodes.length[work.episodes].sum())
+    rows = np.arange(total) if limit is None or limit >= total else np.linspace(0, total - 1, limit).astype(np.int64)
+    included = [int(dataset.episodes.length[e]) if work.episodes[e] else 0 for e in range(len(dataset.episodes))]
+    before = np.concatenate([[0], np.cumsum(included)])
+    tasks = []
+    for file in range(dataset.files):
+        members = dataset.episodes.between(*dataset.frames_of(file))
+        low, high = before[members.start], before[members.stop]
+        tasks.append((file, rows[(rows >= low) & (rows < high)] - low))
+    with mapping_over(min(processes, dataset.files)) as over:
+        parts = list(over(partial(_chunks, work, robot), tasks))
+    chunks = np.concatenate([chunk for chunk, _ in parts])
+    return chunks, sum(clipped for _, clipped in parts) / max(chunks.size, 1)
+
+
+def _chunks(work: _Pass, robot: Robot, task: tuple[int, np.ndarray]) -> tuple[np.ndarray, int]:
+    file, rows = task
+    _, frames, stop, start = _frames(work, file)
+    index, _ = chunk_indices(frames[rows], stop[rows], robot.horizon)
+    actions = _values(work, "actions", file)[index - start]
+    state = _values(work, "state", file)[frames[rows] - start] if work.data.delta else np.zeros((len(rows), 0))
+    finite = np.isfinite(actions).all((1, 2)) & np.isfinite(state).all(1)
+    chunk = robot.normalise_actions(actions[finite], state[finite])
+    return np.clip(chunk, -robot.clip, robot.clip), int((np.abs(chunk) > robot.clip).sum())
+
+
+@dataclass(frozen=True)
+class FASTReport:
+    """What a codec makes of a data set's chunks. `tokens`: per chunk, at the median, the 99th percentile and the
+    largest; `over_budget`: chunks whose tokens and "|" and EOS exceed `budget`; `out_of_range`: chunks the codec cannot
+    write; `reconstruction_error`: rms, normalised; `clipped`: fraction of values."""
+
+    chunks: int
+    tokens: dict[str, float]
+    budget: int
+    over_budget: int
+    out_of_range: int
+    reconstruction_error: float
+    clipped: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure_fast(
+    codec: FASTCodec, chunks: np.ndarray, budget: int, clipped: float = 0.0, processes: int = 1
+) -> FASTReport:
+    """Encode and decode every chunk [N, H, D]."""
+    parts = np.array_split(chunks, max(1, -(-len(chunks) // ENCODED_AT_ONCE)))
+    with mapping_over(min(processes, len(parts))) as over:
+        found = list(over(partial(_encoded, codec), parts))
+    lengths = np.concatenate([lengths for lengths, _ in found])
+    written = lengths[lengths > 0]
+    if not len(written):
+        raise ValueError(f"FAST: none of {len(chunks)} chunks can be written by this codec; fit one to this data")
+    tokens = {"p50": np.median(written), "p99": np.quantile(written, 0.99), "max": written.max()}
+    return FASTReport(
+        chunks=len(chunks),
+        tokens={name: float(value) for name, value in tokens.items()},
+        budget=budget,
+        over_budget=int((written + 2 > budget).sum()),
+        out_of_range=int((lengths == 0).sum()),
+        reconstruction_error=float(np.sqrt(sum(error for _, error in found) / (len(written) * chunks[0].size))),
+        clipped=clipped,
+    )
+
+
+def _encoded(codec: FASTCodec, chunks: np.ndarray) -> tuple[np.ndarray, float]:
+    """(tokens of each chunk, 0 where it cannot be written; sum of squared errors of those that can)."""
+    lengths, error = np.zeros(len(chunks), np.int64), 0.0
+    for n, chunk in enumerate(chunks):
+        try:
+            ids = codec.encode(chunk)
+        except FASTRangeError:
+            continue
+        decoded = codec.decode(ids, *chunk.shape).actions
+        assert decoded is not None  # what was encoded can be decoded
+        lengths[n], error = len(ids), error + float(np.square(decoded - chunk).sum())
+    return lengths, error

@@ -1,0 +1,235 @@
+"""Which data a run learns from, as a TOML file: nobody edits code to add a data set. `insula data describe` writes one.
+
+[robots.arm]                                  a LeRobot data set
+path = "recordings/arm"                       relative to this file
+state = ["observation.state"]                 columns, joined in this order; or {column = "...", dims = [0, 1, 2]}
+actions = ["action"]
+cameras = { front = "observation.images.top" }        the model's name = the data set's
+weight = 3.0                                  how often it is drawn, relative to the others
+
+[questions.scenes]                            images with questions and answers (insula.data.questions)
+path = "questions"
+camera = "front"
+"""
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping as Table
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from insula.data.normalise import Kind
+from insula.data.schema import DatasetError
+from insula.errors import did_you_mean
+
+STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
+Loss = Literal["flow", "fast"]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A column of numbers, or some of its dimensions."""
+
+    column: str
+    dims: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class RobotData:
+    """A LeRobot data set and how the model is to read it."""
+
+    path: Path
+    cameras: dict[str, str]
+    state: tuple[Columns, ...] = (Columns(STATE),)
+    """May be empty: the model then sees images and the instruction alone."""
+    actions: tuple[Columns, ...] = (Columns(ACTION),)
+    weight: float = 1.0
+    horizon: int | None = None
+    """Steps of its chunks, at most the model's, which it is unless given."""
+    delta: tuple[int, ...] = ()
+    """Action dimensions to learn relative to the state's dimension of the same number, at the start of the chunk."""
+    normalisation: Kind = "quantiles"
+    statistics: Path | None = None
+    """A norm_stats.json to use; fitted to the training episodes unless given."""
+    instruction: str | None = None
+    """A column of text; the task of each frame unless given."""
+    losses: tuple[Loss, ...] = ("flow", "fast")
+    """Without "fast" its actions teach the expert alone, without "flow" the backbone alone."""
+    units: dict[str, str] = field(default_factory=dict)
+    """What "state" and "actions" are measured in; kept in the checkpoint for whoever serves it."""
+
+
+@dataclass(frozen=True)
+class QuestionData:
+    """A folder or a file of images with questions and answers."""
+
+    path: Path
+    camera: str | None = None
+    """The model's camera that a row's "image" is shown as; rows that name their cameras ("images") need none."""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Mapping:
+    robots: dict[str, RobotData]
+    questions: dict[str, QuestionData] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> list[float]:
+        """Of the robots, then of the questions."""
+        weights = [robot.weight for robot in self.robots.values()] + [q.weight for q in self.questions.values()]
+        return list(map(float, weights))
+
+
+def read_mapping(path: Path, cameras: tuple[str, ...] | None = None) -> Mapping:
+    """A TOML file; or a LeRobot folder whose columns have LeRobot's own names, with the model's `cameras`. Without
+    them, cameras are neither expected nor checked.
+
+    Raises DatasetError naming the file, the entry and the nearest known name.
+    """
+    if path.suffix != ".toml":
+        name = path.resolve().name or "robot"
+        return Mapping({name: RobotData(path, {camera: IMAGES + camera for camera in cameras or ()})})
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DatasetError(f"{path}: no such file; insula data describe DATA > {path.name} makes one") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise DatasetError(f"{path}: not readable as TOML ({e})") from None
+    mapping = parse_mapping(raw, path.parent, str(path))
+    if cameras is None:
+        return mapping
+    for name, robot in mapping.robots.items():
+        for camera in robot.cameras:
+            _known(camera, cameras, f"{path}: robots.{name}.cameras", "camera of the model")
+    for name, questions in mapping.questions.items():
+        if questions.camera is not None:
+            _known(questions.camera, cameras, f"{path}: questions.{name}.camera", "camera of the model")
+    return mapping
+
+
+def parse_mapping(raw: Any, folder: Path, where: str) -> Mapping:
+    """`raw` as read from TOML or JSON; relative paths start at `folder`."""
+    table = _table(raw, where)
+    for key in table:
+        _known(key, ("robots", "questions"), where, "table")
+    robots = {
+        name: _robot(_table(entry, f"{where}: robots.{name}"), folder, f"{where}: robots.{name}")
+        for name, entry in _table(table.get("robots", {}), where).items()
+    }
+    questions = {
+        name: _build(QuestionData, _table(entry, f"{where}: questions.{name}"), folder, f"{where}: questions.{name}")
+        for name, entry in _table(table.get("questions", {}), where).items()
+    }
+    if not robots:
+        raise DatasetError(f"{where}: no [robots.NAME] table; a policy needs at least one robot data set")
+    if twice := robots.keys() & questions.keys():
+        raise DatasetError(f"{where}: {sorted(twice)[0]!r} names both a robot and questions; rename one")
+    return Mapping(robots, questions)
+
+
+def to_json(mapping: Mapping) -> dict[str, Any]:
+    """Plain values with absolute paths: `parse_mapping` reads them from anywhere."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path):
+            return str(value.resolve())
+        if isinstance(value, dict):
+            return {key: plain(entry) for key, entry in value.items() if entry is not None}
+        return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+    return plain(dataclasses.asdict(mapping))
+
+
+def _robot(entry: Table[str, Any], folder: Path, where: str) -> RobotData:
+    columns = {key: _columns(entry[key], f"{where}.{key}") for key in ("state", "actions") if key in entry}
+    robot: RobotData = _build(RobotData, {**entry, **columns}, folder, where)
+    if robot.normalisation not in get_args(Kind):
+        hint = did_you_mean(str(robot.normalisation), get_args(Kind))
+        raise DatasetError(f"{where}: normalisation is {robot.normalisation!r}{hint}, known: {get_args(Kind)}")
+    if not robot.actions:
+        raise DatasetError(f"{where}: actions is empty; expected at least one column")
+    for loss in robot.losses:
+        _known(loss, get_args(Loss), f"{where}.losses", "loss")
+    if not robot.losses:
+        raise DatasetError(f"{where}: losses is empty, so nothing would be learnt; expected 'flow', 'fast' or both")
+    for key in robot.units:
+        _known(key, ("state", "actions"), f"{where}.units", "entry")
+    return robot
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "path": (str,),
+    "statistics": (str,),
+    "cameras": (dict,),
+    "state": (tuple,),
+    "actions": (tuple,),
+    "weight": (int, float),
+    "horizon": (int,),
+    "delta": (list,),
+    "normalisation": (str,),
+    "instruction": (str,),
+    "losses": (list,),
+    "units": (dict,),
+    "camera": (str,),
+}
+_ITEMS = {"losses": str, "delta": int}
+
+
+def _build(kind: type, entry: Table[str, Any], folder: Path, where: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    values: dict[str, Any] = {}
+    for key, value in entry.items():
+        _known(key, fields, where, "setting")
+        values[key] = _value(key, value, folder, f"{where}.{key}")
+    for name, f in fields.items():
+        if f.default is MISSING and f.default_factory is MISSING and name not in values:
+            raise DatasetError(f"{where}: {name!r} is missing{did_you_mean(name, entry)}")
+    if not values.get("weight", 1.0) > 0:
+        raise DatasetError(f"{where}.weight is {values['weight']}, expected a positive number; or leave the entry out")
+    if values.get("horizon", 1) < 1:
+        raise DatasetError(f"{where}.horizon is {values['horizon']}, expected at least 1 step")
+    return kind(**values)
+
+
+def _value(key: str, value: Any, folder: Path, where: str) -> Any:
+    if not isinstance(value, _KINDS[key]) or isinstance(value, bool):
+        expected = " or ".join(k.__name__ for k in _KINDS[key])
+        raise DatasetError(f"{where} is {value!r}, expected {expected}")
+    if isinstance(value, list) and key in _ITEMS and not all(type(item) is _ITEMS[key] for item in value):
+        raise DatasetError(f"{where} is {value!r}, expected a list of {_ITEMS[key].__name__}")
+    if isinstance(value, dict) and not all(isinstance(item, str) for item in value.values()):
+        raise DatasetError(f"{where} is {value!r}, expected texts")
+    if isinstance(value, str) and key in ("path", "statistics"):
+        return folder / Path(value).expanduser()
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _columns(value: Any, where: str) -> tuple[Columns, ...]:
+    if not isinstance(value, list):
+        raise DatasetError(f"{where} is {value!r}, expected a list of columns")
+    found = []
+    for entry in value:
+        raw = {"column": entry} if isinstance(entry, str) else _table(entry, where)
+        for key in raw:
+            _known(key, ("column", "dims"), where, "setting")
+        dims = raw.get("dims")
+        if not isinstance(raw.get("column"), str) or not (
+            dims is None or (isinstance(dims, list) and dims and all(type(d) is int and d >= 0 for d in dims))
+        ):
+            raise DatasetError(f'{where}: {entry!r}, expected "COLUMN" or {{column = "COLUMN", dims = [0, 1]}}')
+        found.append(Columns(raw["column"], None if dims is None else tuple(dims)))
+    return tuple(found)
+
+
+def _table(value: Any, where: str) -> Table[str, Any]:
+    if not isinstance(value, dict):
+        raise DatasetError(f"{where}: got {value!r}, expected a table")
+    return value
+
+
+def _known(name: str, known: Any, where: str, what: str) -> None:
+    if name not in known:
+        names = ", ".join(known)
+        raise DatasetError(f"{where}: no {what} {name!r}{did_you_mean(name, known)}; known: {names}")

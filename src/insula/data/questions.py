@@ -1,0 +1,210 @@
+"""Images with questions and answers: samples that teach the backbone and have no action.
+
+A .jsonl or .parquet file (in a folder: questions.jsonl or questions.parquet), a row per question:
+
+    {"image": "images/000017.png", "question": "where is the red block", "answer": "<loc0031> <loc0088>"}
+    {"images": {"front": "17f.png", "wrist": "17w.png"}, "question": "is it holding something", "answer": "yes"}
+
+`image` is shown as the mapping's `camera`, `images` as the cameras it names: paths below the file's folder, or in
+parquet also {bytes, path}. Without either the sample is text alone.
+"""
+
+import functools
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from insula.batch import Batch, Observation
+from insula.data.images import decode_any, resize_with_pad
+from insula.data.mapping import QuestionData
+from insula.data.samples import EAGER, Sizes, TokenTable
+from insula.data.schema import DatasetError
+from insula.errors import did_you_mean
+from insula.tokens.sequence import FASTTokenizer, TokenBudgetError
+
+IMAGE_CACHE = 2**30
+NAMES = ("questions.jsonl", "questions.parquet")
+
+
+@dataclass(frozen=True)
+class Question:
+    """`images`: a path or the bytes of an image file for each camera it shows."""
+
+    question: str
+    answer: str
+    images: dict[str, Path | bytes]
+
+
+class QuestionSamples:
+    """N questions, `batch(rows)` makes a Batch of them: no state, every action step padding, so the flow loss is 0.
+
+    Raises DatasetError naming file and row where a row is malformed or does not fit.
+    """
+
+    def __init__(
+        self,
+        data: QuestionData,
+        tokenizer: FASTTokenizer,
+        sizes: Sizes,
+        rows: Iterable[SupportsIndex] | None = None,
+    ):
+        self.data, self.tokenizer, self.sizes = data, tokenizer, sizes
+        self._rebuild = functools.partial(QuestionSamples, data, tokenizer, sizes, rows)
+        self.path = _file(data.path)
+        self._all = _rows(self.path)
+        chosen = range(len(self._all)) if rows is None else rows
+        self.numbers = np.array(list(chosen), np.int64)
+        if not len(self.numbers):
+            raise DatasetError(f"{self.path}: no questions")
+        self.table = TokenTable(len(self.numbers), tokenizer.max_token_len)
+        self.dropped = self.quarantined = 0
+        self._decoded: dict[tuple[str, Path | bytes], np.ndarray] = {}
+        self._cache_left = IMAGE_CACHE
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __reduce__(self) -> tuple:
+        return self._rebuild, ()
+
+    def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
+        """The samples `rows` [B] as one Batch of numpy arrays."""
+        rows, sizes = np.asarray(rows, np.int64), self.sizes
+        count = len(rows)
+        images = {name: np.zeros((count, *size, 3), np.uint8) for name, size in sizes.cameras.items()}
+        seen = {name: np.zeros(count, bool) for name in sizes.cameras}
+        for n, row in enumerate(rows.tolist()):
+            for camera, source in self._question(row).images.items():
+                images[camera][n], seen[camera][n] = self._image(row, camera, source), True
+        tokens = self.tokens(rows)
+        return Batch(
+            Observation(
+                images,
+                seen,
+                np.zeros((count, sizes.state_dim), np.float32),
+                tokens["tokens"],
+                tokens["token_mask"],
+            ),
+            actions=np.zeros((count, sizes.horizon, sizes.action_dim), np.float32),
+            action_is_pad=np.ones((count, sizes.horizon), bool),
+            action_dim_mask=np.zeros((count, sizes.action_dim), bool),
+            ar_mask=tokens["ar_mask"],
+            loss_mask=tokens["loss_mask"],
+        )
+
+    def tokens(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """tokens, token_mask, ar_mask, loss_mask, each [B, L]."""
+        for row in np.unique(rows[~self.table.known[rows]]).tolist():
+            asked = self._question(row)
+            try:
+                self.table.put(row, self.tokenizer.question(asked.question, asked.answer))
+            except TokenBudgetError as e:
+                raise DatasetError(f"{self.where(row)} ({asked.question!r}): {e}") from e
+        return {name: getattr(self.table, name)[rows] for name in TokenTable.FIELDS}
+
+    def tokenise_ahead(self) -> None:
+        """All of them, or EAGER spread evenly: what does not fit is an error now."""
+        self.tokens(np.unique(np.linspace(0, len(self) - 1, EAGER).astype(np.int64)))
+
+    def where(self, row: int) -> str:
+        return f"{self.path}, row {self.numbers[row] + 1}"
+
+    def _question(self, row: int) -> Question:
+        raw = self._all[int(self.numbers[row])]
+        if isinstance(raw, str):
+            try:
+                raw = json.loads(raw)
+            except json.JSONDecodeError as e:
+                raise DatasetError(f"{self.where(row)}: not JSON ({e})") from None
+        if not isinstance(raw, dict) or not all(isinstance(raw.get(key), str) for key in ("question", "answer")):
+            raise DatasetError(f"{self.where(row)}: got {str(raw)[:80]}, expected an object with question and answer")
+        if not raw["answer"]:
+            raise DatasetError(f"{self.where(row)}: the answer is empty, so there is nothing to learn; leave it out")
+        return Question(raw["question"], raw["answer"], self._sources(row, raw))
+
+    def _sources(self, row: int, raw: dict[str, Any]) -> dict[str, Path | bytes]:
+        named = {camera: image for camera, image in (raw.get("images") or {}).items() if image is not None}
+        if raw.get("image") is not None:
+            if self.data.camera is None:
+                raise DatasetError(f'{self.where(row)}: which camera is "image"? set camera = "..." in the mapping')
+            named[self.data.camera] = raw["image"]
+        for camera in named:
+            if camera not in self.sizes.cameras:
+                known = ", ".join(self.sizes.cameras)
+                hint = did_you_mean(camera, self.sizes.cameras)
+                raise DatasetError(f"{self.where(row)}: the model has no camera {camera!r}{hint}; it has {known}")
+        return {camera: self._source(row, image) for camera, image in named.items()}
+
+    def _source(self, row: int, image: Any) -> Path | bytes:
+        if isinstance(image, dict):
+            image = image.get("bytes") or image.get("path")
+        if isinstance(image, bytes):
+            return image
+        if not isinstance(image, str):
+            raise DatasetError(f"{self.where(row)}: image is {image!r}, expected a path below {self.path.parent}")
+        if Path(image).is_absolute() or ".." in Path(image).parts:
+            raise DatasetError(f"{self.where(row)}: image {image!r} leaves the folder {self.path.parent}")
+        return self.path.parent / image
+
+    def _image(self, row: int, camera: str, source: Path | bytes) -> np.ndarray:
+        key = (camera, source)
+        if key not in self._decoded:
+            image = self._decode(self.where(row), self.sizes.cameras[camera], source)
+            if self._cache_left < image.nbytes:
+                return image
+            self._cache_left -= image.nbytes
+            self._decoded[key] = image
+        return self._decoded[key]
+
+    @staticmethod
+    def _decode(where: str, size: tuple[int, int], source: Path | bytes) -> np.ndarray:
+        if isinstance(source, Path):
+            try:
+                source = source.read_bytes()
+            except OSError as e:
+                raise DatasetError(f"{where}: image {source!s} cannot be read ({e.strerror}); restore it") from None
+        return resize_with_pad(decode_any(source, where), size)
+
+
+def count(data: QuestionData) -> int:
+    """How many questions there are."""
+    return len(_rows(_file(data.path)))
+
+
+def _file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    found = [path / name for name in NAMES if (path / name).is_file()]
+    if not found:
+        raise DatasetError(f"questions: no {' or '.join(NAMES)} in {path}, and it is no such file itself")
+    return found[0]
+
+
+@functools.lru_cache(maxsize=4)
+def _rows(path: Path) -> "list[str] | _Table":
+    """JSON lines, parsed when asked for, or the rows of a parquet file."""
+    try:
+        if path.suffix == ".parquet":
+            return _Table(pq.read_table(path, memory_map=True))
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as e:
+        raise DatasetError(
+            f"{path}: cannot be read ({str(e).splitlines()[0]}); expected JSON lines or parquet"
+        ) from None
+
+
+class _Table:
+    def __init__(self, table: pa.Table):
+        self._table = table
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return self._table.slice(row, 1).to_pylist()[0]

@@ -1,0 +1,103 @@
+"""A data set's numbers as the model's state and actions, and its frames as chunks.
+
+frame           t   t+1  t+2 | end of the episode
+chunk (H = 5)   a_t a_t+1 a_t+2 a_t+2 a_t+2         clamped at the last action
+action_is_pad    0    0    0     1     1            no flow loss there
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import SupportsIndex
+
+import numpy as np
+
+from insula.data.lerobot_reader import LeRobotDataset
+from insula.data.mapping import Columns, RobotData
+from insula.data.schema import DatasetError, pick
+
+
+def joined(dataset: LeRobotDataset, columns: Sequence[Columns], read: Callable[[str], np.ndarray]) -> np.ndarray:
+    """float32 [frames, D]: the `columns` side by side, as `read` gives them. Raises DatasetError where a dimension
+    does not exist."""
+    parts = []
+    for entry in columns:
+        values = read(entry.column)
+        values = values.reshape(len(values), -1).astype(np.float32, copy=False)
+        parts.append(values if entry.dims is None else values[:, _checked_dims(dataset, entry, values.shape[1])])
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
+def dim_names(dataset: LeRobotDataset, columns: Sequence[Columns]) -> list[str]:
+    """What the data set calls each dimension; "column[3]" where it has no name."""
+    names = []
+    for entry in columns:
+        feature = dataset.numeric(entry.column)
+        size = int(np.prod(feature.shape))
+        given = feature.names if feature.names and len(feature.names) == size else None
+        dims = range(size) if entry.dims is None else _checked_dims(dataset, entry, size)
+        names += [given[d] if given else entry.column if size == 1 else f"{entry.column}[{d}]" for d in dims]
+    return names
+
+
+def _checked_dims(dataset: LeRobotDataset, entry: Columns, size: int) -> list[int]:
+    assert entry.dims is not None
+    if outside := [d for d in entry.dims if d >= size]:
+        raise DatasetError(
+            f"data set {dataset.root}: {entry.column!r} has dimensions 0 to {size - 1}, the mapping asks for {outside}"
+        )
+    return list(entry.dims)
+
+
+def check_delta(data: RobotData, state_dim: int, action_dim: int) -> None:
+    """Raises DatasetError where `delta` names a dimension that the state or the actions lack."""
+    if outside := [d for d in data.delta if not 0 <= d < min(state_dim, action_dim)]:
+        raise DatasetError(
+            f"data set {data.path}: delta names dimension {outside[0]}, but there are {state_dim} of the state and "
+            f"{action_dim} of the actions; order the state's columns as the actions'"
+        )
+
+
+def named_cameras(dataset: LeRobotDataset, data: RobotData) -> None:
+    """Raises DatasetError when a camera's feature is missing or is no camera."""
+    for name, key in data.cameras.items():
+        pick(key, dataset.features, f"feature for the model's camera {name!r}:", f"data set {dataset.root}")
+        if not dataset.feature(key).is_camera:
+            have = ", ".join(dataset.cameras) or "none"
+            raise DatasetError(f"data set {dataset.root}: {key!r} is no camera; its cameras: {have}")
+
+
+def chunk_indices(frames: np.ndarray, stop: np.ndarray, horizon: int) -> tuple[np.ndarray, np.ndarray]:
+    """Frame indices [N, H] of each chunk, clamped before `stop` [N], and where they were clamped, bool [N, H]."""
+    steps = frames[:, None] + np.arange(horizon)
+    return np.minimum(steps, stop[:, None] - 1), steps >= stop[:, None]
+
+
+def chosen_episodes(dataset: LeRobotDataset, episodes: Iterable[SupportsIndex] | None) -> np.ndarray:
+    """`episodes`, or all. Raises DatasetError where one does not exist or there are none."""
+    count = len(dataset.episodes)
+    chosen = np.arange(count) if episodes is None else np.asarray(list(episodes), np.int64)
+    outside = chosen[(chosen < 0) | (chosen >= count)]
+    if not len(chosen) or len(outside):
+        what = f"episode {outside[0]} does not exist" if len(outside) else "no episode was chosen"
+        raise DatasetError(f"data set {dataset.root}: {what}; it has episodes 0 to {count - 1}")
+    return chosen
+
+
+def frames_of(dataset: LeRobotDataset, episodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(frames [N], one past the last frame of each one's episode [N])."""
+    start, stop = dataset.episodes.start[episodes], dataset.episodes.stop[episodes]
+    frames = np.concatenate([np.arange(a, b) for a, b in zip(start, stop, strict=True)])
+    return frames, np.repeat(stop, stop - start)
+
+
+def split(n: int, held_out_fraction: float | int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(train, held-out) numbers of n episodes, each sorted: a frame is never held out from its own episode.
+
+    At least one is held out when the fraction is positive. Raises ValueError when none is left to train on.
+    """
+    if not 0 <= held_out_fraction < 1:
+        raise ValueError(f"held_out_fraction: got {held_out_fraction}, expected at least 0 and below 1")
+    held_out = int(np.ceil(n * held_out_fraction))
+    if n - held_out < 1:
+        raise ValueError(f"held_out_fraction {held_out_fraction} of {n} episodes leaves none to train on; collect more")
+    order = np.random.default_rng(seed).permutation(n)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])

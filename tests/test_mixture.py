@@ -1,0 +1,365 @@
+"""Two robots and questions in one batch: masks, frequencies, a whole run, and what each robot is served."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from insula.checkpoints.store import CheckpointStore
+from insula.data.lerobot import LeRobotWriter
+from insula.data.loader import Loader
+from insula.data.mixture import Mixture, Order, quarantined
+from insula.data.schema import DatasetError, Feature, image_feature
+from insula.losses import compute_loss
+from insula.model import abstract_params
+from insula.model.config import TINY, TransformerConfig, VisionConfig
+from insula.policy import Policy, sample_actions
+from insula.testing import randomise
+from insula.train.config import TrainConfig
+from insula.train.data import fit_assets, held_out_sources, open_data, training_mixture
+from insula.train.optimiser import OptimiserConfig
+from insula.train.run import train
+
+SMALL = dataclasses.replace(
+    TINY,
+    name="small",
+    vision=VisionConfig(32, (16,), (), width=16, depth=1, mlp_dim=16, num_heads=2),
+    backbone=TransformerConfig(16, 1, 16, 2, 1, 8),
+    expert=TransformerConfig(16, 1, 16, 2, 1, 8),
+    horizon=6,
+    action_dim=4,
+    state_dim=5,
+    max_fast_len=40,
+    compute_dtype="float32",
+    flow_samples=1,
+)
+MAPPING = """
+[robots.arm]
+path = "arm"
+cameras = { front = "observation.images.top", wrist = "observation.images.wrist" }
+weight = 2
+delta = [0, 1]
+units = { actions = "rad" }
+
+[robots.cart]
+path = "cart"
+state = [{ column = "observation.state", dims = [2, 0] }]
+cameras = { front = "observation.images.front" }
+horizon = 4
+normalisation = "min_max"
+
+[questions.scenes]
+path = "questions"
+camera = "front"
+"""
+
+
+def record(root: Path, cameras: dict[str, int], state: int, actions: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    features = {f"observation.images.{name}": image_feature(size, size) for name, size in cameras.items()}
+    numbers = {"observation.state": Feature("float32", (state,)), "action": Feature("float32", (actions,))}
+    with LeRobotWriter(root, 10, features | numbers) as writer:
+        for episode in range(4):
+            n = 7 + episode
+            pictures = {key: rng.integers(0, 256, (n, *f.shape), dtype=np.uint8) for key, f in features.items()}
+            values = {
+                "observation.state": rng.normal(size=(n, state)).astype(np.float32).cumsum(0),
+                "action": rng.normal(size=(n, actions)).astype(np.float32).cumsum(0),
+            }
+            writer.add_episode(pictures | values, f"task {episode % 2}")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("mixture")
+    record(root / "arm", {"top": 32, "wrist": 32}, state=3, actions=3, seed=0)
+    record(root / "cart", {"front": 24}, state=4, actions=2, seed=1)
+    (root / "questions").mkdir()
+    rows = []
+    for n in range(12):
+        Image.fromarray(np.full((20, 40, 3), 20 * n, np.uint8)).save(root / "questions" / f"{n}.png")
+        rows.append({"image": f"{n}.png", "question": f"how bright is picture {n}", "answer": f"{20 * n} of 255"})
+    rows.append({"question": "what is the opposite of left", "answer": "right"})
+    (root / "questions" / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (root / "data.toml").write_text(MAPPING)
+    return root
+
+
+def settings(folder: Path, run: Path, **changes: object) -> TrainConfig:
+    config = TrainConfig(
+        run=run,
+        data=folder / "data.toml",
+        model=SMALL,
+        optimiser=OptimiserConfig(warmup_steps=2),
+        steps=4,
+        batch_size=8,
+        from_scratch=True,
+        held_out_fraction=0.25,
+        evaluate_every=2,
+        checkpoint_every=2,
+        log_every=1,
+        fast_vocab=400,
+        fast_scale=4.0,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def made(folder: Path) -> SimpleNamespace:
+    config = settings(folder, folder / "unused")
+    data = open_data(config)
+    assets = fit_assets(config, data)
+    mixture = training_mixture(config, assets, data)
+    return SimpleNamespace(config=config, data=data, assets=assets, mixture=mixture)
+
+
+def row_of(made: SimpleNamespace, name: str, row: int = 0) -> jax.Array:
+    """A batch of one sample."""
+    source = list(made.mixture.sources).index(name)
+    return made.mixture.batch(np.array([source]), np.array([row]))
+
+
+def test_frequencies_are_the_weights() -> None:
+    weights = [3.0, 1.0, 0.5]
+    sizes, steps = (900, 400, 100), range(60)
+    drawn, rows = map(np.concatenate, zip(*map(Order(sizes, weights, 32, seed=0).__getitem__, steps), strict=True))
+    expected = np.array(weights) / sum(weights) * len(drawn)
+    assert np.abs(np.bincount(drawn) - expected).max() <= 1.0  # interleaved: better than chance
+    for source, size in enumerate(sizes):
+        counts = np.bincount(rows[drawn == source], minlength=size)
+        assert counts.max() - counts.min() <= 1  # each source whole before any of it again
+
+
+def test_a_batch_pads_and_masks_what_a_robot_lacks(made: SimpleNamespace) -> None:
+    arm, cart, asked = (row_of(made, name) for name in ("arm", "cart", "scenes"))
+    assert arm.actions.shape == cart.actions.shape == asked.actions.shape == (1, 6, 4)
+    assert arm.action_dim_mask[0].tolist() == [True, True, True, False]
+    assert cart.action_dim_mask[0].tolist() == [True, True, False, False]
+    assert not arm.action_is_pad[0].any() and cart.action_is_pad[0].tolist() == [False] * 4 + [True] * 2
+    assert asked.action_is_pad.all() and not asked.action_mask.any()
+    assert not arm.actions[..., 3].any() and not cart.actions[:, 4:].any() and not cart.actions[..., 2:].any()
+    assert arm.observation.state[0, :3].all() and not arm.observation.state[0, 3:].any()
+    assert not cart.observation.state[0, 2:].any()
+    assert [bool(arm.observation.image_mask[c][0]) for c in ("front", "wrist")] == [True, True]
+    assert [bool(cart.observation.image_mask[c][0]) for c in ("front", "wrist")] == [True, False]
+    assert not cart.observation.images["wrist"].any()
+    assert {x.observation.images["front"].shape for x in (arm, cart, asked)} == {(1, 32, 32, 3)}
+    for batch in (arm, cart, asked):
+        assert batch.loss_mask.any()
+
+
+def test_pictures_of_several_sizes_are_padded_not_stretched(made: SimpleNamespace) -> None:
+    rows = made.mixture.sources["scenes"]
+    wide = next(n for n in range(len(rows)) if rows.numbers[n] == 5)
+    image = row_of(made, "scenes", wide).observation.images["front"][0]
+    assert (image[8:24] == 100).all() and not image[:8].any() and not image[24:].any()  # 20×40 into 32×32
+
+
+def test_statistics_are_each_robots_own(made: SimpleNamespace) -> None:
+    arm, cart = made.assets.robots["arm"], made.assets.robots["cart"]
+    assert arm.action_dim == 3 and cart.action_dim == 2 and cart.state_dim == 2 and cart.horizon == 4
+    assert cart.stats["actions"].kind == "min_max" and arm.units == {"actions": "rad"}
+    cart_actions = np.concatenate([row_of(made, "cart", n).actions[0, :4, :2] for n in range(10)])
+    assert np.abs(cart_actions).max() <= 1 + 1e-6  # min and max of what is trained on
+
+
+def test_delta_actions_are_relative_and_come_back(made: SimpleNamespace) -> None:
+    source, robot = made.mixture.sources["arm"], made.assets.robots["arm"]
+    frame = source.frames[0]
+    state, actions = source.state[frame], source.actions[frame : frame + 6]
+    chunk = robot.normalise_actions(actions, state)
+    learnt = robot.stats["actions"].unnormalise(chunk)
+    np.testing.assert_allclose(learnt[:, :2], actions[:, :2] - state[:2], atol=1e-4)
+    np.testing.assert_allclose(learnt[:, 2], actions[:, 2], atol=1e-4)
+    np.testing.assert_allclose(robot.unnormalise_actions(chunk, state), actions, atol=1e-4)
+    clipped = np.clip(chunk, -robot.clip, robot.clip)
+    np.testing.assert_allclose(row_of(made, "arm").actions[0, :, :3], clipped, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def mixed(made: SimpleNamespace) -> SimpleNamespace:
+    """Parameters without a comfortable zero, a batch of all sources, and the losses' gradients."""
+    params = randomise(abstract_params(SMALL), jax.random.key(0))
+    order = made.mixture.order(8, 0)[0]
+    batch = made.mixture.batch(*order)
+    assert set(order[0].tolist()) == {0, 1, 2}
+
+    @jax.jit
+    def losses(params, batch, actions):
+        batch = dataclasses.replace(batch, actions=actions)
+        _, metrics = compute_loss(params, SMALL, batch, jax.random.key(1))
+        return metrics["flow"], metrics
+
+    gradient = jax.jit(jax.grad(lambda *xs: losses(*xs)[0], argnums=2))
+    return SimpleNamespace(params=params, batch=batch, order=order, losses=losses, gradient=gradient)
+
+
+def test_no_loss_and_no_gradient_where_there_is_no_action(mixed: SimpleNamespace) -> None:
+    batch = mixed.batch
+    gradient = np.asarray(mixed.gradient(mixed.params, batch, jnp.asarray(batch.actions)))
+    steps = ~batch.action_is_pad
+    # Padded steps and dimensions are seen by the expert as noise, so their content may matter; their error may not.
+    scored = np.broadcast_to((steps[:, :, None] & batch.action_dim_mask[:, None, :]), gradient.shape)
+    assert np.abs(gradient[scored]).min() > 0
+    asked = mixed.order[0] == 2
+    assert asked.any() and not gradient[asked].any()
+    flow = float(mixed.losses(mixed.params, batch, jnp.asarray(batch.actions))[0])
+    only = jax.tree.map(lambda x: x[~asked], batch)
+    assert np.isfinite(flow) and only.actions.shape[0] < 8
+
+
+def test_each_kind_of_sample_has_its_losses(mixed: SimpleNamespace, made: SimpleNamespace) -> None:
+    def of(name: str) -> dict[str, float]:
+        batch = jax.tree.map(lambda x: np.repeat(x, 8, axis=0), row_of(made, name))  # the shape compiled above
+        found = mixed.losses(mixed.params, batch, batch.actions)[1]
+        return {key: float(value) for key, value in found.items()}
+
+    assert of("scenes")["flow"] == 0 and of("scenes")["fast"] > 0
+    assert of("arm")["flow"] > 0 and of("arm")["fast"] > 0
+
+
+@pytest.mark.parametrize(("losses", "silent"), [(["flow"], "fast"), (["fast"], "flow")])
+def test_a_robot_may_teach_one_part_only(folder: Path, tmp_path: Path, losses: list[str], silent: str) -> None:
+    text = MAPPING.replace("horizon = 4", f"horizon = 4\nlosses = {json.dumps(losses)}")
+    (folder / "one.toml").write_text(text)
+    config = settings(folder, tmp_path, data=folder / "one.toml")
+    data = open_data(config)
+    mixture = training_mixture(config, fit_assets(config, data), data)
+    batch = mixture.batch(np.array([1]), np.array([0]))
+    assert batch.loss_mask.any() == (silent != "fast") and batch.action_mask.any() == (silent != "flow")
+
+
+def test_a_mixture_trains_and_serves_each_robot(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(settings(folder, run), quiet=True)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    held_out = next(row for row in rows if any(key.startswith("held_out") for key in row))
+    assert {"held_out/arm/flow", "held_out/cart/fast", "held_out/scenes/token_accuracy"} <= set(held_out)
+    assert "held_out/scenes/flow" not in held_out
+    with pytest.raises(ValueError, match=r"several robots; choose one with robot=: arm, cart"):
+        Policy.load(run)
+    with pytest.raises(ValueError, match="did you mean 'cart'"):
+        Policy.load(run, robot="crat")
+    images = {"front": np.zeros((24, 24, 3), np.uint8)}
+    cart = Policy.load(run, robot="cart")
+    assert cart.act({"images": images, "state": np.zeros(2), "task": "task 0"}).shape == (4, 2)
+    arm = Policy.load(run, robot="arm")
+    seen = {"images": images | {"wrist": images["front"]}, "task": "task 0"}
+    here, there = (arm.act_batch([seen | {"state": np.array([x, 0, 0])}])[0] for x in (0.0, 0.0))
+    assert here.shape == (6, 3) and not np.array_equal(here, there)  # another draw of noise
+    with pytest.raises(ValueError, match=r"state has shape \(2,\), expected \(3,\)"):
+        arm.act(seen | {"state": np.zeros(2)})
+
+
+def test_a_resumed_mixture_does_not_read_the_mapping_again(folder: Path, tmp_path: Path) -> None:
+    mapping = tmp_path / "copy.toml"
+    mapping.write_text(MAPPING.replace('path = "', f'path = "{folder}/'))
+    config = settings(folder, tmp_path / "run", data=mapping)
+    assert train(dataclasses.replace(config, steps=2), quiet=True)
+    stored = json.loads((config.run / "train.json").read_text())
+    (config.run / "train.json").write_text(json.dumps(stored | {"steps": 4}))
+    mapping.write_text("nothing like it")
+    assert train(TrainConfig(run=config.run, resume=True), quiet=True)
+    with CheckpointStore(config.run / "checkpoints") as store:
+        assert store.latest() == 4
+
+
+def test_values_a_robot_lacks_go_straight_to_zero_when_sampling(mixed: SimpleNamespace) -> None:
+    """As in training, where their noisy value is t · noise: whatever the expert says about them changes nothing."""
+    observation = jax.tree.map(lambda x: jnp.asarray(x[:2]), mixed.batch.observation)
+    noise = jax.random.normal(jax.random.key(5), (2, 6, 4))
+    real = np.zeros((6, 4), bool)
+    real[:4, :2] = True
+    sample = jax.jit(lambda params, real: sample_actions(params, SMALL, observation, noise, 10, real))
+    masked = np.asarray(sample(mixed.params, real))
+    assert np.abs(masked[:, ~real]).max() < 1e-5
+    weight = mixed.params.expert.action_out
+    louder = dataclasses.replace(weight, bias=weight.bias.at[2:].add(9.0))
+    params = dataclasses.replace(mixed.params, expert=dataclasses.replace(mixed.params.expert, action_out=louder))
+    wider = np.zeros((6, 4), bool)
+    wider[:, :2] = True
+    np.testing.assert_allclose(sample(params, wider), sample(mixed.params, wider), atol=1e-5)
+    assert np.abs(np.asarray(sample(params, np.ones((6, 4), bool))) - np.asarray(sample(mixed.params, wider))).max() > 1
+
+
+# --- bad samples -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(folder: Path, made: SimpleNamespace) -> Iterator[int]:
+    """The row of a sample whose picture is cut short."""
+    numbers = made.mixture.sources["scenes"].numbers
+    row = next(row for row in range(len(numbers)) if numbers[row] < 12)
+    path = folder / "questions" / f"{numbers[row]}.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:40])
+    yield row
+    path.write_bytes(whole)
+
+
+def test_a_bad_sample_fails_by_name_or_is_quarantined(
+    made: SimpleNamespace, damaged: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sources = {"scenes": training_mixture(made.config, made.assets, made.data).sources["scenes"]}
+    number = sources["scenes"].numbers[damaged] + 1
+    every = (np.zeros(len(sources["scenes"]), int), np.arange(len(sources["scenes"])))
+    with pytest.raises(DatasetError, match=rf"questions.jsonl, row {number}: unreadable image"):
+        Mixture(sources).batch(*every)
+    healed = Mixture(sources, on_bad="quarantine", quarantine=tmp_path / "q.jsonl")
+    for _ in range(2):
+        batch = healed.batch(*every)
+    after = (damaged + 1) % len(sources["scenes"])
+    np.testing.assert_array_equal(batch.observation.tokens[damaged], batch.observation.tokens[after])
+    (line,) = (tmp_path / "q.jsonl").read_text().splitlines()
+    assert json.loads(line)["row"] == damaged and f"row {number}" in json.loads(line)["where"]
+    assert quarantined(healed) == 1 and "quarantined" in caplog.text
+
+
+def test_workers_quarantine_as_the_thread_does(made: SimpleNamespace, damaged: int, tmp_path: Path) -> None:
+    sources = {"scenes": training_mixture(made.config, made.assets, made.data).sources["scenes"]}
+    tokens = []
+    for workers in (0, 2):
+        mixture = Mixture(sources, on_bad="quarantine", quarantine=tmp_path / f"{workers}.jsonl")
+        with Loader(mixture, 4, seed=0, workers=workers) as batches:
+            tokens.append([next(batches).observation.tokens for _ in range(6)])
+        assert quarantined(mixture) == 1
+    np.testing.assert_array_equal(*tokens)
+
+
+def test_numbers_that_are_no_numbers(tmp_path: Path, folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    features = {"observation.state": Feature("float32", (2,)), "action": Feature("float32", (2,))}
+    with LeRobotWriter(tmp_path / "nan", 10, features) as writer:
+        for _ in range(4):
+            writer.add_episode({key: rng.normal(size=(8, 2)).astype(np.float32) for key in features}, "task")
+    (file,) = (tmp_path / "nan" / "data").rglob("*.parquet")
+    table = pq.read_table(file)
+    actions = table["action"].to_pylist()
+    actions[21][1] = math.nan
+    column = table.schema.get_field_index("action")
+    pq.write_table(table.set_column(column, "action", pa.array(actions, table.schema.field(column).type)), file)
+    (tmp_path / "data.toml").write_text('[robots.r]\npath = "nan"\ncameras = {}\n')
+    config = settings(folder, tmp_path / "run", data=tmp_path / "data.toml", held_out_fraction=0.0, steps=1)
+    with pytest.raises(ValueError, match=r"episode 2, frame 5: action\[1\] is nan"):
+        train(config, quiet=True)
+    kept = dataclasses.replace(config, run=tmp_path / "kept", on_bad_sample="quarantine")
+    assert train(kept, quiet=True)
+    row = json.loads((kept.run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["quarantined"] == 6  # frames 0 to 5: their chunks reach the NaN
+
+
+def test_held_out_rows_are_never_drawn(made: SimpleNamespace) -> None:
+    unseen = held_out_sources(made.config, made.assets, made.data)
+    for name, source in made.mixture.sources.items():
+        key = "numbers" if name == "scenes" else "frames"
+        assert not set(getattr(source, key).tolist()) & set(getattr(unseen[name], key).tolist())

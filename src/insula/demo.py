@@ -1,6 +1,6 @@
 """`insula demo`: from nothing to a policy with a report, on a laptop.
 
-    collect ─► fit FAST, train ─► knowledge before and after ─► closed loop on unseen scenes ─► insulation proof ─► page
+    collect, ask ─► fit FAST, train ─► knowledge before and after ─► closed loop on unseen scenes ─► proof ─► page
 
 Each stage leaves its result on disk; an interrupted demo goes on where it stopped.
 """
@@ -19,9 +19,8 @@ import numpy as np
 from rich.console import Console
 
 from insula.checkpoints.pretrained import load_pretrained
-from insula.collect import collect
-from insula.data.lerobot import LeRobotDataset
-from insula.data.samples import split_episodes
+from insula.collect import collect, collect_questions
+from insula.data.samples import Samples
 from insula.evaluate.closed_loop import ClosedLoop, evaluate
 from insula.evaluate.knowledge import measure_knowledge
 from insula.evaluate.video import reel, write_video
@@ -31,7 +30,8 @@ from insula.report import Report, machine, read_metrics, versions, write_report
 from insula.scenes import render_scenes
 from insula.sim.seeds import PRETRAINING
 from insula.train.config import TrainConfig, to_dict
-from insula.train.run import prepare_samples, train
+from insula.train.data import held_out_sources, open_data
+from insula.train.run import train
 
 console = Console(stderr=True)
 
@@ -41,6 +41,7 @@ class DemoSettings:
     """How much of everything."""
 
     demonstrations: int
+    question_scenes: int
     steps: int
     batch_size: int
     episodes: int
@@ -49,9 +50,30 @@ class DemoSettings:
 
 
 DEMO = DemoSettings(
-    demonstrations=1000, steps=2500, batch_size=32, episodes=100, knowledge_scenes=200, evaluate_every=500
+    demonstrations=1000,
+    question_scenes=1500,
+    steps=2500,
+    batch_size=32,
+    episodes=100,
+    knowledge_scenes=200,
+    evaluate_every=500,
 )
-QUICK = DemoSettings(demonstrations=24, steps=40, batch_size=16, episodes=4, knowledge_scenes=20, evaluate_every=40)
+QUICK = DemoSettings(
+    demonstrations=24, question_scenes=24, steps=40, batch_size=16, episodes=4, knowledge_scenes=20, evaluate_every=40
+)
+
+
+MIXTURE_FILE = "data.toml"
+MIXTURE = """\
+[robots.tabletop]
+path = "data"
+cameras = { front = "observation.images.front", wrist = "observation.images.wrist" }
+weight = 3
+
+[questions.scenes]  # so that the backbone keeps what it knew
+path = "questions"
+weight = 1
+"""
 
 
 def demo(out: Path, settings: DemoSettings, seed: int) -> Path:
@@ -61,9 +83,11 @@ def demo(out: Path, settings: DemoSettings, seed: int) -> Path:
     """
     stages = Stages(out, settings, seed)
     data = stages.do("collect", lambda: _collect(out / "data", settings))
+    stages.do("questions", lambda: collect_questions(out / "questions", settings.question_scenes, overwrite=True))
+    (out / MIXTURE_FILE).write_text(MIXTURE, encoding="utf-8")
     config = TrainConfig(
         run=out / "run",
-        data=out / "data",
+        data=out / MIXTURE_FILE,
         seed=seed,
         steps=settings.steps,
         batch_size=settings.batch_size,
@@ -116,7 +140,7 @@ class Stages:
         if stored["wanted"] == self.wanted and "report" not in stored["found"]:
             self.found, self.seconds = stored["found"], stored["seconds"]
             return
-        for name in ("data", "run"):  # what a demo made, and nothing else
+        for name in ("data", "questions", "run"):  # what a demo made, and nothing else
             shutil.rmtree(out / name, ignore_errors=True)
         self.path.unlink()
 
@@ -170,10 +194,8 @@ def _closed_loop(policy: Policy, settings: DemoSettings, data: Path) -> ClosedLo
 
 def _proof_and_fast(policy: Policy, config: TrainConfig) -> tuple[dict[str, Any], dict[str, float]]:
     """The gradients of this very model on held-out samples, and what FAST makes of their chunks."""
-    assert config.data is not None
-    dataset = LeRobotDataset(config.data)
-    _, held_out = split_episodes(len(dataset.episodes), config.held_out_fraction, config.seed)
-    samples = prepare_samples(config, policy.assets, dataset, held_out)
+    samples = held_out_sources(config, policy.assets, open_data(config))["tabletop"]
+    assert isinstance(samples, Samples)
     batch = samples.batch(np.random.default_rng(config.seed).permutation(len(samples))[: config.batch_size])
     exact = dataclasses.replace(policy.config, compute_dtype="float32")
     proof = prove(policy.params, exact, batch, jax.random.key(config.seed))
@@ -183,7 +205,7 @@ def _proof_and_fast(policy: Policy, config: TrainConfig) -> tuple[dict[str, Any]
     chunks = np.asarray(batch.actions)
     decoded = [codec.decode(codec.encode(chunk), *chunk.shape).actions for chunk in chunks]
     error = float(np.sqrt(np.mean([np.square(d - c) for d, c in zip(decoded, chunks, strict=True)])))
-    lengths = samples.action_tokens
+    lengths = samples.tokens(np.arange(len(samples)))["loss_mask"].sum(1)
     fast = {
         "tokens per chunk, median": float(np.median(lengths)),
         "tokens per chunk, largest": float(lengths.max()),

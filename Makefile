@@ -64,4 +64,5 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) install -q -e ".[$(EXTRAS)]" -c constraints.txt
+	$(if $(findstring parity,$(EXTRAS)),$(PIP) install -q --no-deps lerobot-dataset -c constraints.txt)
 	@touch $@

@@ -42,8 +42,9 @@ types: $(VENV)/.test  ## mypy over the package
 slow: $(VENV)/.test gl  ## the slow tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
-bench: $(VENV)/.test gl  ## time and memory of a train step
+bench: $(VENV)/.test gl  ## time and memory of a train step, and how fast data is read
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/data.py
 
 constraints:  ## resolve anew, with the newest versions pyproject.toml allows
 	scripts/setup.sh constraints "$(PYTHON)"

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from lerobot_files import ACTION, CAMERA, LENGTHS, STATE, picture, png, v21, v30, write_json, write_video
 
-from insula.data.conversion import convert
-from insula.data.doctor import REMEDIES, Finding, examine
+from insula.data.lerobot.conversion import convert
+from insula.data.lerobot.doctor import REMEDIES, Finding, examine
 
 DATA = "data/chunk-000/episode_000001.parquet"  # of v2.1
 VIDEO = f"videos/chunk-000/{CAMERA}/episode_000001.mp4"

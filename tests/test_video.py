@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from lerobot_files import ACTION, CAMERA, FPS, LENGTHS, STATE, TASKS, picture, rows, v21, v30, write_video
 
-from insula.data.conversion import convert
 from insula.data.lerobot import LeRobotDataset
+from insula.data.lerobot.conversion import convert
+from insula.data.lerobot.video import VideoReader
 from insula.data.schema import DatasetError
-from insula.data.video import VideoReader
 
 WRITERS = {"v2.1": v21, "v3.0": v30}
 NUMBERS = [(e, i) for e, n in enumerate(LENGTHS) for i in range(n)]

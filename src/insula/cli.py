@@ -274,7 +274,7 @@ def data_convert(
         destination: A new folder.
         overwrite: Replace what is there.
     """
-    from insula.data.conversion import convert as run
+    from insula.data.lerobot.conversion import convert as run
 
     done = run(source, destination, overwrite=overwrite)
     print(f"{len(done.episodes)} episodes, {len(done)} frames, {done.info.codebase_version}: {destination}")
@@ -290,7 +290,7 @@ def data_doctor(path: tyro.conf.Positional[Path], json: bool = False, quick: boo
     """
     from json import dumps
 
-    from insula.data.doctor import examine
+    from insula.data.lerobot.doctor import examine
 
     found = examine(path, every_frame=not quick)
     if json:

@@ -18,7 +18,7 @@ import numpy as np
 
 import insula.sim  # noqa: F401 - registers the environment
 from insula.data.images import EncodedImages, encode_images, encode_png
-from insula.data.lerobot_writer import LeRobotWriter
+from insula.data.lerobot.writer import LeRobotWriter
 from insula.data.schema import DatasetError, Feature, image_feature
 from insula.scenes import render_scenes
 from insula.sim.expert import rollout

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from insula.data import normalise
 from insula.data.fitting import FASTReport, action_chunks, fit_stats, measure_fast
-from insula.data.lerobot_reader import LeRobotDataset
+from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.mapping import RobotData, read_mapping
 from insula.data.normalise import NormStats
 from insula.data.robot import Robot

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from insula.data.lerobot_layout import read_layout
+from insula.data.lerobot.layout import read_layout
 from insula.data.mapping import ACTION, IMAGES, STATE
 from insula.data.schema import BOOKKEEPING, DatasetError, Feature, Info
 

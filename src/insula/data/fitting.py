@@ -9,7 +9,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from insula.data import normalise, quantiles
-from insula.data.lerobot_reader import LeRobotDataset
+from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.mapping import RobotData
 from insula.data.normalise import NormStats
 from insula.data.robot import Robot, relative

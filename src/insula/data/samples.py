@@ -16,7 +16,7 @@ import numpy as np
 from insula.batch import Batch, Observation
 from insula.data.fitting import refuse_non_finite
 from insula.data.images import resize_with_pad
-from insula.data.lerobot_reader import LeRobotDataset
+from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.mapping import RobotData
 from insula.data.robot import Robot
 from insula.data.schema import DatasetError

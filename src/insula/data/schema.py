@@ -25,7 +25,7 @@ EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.par
 class DatasetError(ValueError):
     """A data set on disk is missing, damaged or not what was asked for. The message says what, where and the fix.
 
-    `fault` is the doctor's name for it (`insula.data.doctor.REMEDIES`).
+    `fault` is the doctor's name for it (`insula.data.lerobot.doctor.REMEDIES`).
     """
 
     def __init__(self, message: str, fault: str = "metadata") -> None:

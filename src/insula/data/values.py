@@ -10,7 +10,7 @@ from typing import SupportsIndex
 
 import numpy as np
 
-from insula.data.lerobot_reader import LeRobotDataset
+from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.mapping import Columns, RobotData
 from insula.data.schema import DatasetError, pick
 

@@ -42,6 +42,8 @@ class TrainConfig:
     """A chunk with too many FAST tokens: refuse the data, or give up that sample's token loss (counted, logged)."""
     on_bad_sample: Literal["fail", "quarantine"] = "fail"
     """A sample that cannot be read or holds a NaN: stop, or take another and write it to quarantine.jsonl."""
+    augment: bool = False
+    """Random colours and crops of the images, on the device (insula.train.augment)."""
     workers: int = 0
     """Processes that make batches; 0 is a thread, enough for small images."""
     held_out_fraction: float = 0.05

@@ -21,6 +21,7 @@ from insula.data.mixture import Source, quarantined
 from insula.losses import compute_loss
 from insula.model import Params, add_lora, init_params
 from insula.shapes import PRNGKeyArray
+from insula.train.augment import augmented_loss
 from insula.train.config import TrainConfig, from_dict, to_dict
 from insula.train.data import (
     QUARANTINE_FILE,
@@ -65,7 +66,8 @@ def train(config: TrainConfig, quiet: bool = False) -> bool:
             state = store.restore("train_state", like)
         else:
             state = start_state(start_params(config, init_rng), optimiser)
-        step = make_train_step(config.model, optimiser, config.optimiser.ema_decay, step_rng)
+        loss = augmented_loss if config.augment else compute_loss
+        step = make_train_step(config.model, optimiser, config.optimiser.ema_decay, step_rng, loss)
 
         def save(state: TrainState) -> None:
             store.save(int(state.step), state.average, state, assets.write)

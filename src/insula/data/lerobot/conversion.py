@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from insula.data.images import EncodedImages, EncodedVideo
-from insula.data.lerobot_reader import LeRobotDataset
-from insula.data.lerobot_writer import LeRobotWriter, Values
+from insula.data.lerobot.reader import LeRobotDataset
+from insula.data.lerobot.video import TOLERANCE
+from insula.data.lerobot.writer import LeRobotWriter, Values
 from insula.data.schema import BOOKKEEPING, DatasetError
 from insula.data.statistics import histogram
-from insula.data.video import TOLERANCE
 
 SAMPLED_FRAMES = 64
 """Of a camera and episode, evenly spread: what its pixel statistics are made of."""

@@ -8,8 +8,8 @@ data/chunk-000/file-000.parquet             a row per frame, a row group per epi
 videos/CAMERA/chunk-000/file-000.mp4        cameras stored as video, which have no column in the rows
 """
 
-from insula.data.lerobot_layout import Episodes
-from insula.data.lerobot_reader import LeRobotDataset
-from insula.data.lerobot_writer import LeRobotWriter
+from insula.data.lerobot.layout import Episodes
+from insula.data.lerobot.reader import LeRobotDataset
+from insula.data.lerobot.writer import LeRobotWriter
 
 __all__ = ["Episodes", "LeRobotDataset", "LeRobotWriter"]

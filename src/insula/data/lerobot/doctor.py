@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from insula.data.images import decode_image
-from insula.data.lerobot_layout import Layout, Span, open_parquet, read_layout
+from insula.data.lerobot.layout import Layout, Span, open_parquet, read_layout
+from insula.data.lerobot.video import TOLERANCE, VideoReader
 from insula.data.schema import BOOKKEEPING, DatasetError, Feature
-from insula.data.video import TOLERANCE, VideoReader
 
 REMEDIES = {
     "metadata": "restore meta/ from the data set's source, or record again",

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from insula.data.images import EncodedImages, EncodedVideo, encode_images
-from insula.data.lerobot_layout import VIDEO_PATH
+from insula.data.lerobot.layout import VIDEO_PATH
 from insula.data.schema import BOOKKEEPING, DATA_PATH, EPISODES_PATH, VERSION, DatasetError, Feature, Info, pick
 from insula.data.statistics import histogram_stats, numeric_stats
 

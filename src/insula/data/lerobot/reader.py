@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from insula.data.images import decode_image
-from insula.data.lerobot_layout import Clip, Episodes, open_parquet, read_layout
+from insula.data.lerobot.layout import Clip, Episodes, open_parquet, read_layout
+from insula.data.lerobot.video import VideoReader
 from insula.data.schema import DatasetError, Feature, Info, pick
-from insula.data.video import VideoReader
 
 GIB = 2**30
 ENCODED_BYTES = GIB // 4  # PNG bytes of recently read row groups, kept so that neighbours need no second read

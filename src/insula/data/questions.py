@@ -129,7 +129,10 @@ class QuestionSamples:
         return Question(raw["question"], raw["answer"], self._sources(row, raw))
 
     def _sources(self, row: int, raw: dict[str, Any]) -> dict[str, Path | bytes]:
-        named = {camera: image for camera, image in (raw.get("images") or {}).items() if image is not None}
+        given = raw.get("images") or {}
+        if not isinstance(given, dict):
+            raise DatasetError(f"{self.where(row)}: images is {given!r}, expected an object of cameras and paths")
+        named = {camera: image for camera, image in given.items() if image is not None}
         if raw.get("image") is not None:
             if self.data.camera is None:
                 raise DatasetError(f'{self.where(row)}: which camera is "image"? set camera = "..." in the mapping')

@@ -91,6 +91,7 @@ def test_a_folder_is_a_mapping_of_one(tmp_path: Path) -> None:
         (("[questions.scenes]", "[questions.arm]"), "'arm' names both"),
         (("units = {", "units = { stat = 'm',"), "no entry 'stat'.*did you mean 'state'"),
         (("weight = 3", "weight 3"), "not readable as TOML"),
+        (("[robots.arm]", '[robots."../arm"]'), "'../arm' is no name; .* such as 'arm'"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, wrong: tuple[str, str], message: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from insula.data.mapping import QuestionData
-from insula.data.questions import QuestionSamples, count
+from insula.data.questions import QuestionSamples, pictures
 from insula.data.samples import Sizes
 from insula.data.schema import DatasetError
 from insula.model.config import TINY
@@ -48,7 +48,7 @@ ASKED = {"question": "what is this", "answer": "a block"}
 
 def test_a_row_becomes_tokens_and_pictures(tmp_path: Path, tokenizer: FASTTokenizer) -> None:
     data = write(tmp_path / "q", ASKED | {"image": "10.png"}, ASKED | {"images": {"wrist": "20.png"}}, ASKED)
-    assert count(data) == 3
+    assert len(set(pictures(data))) == 3
     batch = QuestionSamples(data, tokenizer, SIZES).batch([0, 1, 2])
     seen = batch.observation
     assert seen.image_mask["front"].tolist() == [True, False, False]
@@ -61,6 +61,13 @@ def test_a_row_becomes_tokens_and_pictures(tmp_path: Path, tokenizer: FASTTokeni
         np.testing.assert_array_equal(batch.loss_mask[n], expected.loss_mask)
     assert not batch.action_mask.any() and not seen.state.any()
     assert tokenizer.text_from(seen.tokens[0][batch.loss_mask[0]]) == "a block"
+
+
+def test_questions_about_one_picture_belong_together(tmp_path: Path) -> None:
+    images = [{"front": "10.png", "wrist": "20.png"}, {"wrist": "20.png", "front": "10.png"}]
+    rows = [ASKED | {"image": "10.png"}, ASKED | {"images": images[0]}, ASKED | {"image": "10.png"}]
+    found = pictures(write(tmp_path / "q", *rows, ASKED | {"images": images[1]}, ASKED, ASKED, "{not json"))
+    assert found.tolist() == [0, 1, 0, 1, 2, 3, 4]
 
 
 def test_some_rows_only(tmp_path: Path, tokenizer: FASTTokenizer) -> None:

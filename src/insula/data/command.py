@@ -110,7 +110,7 @@ def _fast_table(reports: dict[str, FASTReport]) -> str:
         "tokens of a chunk: p50": lambda r: f"{r.tokens['p50']:.0f}",
         "p99": lambda r: f"{r.tokens['p99']:.0f}",
         "largest": lambda r: f"{r.tokens['max']:.0f}",
-        'beyond the budget, with "|" and EOS': lambda r: f"{r.over_budget} of {r.budget}-token budgets",
+        'chunks that with "|" and EOS exceed the budget': lambda r: f"{r.over_budget} ({r.budget} tokens)",
         "not writable by the codec": lambda r: str(r.out_of_range),
         "reconstruction error, rms, normalised": lambda r: f"{r.reconstruction_error:.4f}",
         "values clipped": lambda r: f"{r.clipped:.3%}",

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from insula.data.lerobot.layout import read_layout
-from insula.data.mapping import ACTION, IMAGES, STATE
+from insula.data.mapping import ACTION, IMAGES, STATE, plain_name
 from insula.data.schema import BOOKKEEPING, DatasetError, Feature, Info
 
 WRIST, LEFT, RIGHT = r"wrist|hand|gripper|eef?\b", "left", "right"
@@ -21,7 +21,7 @@ def describe(root: Path, cameras: tuple[str, ...]) -> str:
         numbers = ", ".join(_numeric(info)) or "none"
         raise DatasetError(f"data set {root}: no column is called {ACTION!r} or like it; its numbers: {numbers}")
     paired = pair_cameras(cameras, info)
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", root.resolve().name).strip("-") or "robot"
+    name = plain_name(root.resolve().name)
     dims = {"state": _dims(info, state), "action": _dims(info, actions)}
     sizes = " ".join(f"--model.{part}-dim {dim}" for part, dim in dims.items() if dim)
     texts = [key for key, feature in info.features.items() if feature.dtype == "string"]

@@ -13,6 +13,7 @@ camera = "front"
 """
 
 import dataclasses
+import re
 import tomllib
 from collections.abc import Mapping as Table
 from dataclasses import MISSING, dataclass, field
@@ -89,8 +90,9 @@ def read_mapping(path: Path, cameras: tuple[str, ...] | None = None) -> Mapping:
     Raises DatasetError naming the file, the entry and the nearest known name.
     """
     if path.suffix != ".toml":
-        name = path.resolve().name or "robot"
-        return Mapping({name: RobotData(path, {camera: IMAGES + camera for camera in cameras or ()})})
+        return Mapping(
+            {plain_name(path.resolve().name): RobotData(path, {camera: IMAGES + camera for camera in cameras or ()})}
+        )
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -109,11 +111,21 @@ def read_mapping(path: Path, cameras: tuple[str, ...] | None = None) -> Mapping:
     return mapping
 
 
+def plain_name(text: str) -> str:
+    """Fit to be a name: a checkpoint has a folder of that name."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-") or "robot"
+
+
 def parse_mapping(raw: Any, folder: Path, where: str) -> Mapping:
     """`raw` as read from TOML or JSON; relative paths start at `folder`."""
     table = _table(raw, where)
     for key in table:
         _known(key, ("robots", "questions"), where, "table")
+    for name in (*_table(table.get("robots", {}), where), *_table(table.get("questions", {}), where)):
+        if plain_name(name) != name:
+            raise DatasetError(
+                f"{where}: {name!r} is no name; use letters, digits, - and _, such as {plain_name(name)!r}"
+            )
     robots = {
         name: _robot(_table(entry, f"{where}: robots.{name}"), folder, f"{where}: robots.{name}")
         for name, entry in _table(table.get("robots", {}), where).items()

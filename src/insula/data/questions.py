@@ -60,8 +60,6 @@ class QuestionSamples:
         self._all = _rows(self.path)
         chosen = range(len(self._all)) if rows is None else rows
         self.numbers = np.array(list(chosen), np.int64)
-        if not len(self.numbers):
-            raise DatasetError(f"{self.path}: no questions")
         self.table = TokenTable(len(self.numbers), tokenizer.max_token_len)
         self.dropped = self.quarantined = 0
         self._decoded: dict[tuple[str, Path | bytes], np.ndarray] = {}
@@ -175,9 +173,24 @@ class QuestionSamples:
         return resize_with_pad(decode_any(source, where), size)
 
 
-def count(data: QuestionData) -> int:
-    """How many questions there are."""
-    return len(_rows(_file(data.path)))
+def pictures(data: QuestionData) -> np.ndarray:
+    """Which picture each question is about, int64 [N]: questions about one are held out together. Pictures inside a
+    parquet file, and texts alone, count as different."""
+    rows = _rows(_file(data.path))
+    numbers: dict[Any, int] = {}
+    found = np.empty(len(rows), np.int64)
+    for n in range(len(rows)):
+        found[n] = numbers.setdefault(_picture(rows[n]) or n, len(numbers))
+    return found
+
+
+def _picture(row: Any) -> str | None:
+    try:
+        raw = json.loads(row) if isinstance(row, str) else row
+        shown = raw.get("images") or raw.get("image")
+        return json.dumps(shown, sort_keys=True) if shown else None
+    except (TypeError, ValueError, AttributeError):  # bytes; or malformed, which is said when the row is read
+        return None
 
 
 def _file(path: Path) -> Path:
@@ -194,12 +207,15 @@ def _rows(path: Path) -> "list[str] | _Table":
     """JSON lines, parsed when asked for, or the rows of a parquet file."""
     try:
         if path.suffix == ".parquet":
-            return _Table(pq.read_table(path, memory_map=True))
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            rows: list[str] | _Table = _Table(pq.read_table(path, memory_map=True))
+        else:
+            rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError, pa.ArrowException) as e:
-        raise DatasetError(
-            f"{path}: cannot be read ({str(e).splitlines()[0]}); expected JSON lines or parquet"
-        ) from None
+        because = str(e).splitlines()[0]
+        raise DatasetError(f"{path}: cannot be read ({because}); expected JSON lines or parquet") from None
+    if not len(rows):
+        raise DatasetError(f"{path}: no questions; leave the entry out of the mapping")
+    return rows
 
 
 class _Table:

@@ -12,7 +12,7 @@ from insula.data.fitting import action_chunks, fit_stats
 from insula.data.lerobot import LeRobotDataset
 from insula.data.mapping import Mapping, RobotData, parse_mapping, read_mapping, to_json
 from insula.data.mixture import Mixture, Source
-from insula.data.questions import QuestionSamples, count
+from insula.data.questions import QuestionSamples, pictures
 from insula.data.robot import Robot
 from insula.data.samples import Samples, Sizes
 from insula.data.schema import DatasetError
@@ -55,8 +55,11 @@ def open_data(config: TrainConfig) -> RunData:
     for name, robot in mapping.robots.items():
         named_cameras(datasets[name], robot)
     sizes = {name: len(dataset.episodes) for name, dataset in datasets.items()}
-    sizes |= {name: count(questions) for name, questions in mapping.questions.items()}
     parts = {name: Part(*split(size, config.held_out_fraction, config.seed)) for name, size in sizes.items()}
+    for name, questions in mapping.questions.items():
+        about = pictures(questions)
+        asked = split(len(np.unique(about)), config.held_out_fraction, config.seed)
+        parts[name] = Part(*(np.flatnonzero(np.isin(about, some)) for some in asked))
     return RunData(mapping, datasets, parts)
 
 

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from insula.checkpoints.pretrained import load_pretrained
 from insula.collect import collect, collect_questions
+from insula.data.mapping import read_mapping
 from insula.data.samples import Samples
 from insula.evaluate.closed_loop import ClosedLoop, evaluate
 from insula.evaluate.knowledge import measure_knowledge
@@ -107,6 +108,7 @@ def demo(out: Path, settings: DemoSettings, seed: int) -> Path:
         recordings=closed_loop.recordings,
         metrics=read_metrics(out / "run" / "metrics.jsonl"),
         knowledge=knowledge,
+        question_share=_question_share(out / MIXTURE_FILE),
         insulation=proof,
         fast=fast,
         demonstrations=data["demonstrations"],
@@ -181,6 +183,11 @@ def _knowledge(policy: Policy, settings: DemoSettings) -> dict[str, Any]:
         for name, params in (("before", before), ("after", policy.params))
     }
     return {name: dataclasses.asdict(known) for name, known in found.items()}
+
+
+def _question_share(path: Path) -> float:
+    mapping = read_mapping(path)
+    return sum(questions.weight for questions in mapping.questions.values()) / sum(mapping.weights)
 
 
 def _closed_loop(policy: Policy, settings: DemoSettings, data: Path) -> ClosedLoop:

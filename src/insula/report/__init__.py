@@ -34,6 +34,8 @@ class Report:
     """Rows of `metrics.jsonl`: `read_metrics(path)`."""
     knowledge: Mapping[str, Mapping[str, Any]] | None = None
     """"before" and "after" robot training: `dataclasses.asdict(Knowledge)` of each."""
+    question_share: float | None = None
+    """How much of the training data were questions."""
     insulation: Mapping[str, Any] | None = None
     """`Proof.to_json()`."""
     fast: Mapping[str, Any] | None = None
@@ -67,7 +69,7 @@ def render(report: Report) -> str:
         _section("Closed loop on unseen scenes", sections.closed_loop(report.closed_loop)),
         _section("Rollouts", sections.rollouts(report.recordings)),
         _section("Is the backbone insulated?", sections.insulation(report.insulation)),
-        _section("What the backbone still knows", sections.knowledge(report.knowledge)),
+        _section("What the backbone still knows", sections.knowledge(report.knowledge, report.question_share)),
         _section("Training", sections.curves(report.metrics)),
         _section("FAST action tokens", sections.fast(report.fast)),
         _section("How it was made", sections.provenance(_facts(report), report.settings)),

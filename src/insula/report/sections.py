@@ -192,7 +192,7 @@ def _norm(value: float) -> Any:
     return tag("span", "0 exactly", class_="good") if value == 0 else f"{value:.3g}"
 
 
-def knowledge(known: Mapping[str, Mapping[str, Any]] | None) -> Html | None:
+def knowledge(known: Mapping[str, Mapping[str, Any]] | None, question_share: float | None = None) -> Html | None:
     if known is None:
         return None
     before, after = known["before"], known["after"]
@@ -209,7 +209,12 @@ def knowledge(known: Mapping[str, Mapping[str, Any]] | None) -> Html | None:
         tag(
             "p",
             f"{after['answered']:,} held-out questions about unseen scenes, asked of the backbone before and after "
-            "robot training; the share answered right. Locations count as right within a pixel of a 64-pixel image.",
+            "robot training; the share answered right. Locations count as right within a pixel of a 64-pixel image."
+            + (
+                ""
+                if not question_share
+                else f" In that training, {percent(question_share)} of the samples were questions about other scenes."
+            ),
         ),
         table(["kind of question", "before", "after", "points"], rows),
         tag(

@@ -1,5 +1,6 @@
 """Batches of a mixture, made ahead of the train step by a thread or by worker processes."""
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,7 +49,7 @@ class Loader:
             if not flags.FLAGS.is_parsed():  # Grain's workers look at its flags, and there is no command line for them
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
-            batches = batches.mp_prefetch(options)
+            batches = batches.mp_prefetch(options, _leave_ctrl_c_to_the_parent)
         self._batches: Any = iter(batches)
         self._closed = False
 
@@ -75,6 +76,10 @@ class Loader:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _leave_ctrl_c_to_the_parent(number: int, count: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Make(grain.transforms.Map):

@@ -234,7 +234,10 @@ class Samples:
             except (TokenBudgetError, FASTRangeError) as e:
                 hopeless = isinstance(e, TokenBudgetError) and e.part == "prompt"
                 if hopeless or self.on_overflow == "error":
-                    way = "; or keep such samples for the flow loss only: on_overflow='drop_token_loss'"
+                    way = (
+                        "; raise the model's max_fast_len, lower fast_scale, or keep such samples for the flow loss "
+                        "only: on_overflow='drop_token_loss'"
+                    )
                     raise DatasetError(f"{self.where(row)} ({prompt!r}): {e}{'' if hopeless else way}") from e
                 sample = self.tokenizer.tokenize(prompt, state)
                 self.dropped += 1

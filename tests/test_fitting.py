@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from insula.data import normalise, quantiles
+from insula.data import fitting, normalise, quantiles
 from insula.data.command import fit_fast, stats
 from insula.data.fitting import action_chunks, fit_stats, measure_fast
 from insula.data.lerobot import LeRobotDataset, LeRobotWriter
@@ -84,7 +84,11 @@ def test_statistics_of_some_episodes(data: RobotData) -> None:
     np.testing.assert_allclose(fit_stats(data, HORIZON, [9, 0])["actions"].q01, expected.q01, rtol=1e-12)
 
 
-def test_relative_actions_are_measured_as_they_are_learnt(data: RobotData) -> None:
+@pytest.mark.parametrize("at_once", [2**17, 60])
+def test_relative_actions_are_measured_as_they_are_learnt(
+    data: RobotData, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "ROWS_AT_ONCE", at_once)
     dataset = LeRobotDataset(data.path)
     frames, stop = frames_of(dataset, np.arange(11))
     index, is_pad = chunk_indices(frames, stop, HORIZON)

@@ -1,6 +1,6 @@
 """Statistics and FAST over a whole data set, one data file at a time, over as many processes as asked for."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -18,7 +18,9 @@ from insula.data.workers import Map, mapping_over
 from insula.tokens.fast import FASTCodec, FASTRangeError
 
 QUANTILES = (0.01, 0.99)
+ROWS_AT_ONCE = 2**17
 ENCODED_AT_ONCE = 2000
+Blocks = Callable[[int], Iterable[np.ndarray]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +50,7 @@ def fit_stats(
     work = _prepared(dataset, data, horizon, episodes, skip_non_finite)
     with mapping_over(min(processes, dataset.files)) as over:
         return {
-            name: _stats(over, partial(_rows, work, name), dataset.files, data, name, dim_names(dataset, columns))
+            name: _stats(over, partial(_blocks, work, name), dataset.files, data, name, dim_names(dataset, columns))
             if columns
             else normalise.nothing(data.normalisation)
             for name, columns in (("state", data.state), ("actions", data.actions))
@@ -68,29 +70,33 @@ def _prepared(
     return _Pass(data, data.horizon or horizon, included, skip_non_finite)
 
 
-def _stats(over: Map, rows: Any, count: int, data: RobotData, what: str, names: list[str]) -> NormStats:
+def _stats(over: Map, blocks: Blocks, count: int, data: RobotData, what: str, names: list[str]) -> NormStats:
     files = range(count)
-    whole = quantiles.merged(part for part in over(partial(_moments, rows), files) if part is not None)
-    histogram = sum(over(partial(_counts, rows, whole), files), np.zeros((len(names), quantiles.BINS), np.int64))
+    whole = quantiles.merged(part for part in over(partial(_moments, blocks), files) if part is not None)
+    histogram = sum(over(partial(_counts, blocks, whole), files), np.zeros((len(names), quantiles.BINS), np.int64))
     wanted = quantiles.wanted_bins(histogram, QUANTILES)
-    parts = list(over(partial(_candidates, rows, whole, wanted), files))
+    parts = list(over(partial(_candidates, blocks, whole, wanted), files))
     q01, q99 = quantiles.quantiles(parts, wanted, whole, QUANTILES)
     stats = NormStats(whole.mean, whole.std, q01, q99, whole.min, whole.max, data.normalisation)
     normalise.warn_of_constants(stats, names, f"{data.path}, {what}")
     return stats
 
 
-def _moments(rows: Any, file: int) -> quantiles.Moments | None:
-    values = rows(file)
-    return quantiles.moments(values) if len(values) else None
+def _moments(blocks: Blocks, file: int) -> quantiles.Moments | None:
+    parts = [quantiles.moments(block) for block in blocks(file) if len(block)]
+    return quantiles.merged(parts) if parts else None
 
 
-def _counts(rows: Any, whole: quantiles.Moments, file: int) -> np.ndarray:
-    return quantiles.counts(rows(file), whole)
+def _counts(blocks: Blocks, whole: quantiles.Moments, file: int) -> np.ndarray:
+    none = np.zeros((len(whole.mean), quantiles.BINS), np.int64)
+    return sum((quantiles.counts(block, whole) for block in blocks(file)), none)
 
 
-def _candidates(rows: Any, whole: quantiles.Moments, wanted: quantiles.Wanted, file: int) -> dict:
-    return quantiles.candidates(rows(file), whole, wanted)
+def _candidates(
+    blocks: Blocks, whole: quantiles.Moments, wanted: quantiles.Wanted, file: int
+) -> dict[tuple[int, int], np.ndarray]:
+    parts = [quantiles.candidates(block, whole, wanted) for block in blocks(file)]
+    return {key: np.concatenate([part[key] for part in parts]) for key in wanted}
 
 
 @lru_cache(maxsize=1)
@@ -119,17 +125,21 @@ def _values(work: _Pass, name: str, file: int) -> np.ndarray:
     return values
 
 
-def _rows(work: _Pass, name: str, file: int) -> np.ndarray:
-    """What the statistics are made of, [n, D]."""
+def _blocks(work: _Pass, name: str, file: int) -> Iterator[np.ndarray]:
+    """What the statistics are made of, [n, D] at a time; at least one, which may be empty."""
     _, frames, stop, start = _frames(work, file)
-    values = _values(work, name, file)
-    if name == "state" or not work.data.delta:
-        rows = values[frames - start]
-    else:
-        chunks, is_pad = chunk_indices(frames, stop, work.horizon)
-        state = _values(work, "state", file)[frames - start]
-        rows = relative(values[chunks - start], state, work.data.delta)[~is_pad]
-    return rows[np.isfinite(rows).all(1)] if work.skip_non_finite else rows
+    values, horizon = _values(work, name, file), work.horizon
+    is_relative = name == "actions" and bool(work.data.delta)
+    state = _values(work, "state", file) if is_relative else values
+    at_once = ROWS_AT_ONCE // horizon if is_relative else ROWS_AT_ONCE
+    for first in range(0, max(len(frames), 1), at_once):
+        some = slice(first, first + at_once)
+        if is_relative:
+            chunks, is_pad = chunk_indices(frames[some], stop[some], horizon)
+            rows = relative(values[chunks - start], state[frames[some] - start], work.data.delta)[~is_pad]
+        else:
+            rows = values[frames[some] - start]
+        yield rows[np.isfinite(rows).all(1)] if work.skip_non_finite else rows
 
 
 def refuse_non_finite(dataset: LeRobotDataset, values: np.ndarray, first: int, names: list[str]) -> None:

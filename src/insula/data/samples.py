@@ -198,8 +198,11 @@ class Samples:
 
     def _without_non_finite(self, skip: bool) -> int:
         """Leave out the samples with a NaN or infinity, or raise. Returns how many."""
-        good = np.isfinite(self.actions).all(1)[chunk_indices(self.frames, self.stop, self.robot.horizon)[0]].all(1)
-        good &= np.isfinite(self.state).all(1)[self.frames]
+        finite_action, finite_state = np.isfinite(self.actions).all(1), np.isfinite(self.state).all(1)
+        if finite_action.all() and finite_state.all():
+            return 0
+        good = finite_action[chunk_indices(self.frames, self.stop, self.robot.horizon)[0]].all(1)
+        good &= finite_state[self.frames]
         bad = int((~good).sum())
         if bad and not skip:
             for values, columns in ((self.state, self.data.state), (self.actions, self.data.actions)):

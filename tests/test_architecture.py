@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "insula"
 # Each room, and what it may import besides itself. A room stands after all it imports: left never imports right.
 GROUND = {"errors", "shapes", "batch", "flow"}
 MODEL = GROUND | {"tokens", "model"}
-TRAIN = MODEL | {"losses", "data", "checkpoints"}
+TRAIN = MODEL | {"losses", "certificate", "data", "checkpoints"}
 POLICY = MODEL | {"data", "checkpoints"}
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
@@ -30,6 +30,7 @@ ROOMS: dict[str, set[str]] = {
     "tokens": GROUND,
     "model": GROUND | {"tokens"},
     "losses": MODEL,
+    "certificate": MODEL | {"losses"},
     "data": GROUND | {"tokens"},
     "sim": {"errors"},
     "checkpoints": MODEL,
@@ -42,7 +43,7 @@ ROOMS: dict[str, set[str]] = {
     "grounding": MODEL | {"scenes"},
     "evaluate": POLICY | {"losses", "policy", "scenes", "sim"},
     "pretrain": TRAIN | {"sim", "train", "scenes", "grounding", "evaluate"},
-    "inspection": POLICY | {"losses", "policy"},
+    "inspection": TRAIN | {"assets", "train", "policy", "testing"},
     "serve": POLICY | {"policy"},
     "testing": MODEL,
     "report": TRAIN | {"train", "policy", "evaluate", "inspection"},

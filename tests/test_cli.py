@@ -26,6 +26,8 @@ def insula(*arguments: object) -> subprocess.CompletedProcess[str]:
         (("data", "stats", "nowhere"), "no directory nowhere"),
         (("questions", "--out", ".", "--scenes", "1"), "not empty"),
         (("evaluate", "nowhere"), "no checkpoints here"),
+        (("inspect", "--run", "nowhere"), "no train.json here"),
+        (("inspect",), "give either --run RUN, or --data DATA"),
         (("collect", "--out", ".", "--episodes", "1"), "not empty"),
         (("collect", "--out", "d", "--episodes", "0"), "expected at least 1"),
     ],

@@ -13,11 +13,11 @@ import pytest
 from small import CLOSE, FAR, SMALL, VARIANTS, by_leaf, difference, gradients, jit, largest, loss, model
 
 from insula.assets import read_assets
+from insula.certificate import prove
 from insula.checkpoints.pretrained import load_pretrained
 from insula.checkpoints.store import CheckpointError, CheckpointStore
 from insula.collect import collect
 from insula.convert import convert
-from insula.inspection.gradients import prove
 from insula.losses import compute_loss
 from insula.model import Params, abstract_params, add_lora, layers, weight_table
 from insula.model.config import TINY, Config, LoraConfig, TransformerConfig, VisionConfig, config_from_dict

@@ -27,6 +27,7 @@ def main() -> None:
         "pretrain": pretrain,
         "train": train,
         "evaluate": evaluate,
+        "inspect": inspect,
         "convert": convert,
         "demo": demo,
         "data": data,
@@ -131,6 +132,41 @@ def evaluate(
     from insula.evaluate.command import evaluate_run
 
     print(evaluate_run(run, episodes, first_seed, execute, json, video, robot))
+
+
+def inspect(
+    run: Path | None = None,
+    data: Path | None = None,
+    preset: str = "tiny",
+    sample: int = 0,
+    source: str | None = None,
+    training: bool = False,
+    seed: int = 0,
+    certificate: Path | None = None,
+) -> None:
+    """Measure where the gradients of both losses go, on one sample: with insulation, without it, with the gradient
+    stopped at the embeddings only, with the backbone frozen. Exit code 1 where insulation leaks or nothing is shown.
+
+    Args:
+        run: A training run: its weights, and samples it was never trained on.
+        data: Without a run: a LeRobot data set or a .toml mapping, seen by random weights.
+        preset: The model, without a run.
+        sample: Which one.
+        source: Of which source of the mapping; the first unless given.
+        training: Look at samples the run was trained on.
+        seed: Of noise and flow time.
+        certificate: Write the measurement to this .json file.
+    """
+    from insula.inspection.command import certify, table
+    from insula.inspection.subject import of_data, of_run
+    from insula.model.config import preset as named
+
+    if (run is None) == (data is None):
+        raise ValueError("give either --run RUN, or --data DATA with --preset")
+    subject = of_run(run, held_out=not training) if run is not None else of_data(named(preset), data)  # type: ignore[arg-type]
+    proof = certify(subject, sample, source, seed, certificate)
+    print(table(proof))
+    sys.exit(0 if proof.outcome == "holds" else 1)
 
 
 def train(*arguments: str) -> None:

@@ -11,8 +11,8 @@ from insula.batch import Batch
 from insula.model import Params, trainable
 from insula.model.backbone import run_backbone, take
 from insula.model.config import Config
-from insula.model.expert import run_expert
-from insula.model.insulation import freeze, insulate
+from insula.model.expert import Expert, run_expert
+from insula.model.insulation import Memory, freeze, insulate
 from insula.shapes import Array, Bool, Float, Int, PRNGKeyArray
 from insula.tokens import masks
 
@@ -34,18 +34,8 @@ def compute_loss(params: Params, config: Config, batch: Batch, rng: PRNGKeyArray
     prefix = run_backbone(params.vision, params.backbone, config, batch.observation, batch.ar_mask, read)
     memory = insulate(prefix, config.num_memory, stop=config.knowledge_insulation)
 
-    time_rng, noise_rng = jax.random.split(rng)
-    draws = (batch.actions.shape[0], config.flow_samples)
-    time = flow.sample_time(time_rng, draws)
-    noise = jax.random.normal(noise_rng, (*draws, *batch.actions.shape[1:]))
-    actions = batch.actions[:, None]
-    velocity = run_expert(
-        params.expert, config, memory, batch.observation.state, flow.add_noise(actions, noise, time), time
-    )
-
+    error = expert_loss(params.expert, config, memory, batch, rng)
     fast, token_metrics = token_loss(prefix.hidden, params.backbone.embedding, targets, config)
-    mask = batch.action_mask[:, None]
-    error = average(flow_loss(velocity, flow.target_velocity(actions, noise), mask), mask)
     unseen = masks.visible_to_expert(prefix.input_mask, prefix.ar_mask)[:, config.num_memory :]
     losses = {"fast": fast, "flow": jnp.where(jnp.any(unseen), jnp.nan, error)}
     weights = {"fast": config.ki_fast_loss_weight, "flow": 1.0}
@@ -73,6 +63,18 @@ def predict_tokens(params: Params, config: Config, batch: Batch) -> tuple[Int[Ar
         raise ValueError("predict_tokens: the batch has no tokens or no loss_mask; tokenise with the answer or actions")
     prefix = run_backbone(params.vision, params.backbone, config, batch.observation, batch.ar_mask, targets.read)
     return jnp.argmax(prefix.hidden @ params.backbone.embedding.T, axis=-1), targets
+
+
+def expert_loss(expert: Expert, config: Config, memory: Memory, batch: Batch, rng: PRNGKeyArray) -> Float[Array, ""]:
+    """Flow-matching error of a batch's chunks, each noised `flow_samples` times."""
+    time_rng, noise_rng = jax.random.split(rng)
+    draws = (batch.actions.shape[0], config.flow_samples)
+    time = flow.sample_time(time_rng, draws)
+    noise = jax.random.normal(noise_rng, (*draws, *batch.actions.shape[1:]))
+    actions, mask = batch.actions[:, None], batch.action_mask[:, None]
+    noisy = flow.add_noise(actions, noise, time)
+    velocity = run_expert(expert, config, memory, batch.observation.state, noisy, time)
+    return average(flow_loss(velocity, flow.target_velocity(actions, noise), mask), mask)
 
 
 def flow_loss(

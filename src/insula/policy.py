@@ -52,6 +52,25 @@ def read_prefix(params: Params, config: Config, observation: Observation) -> Mem
     return insulate(prefix, config.num_memory, stop=config.knowledge_insulation)
 
 
+def load_model(run: str | Path, step: int | None = None) -> tuple[Params, Assets]:
+    """The newest checkpoint of a run, the one at `step`, or what `insula convert --to insula` wrote.
+
+    Raises CheckpointError where there is none or it is damaged.
+    """
+    run = Path(run)
+    if (run / "checkpoints").is_dir():
+        with CheckpointStore(run / "checkpoints") as store:
+            assets = read_assets(store.assets(step))
+            return store.restore("params", abstract_params(assets.config), step), assets
+    if (run / SAFETENSORS).is_file() and (run / TOKENIZER_FOLDER).is_dir():
+        assets = read_assets(run)
+        return load_params(run, assets.config, jax.random.key(0))[0], assets
+    raise CheckpointError(
+        f"{run}: no checkpoints here; expected what `insula train --run` wrote (checkpoints/), or a trained "
+        f"policy from `insula convert --to insula` ({SAFETENSORS}, {TOKENIZER_FOLDER}/)"
+    )
+
+
 class Policy:
     """A trained model that acts. Observations are {"images": {camera: uint8[h, w, 3]}, "state": [S], "task": str}.
 
@@ -76,24 +95,8 @@ class Policy:
 
     @classmethod
     def load(cls, run: str | Path, step: int | None = None, seed: int = 0, robot: str | None = None) -> "Policy":
-        """The newest checkpoint of a run, the one at `step`, or what `insula convert --to insula` wrote.
-
-        Raises CheckpointError where there is none or it is damaged.
-        """
-        run = Path(run)
-        if (run / "checkpoints").is_dir():
-            with CheckpointStore(run / "checkpoints") as store:
-                assets = read_assets(store.assets(step))
-                params = store.restore("params", abstract_params(assets.config), step)
-        elif (run / SAFETENSORS).is_file() and (run / TOKENIZER_FOLDER).is_dir():
-            assets = read_assets(run)
-            params, _ = load_params(run, assets.config, jax.random.key(0))
-        else:
-            raise CheckpointError(
-                f"{run}: no checkpoints here; expected what `insula train --run` wrote (checkpoints/), or a trained "
-                f"policy from `insula convert --to insula` ({SAFETENSORS}, {TOKENIZER_FOLDER}/)"
-            )
-        return cls(params, assets, seed, robot=robot)
+        """See `load_model`."""
+        return cls(*load_model(run, step), seed, robot=robot)
 
     def act(self, observation: dict[str, Any]) -> Float[np.ndarray, "H D"]:
         """The next actions, as many as the robot's horizon, in its units. Raises ValueError naming what is wrong in the

@@ -65,7 +65,7 @@ class CheckpointStore:
 
     def save(self, step: int, params: Any, train_state: Any, assets: WriteAssets) -> None:
         """Write step `step`; a step that is already there is left alone."""
-        if step in self._manager.all_steps():
+        if self.has(step):
             return
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
@@ -74,6 +74,9 @@ class CheckpointStore:
             assets=_AssetsSave(assets),
         )
         self._manager.save(step, args=items)
+
+    def has(self, step: int) -> bool:
+        return step in self._manager.all_steps()
 
     def latest(self) -> int | None:
         return self._manager.latest_step()

@@ -51,6 +51,9 @@ class TrainConfig:
     evaluate_every: int = 500
     checkpoint_every: int = 1000
     log_every: int = 20
+    certify: bool = True
+    """Measure the insulation of every checkpoint and store it there (insula.certificate). Costs a few seconds, and for
+    a moment the memory of a step in float32 without insulation."""
     tensorboard: bool = False
     resume: bool = False
     """Go on from the newest checkpoint of `run`, with the settings stored there."""

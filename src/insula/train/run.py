@@ -11,13 +11,14 @@ import jax
 import numpy as np
 
 from insula.assets import read_assets
+from insula.certificate import CERTIFICATE_FILE, prover, write_certificate
 from insula.checkpoints.hub import local
 from insula.checkpoints.loading import load_params
 from insula.checkpoints.pretrained import load_pretrained
 from insula.checkpoints.store import CheckpointError, CheckpointStore
 from insula.data.loader import Loader
 from insula.data.mapping import Mapping
-from insula.data.mixture import Source, quarantined
+from insula.data.mixture import Mixture, Source, quarantined
 from insula.losses import compute_loss
 from insula.model import Params, add_lora, init_params
 from insula.shapes import PRNGKeyArray
@@ -36,6 +37,8 @@ from insula.train.optimiser import make_optimiser
 from insula.train.step import TrainState, make_train_step, start_state
 
 log = logging.getLogger(__name__)
+CERTIFIED = 4
+"""Samples that a checkpoint's insulation is measured on."""
 LORA_KEY = 1 << 16
 """Folded into the key of the initial weights: apart from all that `initialise` derives from it."""
 
@@ -69,8 +72,18 @@ def train(config: TrainConfig, quiet: bool = False) -> bool:
         loss = augmented_loss if config.augment else compute_loss
         step = make_train_step(config.model, optimiser, config.optimiser.ema_decay, step_rng, loss)
 
+        certify = certifier(config, mixture, eval_rng) if config.certify else None
+
         def save(state: TrainState) -> None:
-            store.save(int(state.step), state.average, state, assets.write)
+            if store.has(int(state.step)):
+                return
+            write_proof = certify(state) if certify else _nothing
+
+            def write(folder: Path) -> None:
+                assets.write(folder)
+                write_proof(folder)
+
+            store.save(int(state.step), state.average, state, write)
 
         hooks = [Every(config.checkpoint_every, save)]
         if unseen:
@@ -115,6 +128,36 @@ def start_params(config: TrainConfig, rng: PRNGKeyArray) -> Params:
             "and gates of zero, so it could never learn; train it whole with lora.parts ('backbone',)"
         )
     return add_lora(params, config.model, jax.random.fold_in(rng, LORA_KEY))
+
+
+def certifier(
+    config: TrainConfig, mixture: Mixture, rng: PRNGKeyArray
+) -> Callable[[TrainState], Callable[[Path], None]]:
+    """What measures the insulation of a state and returns a writer of its certificate. The samples are always the same.
+
+    Raises InsulationError where the flow loss reaches the backbone although the model is to be insulated.
+    """
+    measure = prover(config.model)
+    source, rows = mixture.order(config.batch_size, config.seed)[0]
+    batch = mixture.batch(source, rows)
+    both = batch.action_mask.any((1, 2)) & batch.loss_mask.any(1) if batch.loss_mask is not None else source >= 0
+    chosen = np.flatnonzero(both)[:CERTIFIED] if both.any() else np.arange(min(CERTIFIED, len(rows)))
+    some = jax.tree.map(lambda x: x[chosen], batch)
+    sources = list(mixture.sources.values())
+    samples = [sources[source[i]].where(int(rows[i])) for i in chosen]
+
+    def certify(state: TrainState) -> Callable[[Path], None]:
+        proof = measure(state.average, some, rng)
+        if config.model.knowledge_insulation and proof.outcome == "leaks":
+            proof.check()
+        about = {"step": int(state.step), "seed": config.seed, "samples": samples}
+        return lambda folder: write_certificate(folder / CERTIFICATE_FILE, proof, config.model, about)
+
+    return certify
+
+
+def _nothing(folder: Path) -> None:
+    """No certificate."""
 
 
 def held_out_losses(

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from insula import certificate as gradients
 from insula import losses
-from insula.inspection import gradients
-from insula.inspection.gradients import InsulationError, gradient_table, judge, prove
+from insula.certificate import InsulationError, judge, prove, write_certificate
 from insula.model import abstract_params
 from insula.model.config import TransformerConfig, preset
 from insula.testing import fake_batch
@@ -87,7 +87,30 @@ def test_a_leak_is_found(small, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_freezing_and_settings_do_not_make_the_zeros(small, proof) -> None:
     config, _, params, batch = small
     changes = {"freeze_backbone": True, "knowledge_insulation": False, "ki_fast_loss_weight": 0.0}
-    assert gradient_table(params, dataclasses.replace(config, **changes), batch, jax.random.key(3)) == proof.table
+    assert prove(params, dataclasses.replace(config, **changes), batch, jax.random.key(3)).table == proof.table
+
+
+def test_every_scheme_is_measured_on_the_same_model(small, proof, tmp_path) -> None:
+    """Stopping at the embeddings looks like insulation to whoever looks at embeddings and pixels only."""
+    config, _, params, batch = small
+    found = prove(params, config, batch, jax.random.key(3), ("insulated", "joint", "embeddings", "frozen")).check()
+    for part, row in found.table.items():
+        assert {name: row[name] for name in proof.table[part]} == pytest.approx(proof.table[part], rel=1e-5)
+        assert (row["flow_embeddings"] == 0.0) == (part in ("vision", "embedding", "final norm"))
+        assert (row["flow_frozen"] == 0.0) == (part != "expert") and row["fast_frozen"] == 0.0
+        if part.startswith("backbone layer"):  # the layers' gradient is whole: all of it leaks
+            assert row["flow_embeddings"] == pytest.approx(row["flow_control"], rel=1e-4)
+    assert found.cosine["expert"] is None and found.cosine["final norm"] is None  # one of the two is zero there
+    assert all(0 < abs(found.cosine[part]) < 1 for part in PARTS[:4])
+    write_certificate(tmp_path / "certificate.json", found, config, {"step": 7})
+    written = json.loads((tmp_path / "certificate.json").read_text())
+    assert written["step"] == 7 and written["trained_with"]["knowledge_insulation"] and written["outcome"] == "holds"
+
+
+def test_cosines_are_those_of_plain_gradients() -> None:
+    a, b = {"x": jnp.array([3e-30, 4e-30])}, {"x": jnp.array([4e20, 3e20])}
+    assert float(gradients._cosine(a, b)) == pytest.approx(0.96)
+    assert np.isnan(float(gradients._cosine(a, {"x": jnp.zeros(2)})))
 
 
 def test_not_finite_is_no_proof(proof) -> None:

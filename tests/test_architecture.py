@@ -43,9 +43,9 @@ ROOMS: dict[str, set[str]] = {
     "grounding": MODEL | {"scenes"},
     "evaluate": POLICY | {"losses", "policy", "scenes", "sim"},
     "pretrain": TRAIN | {"sim", "train", "scenes", "grounding", "evaluate"},
+    "testing": MODEL,
     "inspection": TRAIN | {"assets", "train", "policy", "testing"},
     "serve": POLICY | {"policy"},
-    "testing": MODEL,
     "report": TRAIN | {"train", "policy", "evaluate", "inspection"},
     "demo": TRAIN | {"sim", "train", "policy", "collect", "scenes", "pretrain", "evaluate", "inspection", "report"},
 }

@@ -299,6 +299,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
         from_scratch=True,
         held_out_fraction=0.0,
         fast_vocab=512,
+        certify=False,  # two more programs to compile
     )
     assert training.train(settings, quiet=True)
     return settings

@@ -110,6 +110,7 @@ def settings(folder: Path, run: Path, **changes: object) -> TrainConfig:
         log_every=1,
         fast_vocab=400,
         fast_scale=4.0,
+        certify=False,  # two more programs to compile
     )
     return dataclasses.replace(config, **changes)
 
@@ -264,7 +265,7 @@ def test_a_mixture_trains_and_serves_each_robot(folder: Path, tmp_path: Path) ->
 def test_a_resumed_mixture_does_not_read_the_mapping_again(folder: Path, tmp_path: Path) -> None:
     mapping = tmp_path / "copy.toml"
     mapping.write_text(MAPPING.replace('path = "', f'path = "{folder}/'))
-    config = settings(folder, tmp_path / "run", data=mapping)
+    config = settings(folder, tmp_path / "run", data=mapping, held_out_fraction=0.0)
     assert train(dataclasses.replace(config, steps=2), quiet=True)
     stored = json.loads((config.run / "train.json").read_text())
     (config.run / "train.json").write_text(json.dumps(stored | {"steps": 4}))

@@ -56,6 +56,7 @@ def settings(data: Path | None, run: Path, **changes: object) -> TrainConfig:
         checkpoint_every=3,
         log_every=2,
         fast_vocab=512,
+        certify=False,  # two more programs to compile
     )
     return dataclasses.replace(config, **changes)
 
@@ -63,7 +64,7 @@ def settings(data: Path | None, run: Path, **changes: object) -> TrainConfig:
 @pytest.fixture(scope="module")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "whole"
-    assert training.train(settings(data, run), quiet=True)
+    assert training.train(settings(data, run, certify=True), quiet=True)
     return run
 
 
@@ -246,7 +247,7 @@ def test_every_checkpoint_certifies_its_own_insulation(finished: Path) -> None:
 
 def test_a_run_without_insulation_says_so(data: Path, tmp_path: Path) -> None:
     model = dataclasses.replace(SMALL, knowledge_insulation=False)
-    config = settings(data, tmp_path / "joint", model=model, steps=2)
+    config = settings(data, tmp_path / "joint", model=model, steps=2, certify=True)
     assert training.train(config, quiet=True)
     with CheckpointStore(config.run / "checkpoints") as store:
         certificate = read_certificate(store.assets() / CERTIFICATE_FILE)
@@ -262,7 +263,7 @@ def leaking(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_training_stops_where_insulation_leaks(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     leaking(monkeypatch)
     with pytest.raises(InsulationError, match="leaks; flow reaches vision"):
-        training.train(settings(data, tmp_path / "leak"), quiet=True)
+        training.train(settings(data, tmp_path / "leak", certify=True), quiet=True)
 
 
 def test_inspection_of_a_run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,8 @@ from insula.testing import randomise
 from insula.train.config import TrainConfig
 from insula.train.data import fit_assets, held_out_sources, open_data, training_mixture
 from insula.train.optimiser import OptimiserConfig
-from insula.train.run import train
+from insula.train.run import held_out_losses, train
+from insula.train.step import TrainState
 
 SMALL = dataclasses.replace(
     TINY,
@@ -335,6 +336,24 @@ def test_workers_quarantine_as_the_thread_does(made: SimpleNamespace, damaged: i
             tokens.append([next(batches).observation.tokens for _ in range(6)])
         assert quarantined(mixture) == 1
     np.testing.assert_array_equal(*tokens)
+
+
+def test_a_bad_sample_among_the_held_out_ones(folder: Path, made: SimpleNamespace, tmp_path: Path) -> None:
+    unseen = held_out_sources(made.config, made.assets, made.data)
+    row = next(n for n in range(len(unseen["scenes"])) if unseen["scenes"].numbers[n] < 12)
+    path = folder / "questions" / f"{unseen['scenes'].numbers[row]}.png"
+    whole = path.read_bytes()
+    path.write_bytes(b"")
+    config = dataclasses.replace(made.config, run=tmp_path, on_bad_sample="quarantine")
+    try:
+        look = held_out_losses(config, made.data.mapping, {"scenes": unseen["scenes"]}, jax.random.key(0))
+        params = randomise(abstract_params(SMALL), jax.random.key(0))
+        found = look(TrainState(np.zeros((), np.int32), params, params, ()))
+    finally:
+        path.write_bytes(whole)
+    assert np.isfinite(found["held_out/scenes/fast"])
+    (line,) = (tmp_path / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["source"] == "held_out/scenes" and json.loads(line)["row"] == row
 
 
 def test_numbers_that_are_no_numbers(tmp_path: Path, folder: Path) -> None:

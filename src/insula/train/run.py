@@ -166,19 +166,20 @@ def held_out_losses(
     """Mean losses of the averaged parameters on the same unseen samples, noise and times each time. The only robot's
     are called "held_out/flow" and so on; those of other sources carry their name."""
     loss = jax.jit(lambda params, batch, key: compute_loss(params, config.model, batch, key))
+    read: dict[str, Mixture] = {}
     groups: dict[str, list[np.ndarray]] = {}
     for name, samples in unseen.items():
+        quarantine = config.run / QUARANTINE_FILE
+        read[name] = Mixture({f"held_out/{name}": samples}, None, config.on_bad_sample, quarantine)
         size = min(config.batch_size, len(samples))
         rows = np.random.default_rng(config.seed).permutation(len(samples))[: batches * size]
         groups[name] = [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)]
 
     def look(state: TrainState) -> Metrics:
         metrics: Metrics = {}
-        for name, samples in unseen.items():
-            found = [
-                loss(state.average, samples.batch(rows), jax.random.fold_in(rng, i))[1]
-                for i, rows in enumerate(groups[name])
-            ]
+        for name in unseen:
+            made = (read[name].batch(np.zeros_like(rows), rows) for rows in groups[name])
+            found = [loss(state.average, batch, jax.random.fold_in(rng, i))[1] for i, batch in enumerate(made)]
             prefix = "held_out" if name in mapping.robots and len(mapping.robots) == 1 else f"held_out/{name}"
             kinds = ("flow", "fast", "token_accuracy") if name in mapping.robots else ("fast", "token_accuracy")
             metrics |= {f"{prefix}/{kind}": float(np.mean([m[kind] for m in found])) for kind in kinds}

@@ -202,22 +202,36 @@ def mixed(made: SimpleNamespace) -> SimpleNamespace:
         _, metrics = compute_loss(params, SMALL, batch, jax.random.key(1))
         return metrics["flow"], metrics
 
-    gradient = jax.jit(jax.grad(lambda *xs: losses(*xs)[0], argnums=2))
-    return SimpleNamespace(params=params, batch=batch, order=order, losses=losses, gradient=gradient)
+    gradient, weights = (jax.jit(jax.grad(lambda *xs: losses(*xs)[0], argnums=n)) for n in (2, 0))
+    return SimpleNamespace(params=params, batch=batch, order=order, losses=losses, gradient=gradient, weights=weights)
 
 
 def test_no_loss_and_no_gradient_where_there_is_no_action(mixed: SimpleNamespace) -> None:
-    batch = mixed.batch
+    batch, asked = mixed.batch, mixed.order[0] == 2
     gradient = np.asarray(mixed.gradient(mixed.params, batch, jnp.asarray(batch.actions)))
-    steps = ~batch.action_is_pad
-    # Padded steps and dimensions are seen by the expert as noise, so their content may matter; their error may not.
-    scored = np.broadcast_to((steps[:, :, None] & batch.action_dim_mask[:, None, :]), gradient.shape)
-    assert np.abs(gradient[scored]).min() > 0
-    asked = mixed.order[0] == 2
+    assert np.abs(gradient[np.asarray(batch.action_mask)]).min() > 0
     assert asked.any() and not gradient[asked].any()
-    flow = float(mixed.losses(mixed.params, batch, jnp.asarray(batch.actions))[0])
-    only = jax.tree.map(lambda x: x[~asked], batch)
-    assert np.isfinite(flow) and only.actions.shape[0] < 8
+    loud, control = np.array(batch.actions), np.array(batch.actions)
+    loud[asked], control[~asked] = 99, 99
+    flow = [float(mixed.losses(mixed.params, batch, actions)[0]) for actions in (batch.actions, loud, control)]
+    assert flow[0] == flow[1] != flow[2]
+
+
+@pytest.mark.parametrize(("name", "dims"), [("arm", 3), ("cart", 2), ("scenes", 0)])
+def test_padded_dimensions_teach_nothing(mixed: SimpleNamespace, made: SimpleNamespace, name: str, dims: int) -> None:
+    """Not one bit of gradient on what produces them, beside dimensions that are taught."""
+    batch = jax.tree.map(lambda x: np.repeat(x, 8, axis=0), row_of(made, name))
+    gradient = mixed.weights(mixed.params, batch, batch.actions).expert.action_out
+    for leaf in (np.asarray(gradient.kernel), np.asarray(gradient.bias)):
+        assert not leaf[..., dims:].any() and (np.abs(leaf[..., :dims]) > 0).any(axis=tuple(range(leaf.ndim - 1))).all()
+
+
+def test_padded_steps_are_not_scored(mixed: SimpleNamespace, made: SimpleNamespace) -> None:
+    """The cart's chunks have 4 steps: were the other two real, the loss would differ."""
+    batch = jax.tree.map(lambda x: np.repeat(x, 8, axis=0), row_of(made, "cart"))
+    unmasked = dataclasses.replace(batch, action_is_pad=np.zeros_like(batch.action_is_pad))
+    scored, wrong = (float(mixed.losses(mixed.params, b, b.actions)[0]) for b in (batch, unmasked))
+    assert scored > 0 and abs(scored - wrong) > 1e-3
 
 
 def test_each_kind_of_sample_has_its_losses(mixed: SimpleNamespace, made: SimpleNamespace) -> None:

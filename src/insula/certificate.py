@@ -16,7 +16,7 @@ Every checkpoint of a run holds one (`certificate.json`), measured on these very
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -70,8 +70,7 @@ class Proof:
 
     def check(self) -> "Proof":
         """Itself. Raises InsulationError unless it holds."""
-        if self.outcome != "holds":
-            raise InsulationError(f"knowledge insulation: {self.outcome}; " + "; ".join(self.findings))
+        require(self.outcome, self.findings)
         return self
 
     def to_json(self) -> dict[str, Any]:
@@ -81,6 +80,12 @@ class Proof:
             "table": self.table,
             "cosine": self.cosine,
         }
+
+
+def require(outcome: str, findings: Sequence[str]) -> None:
+    """Raises InsulationError unless insulation holds."""
+    if outcome != "holds":
+        raise InsulationError(f"knowledge insulation: {outcome}; " + "; ".join(findings))
 
 
 Prover = Callable[[Params, Batch, PRNGKeyArray], Proof]

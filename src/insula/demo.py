@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from insula.certificate import CERTIFICATE_FILE, InsulationError, read_certificate
+from insula.certificate import CERTIFICATE_FILE, read_certificate, require
 from insula.checkpoints.pretrained import load_pretrained
 from insula.checkpoints.store import CheckpointStore
 from insula.collect import collect, collect_questions
@@ -206,8 +206,7 @@ def _certificate(config: TrainConfig) -> dict[str, Any]:
     """What the newest checkpoint says of its insulation. Raises InsulationError unless it holds."""
     with CheckpointStore(config.run / "checkpoints") as store:
         found = read_certificate(store.assets() / CERTIFICATE_FILE)
-    if found["outcome"] != "holds":
-        raise InsulationError(f"knowledge insulation: {found['outcome']}; " + "; ".join(found["findings"]))
+    require(found["outcome"], found["findings"])
     return found
 
 

@@ -1,22 +1,21 @@
 """What `insula data stats` and `insula data fit-fast` do."""
 
 import dataclasses
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from insula.data import normalise
-from insula.data.fitting import FASTReport, action_chunks, fit_stats, measure_fast
+from insula.data.fitting import FASTReport, action_chunks, measure_fast, robot_stats
 from insula.data.lerobot.reader import LeRobotDataset
-from insula.data.mapping import RobotData, read_mapping
+from insula.data.mapping import read_mapping
 from insula.data.normalise import NormStats
 from insula.data.robot import Robot
 from insula.data.values import dim_names
+from insula.terminal import as_text
 from insula.tokens.fast import FASTCodec
 
 REPORT_FILE = "report.json"
@@ -36,19 +35,13 @@ def measure(path: Path, horizon: int, limit: int, processes: int) -> dict[str, M
     """Every robot of a mapping, or of a plain folder; at most `limit` chunks of each, spread evenly."""
     found = {}
     for name, data in read_mapping(path).robots.items():
-        stats = _stats(data, horizon, processes)
+        stats = robot_stats(data, horizon, processes=processes)
         robot = Robot(stats, tuple(data.cameras), data.horizon or horizon, data.delta, data.units)
         dataset = LeRobotDataset(data.path, cache_bytes=0)
         names = {"state": dim_names(dataset, data.state), "actions": dim_names(dataset, data.actions)}
         chunks, clipped = action_chunks(data, robot, limit=limit, processes=processes)
         found[name] = Measured(robot, names, chunks, clipped)
     return found
-
-
-def _stats(data: RobotData, horizon: int, processes: int) -> dict[str, NormStats]:
-    if data.statistics is not None:
-        return normalise.load(data.statistics)
-    return fit_stats(data, data.horizon or horizon, processes=processes)
 
 
 def stats(path: Path, horizon: int, out: Path | None, limit: int, processes: int) -> str:
@@ -94,7 +87,9 @@ def _tables(name: str, measured: Measured) -> str:
             figures = ["" if column is None else f"{column[dim]:.4g}" for column in columns]
             table.add_row(label, *figures, _note(stats, dim))
         tables.append(table)
-    return _text(*tables, f"{measured.clipped:.3%} of the normalised action values are beyond ±{measured.robot.clip:g}")
+    return as_text(
+        *tables, f"{measured.clipped:.3%} of the normalised action values are beyond ±{measured.robot.clip:g}"
+    )
 
 
 def _note(stats: NormStats, dim: int) -> str:
@@ -117,12 +112,4 @@ def _fast_table(reports: dict[str, FASTReport]) -> str:
     }
     for label, figure in rows.items():
         table.add_row(label, *(figure(report) for report in reports.values()))
-    return _text(table)
-
-
-def _text(*parts: Table | str) -> str:
-    text = io.StringIO()
-    console = Console(file=text, width=120, highlight=False)
-    for part in parts:
-        console.print(part, markup=False)
-    return text.getvalue().rstrip()
+    return as_text(table)

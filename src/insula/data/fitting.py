@@ -13,6 +13,7 @@ from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.mapping import RobotData
 from insula.data.normalise import NormStats
 from insula.data.robot import Robot, relative
+from insula.data.schema import DatasetError
 from insula.data.values import check_delta, chosen_episodes, chunk_indices, dim_names, frames_of, joined
 from insula.data.workers import Map, mapping_over
 from insula.tokens.fast import FASTCodec, FASTRangeError
@@ -31,6 +32,22 @@ class _Pass:
     horizon: int
     episodes: np.ndarray
     skip_non_finite: bool
+
+
+def robot_stats(
+    data: RobotData,
+    horizon: int,
+    episodes: Iterable[SupportsIndex] | None = None,
+    processes: int = 1,
+    skip_non_finite: bool = False,
+) -> dict[str, NormStats]:
+    """The statistics the mapping names, else those `fit_stats` finds. Raises DatasetError where the file lacks some."""
+    if data.statistics is None:
+        return fit_stats(data, horizon, episodes, processes, skip_non_finite)
+    stats = normalise.load(data.statistics)
+    if missing := [part for part in ("state", "actions") if part not in stats]:
+        raise DatasetError(f"{data.statistics}: no {missing[0]!r}; expected 'state' and 'actions'")
+    return stats
 
 
 def fit_stats(

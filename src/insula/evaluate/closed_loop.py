@@ -10,7 +10,6 @@ listen, succeeds there never and moves a wrong object instead: success under swa
 
 import contextlib
 import dataclasses
-import io
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,13 +17,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import gymnasium
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 import insula.sim
 from insula.evaluate.intervals import Rate, wilson
 from insula.sim.seeds import EVALUATION, RANGES, refuse_seen
 from insula.sim.tabletop import ACTION_DIM
+from insula.terminal import as_text
 
 LANES = 16
 LATENCY_CALLS, LATENCY_WARM_UP = 100, 5
@@ -133,11 +132,9 @@ class ClosedLoop:
         table.add_row("of the scene", str(self.success), str(self.wrong_object))
         if self.swapped_success is not None:
             table.add_row("swapped", str(self.swapped_success), str(self.swapped_wrong_object))
-        text = io.StringIO()
-        Console(file=text, width=80, highlight=False).print(table)
         latency = ", ".join(f"{name} {value:.1f} ms" for name, value in self.latency_ms.items())
         scenes = sum(not e.swapped for e in self.episodes)
-        return f"{text.getvalue()}{scenes} scenes, {self.mean_steps:.1f} steps on average; one act: {latency}"
+        return as_text(table, f"{scenes} scenes, {self.mean_steps:.1f} steps on average; one act: {latency}", width=80)
 
 
 def evaluate(

@@ -1,14 +1,13 @@
 """What `insula inspect` does."""
 
-import io
 from pathlib import Path
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
 from insula.certificate import SUFFIX, Proof, prove, write_certificate
 from insula.inspection.subject import Subject
+from insula.terminal import as_text
 
 COLUMNS = {
     "flow": "flow",
@@ -44,6 +43,4 @@ def table(proof: Proof) -> str:
         cosine = proof.cosine.get(part)
         norms = ["0 exactly" if row[name] == 0 else f"{row[name]:.3g}" for name in COLUMNS]
         shown.add_row(part, *norms, "" if cosine is None else f"{cosine:+.2f}")
-    text = io.StringIO()
-    Console(file=text, width=150, highlight=False).print(shown)
-    return "\n".join([text.getvalue().rstrip(), f"insulation: {proof.outcome}", *proof.findings])
+    return as_text(shown, f"insulation: {proof.outcome}", *proof.findings, width=150)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from insula.assets import Assets
-from insula.data import normalise
-from insula.data.fitting import action_chunks, fit_stats
+from insula.data.fitting import action_chunks, robot_stats
 from insula.data.lerobot import LeRobotDataset
 from insula.data.mapping import Mapping, RobotData, parse_mapping, read_mapping, to_json
 from insula.data.mixture import Mixture, Source
@@ -114,20 +113,14 @@ def fit_assets(config: TrainConfig, data: RunData) -> Assets:
 def _robot(config: TrainConfig, data: RunData, name: str, robot: RobotData) -> Robot:
     model = config.model
     horizon = robot.horizon or model.horizon
-    if robot.statistics is not None:
-        stats = normalise.load(robot.statistics)
-    else:
-        frames = len(data.datasets[name])
-        stats = fit_stats(
-            robot,
-            horizon,
-            data.parts[name].train,
-            processes=(os.cpu_count() or 1) if frames >= LARGE else 1,
-            skip_non_finite=config.on_bad_sample == "quarantine",
-        )
+    stats = robot_stats(
+        robot,
+        horizon,
+        data.parts[name].train,
+        processes=(os.cpu_count() or 1) if len(data.datasets[name]) >= LARGE else 1,
+        skip_non_finite=config.on_bad_sample == "quarantine",
+    )
     for part, width in (("state", model.state_dim), ("actions", model.action_dim)):
-        if part not in stats:
-            raise DatasetError(f"{robot.statistics}: no {part!r}; expected 'state' and 'actions'")
         if stats[part].dim > width:
             raise DatasetError(
                 f"data set {robot.path}: {part} has {stats[part].dim} dimensions, config {model.name!r} "

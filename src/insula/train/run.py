@@ -140,7 +140,8 @@ def certifier(
     measure = prover(config.model)
     source, rows = mixture.order(config.batch_size, config.seed)[0]
     batch = mixture.batch(source, rows)
-    both = batch.action_mask.any((1, 2)) & batch.loss_mask.any(1) if batch.loss_mask is not None else source >= 0
+    assert batch.loss_mask is not None  # every source tokenises
+    both = batch.action_mask.any((1, 2)) & batch.loss_mask.any(1)
     chosen = np.flatnonzero(both)[:CERTIFIED] if both.any() else np.arange(min(CERTIFIED, len(rows)))
     some = jax.tree.map(lambda x: x[chosen], batch)
     sources = list(mixture.sources.values())

@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help demo test setup lint format types bench slow constraints clean gl
+.PHONY: help demo test setup lint format types bench slow constraints clean gl chromium
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -22,11 +22,11 @@ help:  ## this list
 demo: $(VENV)/.demo gl  ## demonstrations, training, evaluation, one report.html
 	$(BIN)/insula demo $(DEMO_ARGS)
 
-test: lint types gl  ## ruff, mypy, unit tests, and the quick demo
+test: lint types gl chromium  ## ruff, mypy, unit tests, and the quick demo
 	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 	$(BIN)/insula demo --quick
 
-setup: $(VENV)/.test gl  ## the virtual environment, with the tools of the tests
+setup: $(VENV)/.test gl chromium  ## the virtual environment, with the tools of the tests
 
 lint: $(VENV)/.test  ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -55,6 +55,9 @@ clean:  ## forget the virtual environment and every cache; runs/ stays
 
 gl:
 	@scripts/setup.sh gl "$(PYTHON)"
+
+chromium:
+	@scripts/setup.sh chromium
 
 # Stamps: installed once, and again when a dependency changes.
 $(VENV)/.demo: pyproject.toml constraints.txt

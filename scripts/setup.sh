@@ -3,6 +3,7 @@
 #
 #   setup.sh python PYTHON        Python 3.11 or newer that can make a virtual environment
 #   setup.sh gl PYTHON            a GL library that renders without a screen
+#   setup.sh chromium             a browser, for tests of pages; without one they are skipped
 #   setup.sh constraints PYTHON   resolve pyproject.toml anew into constraints.txt
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -82,6 +83,19 @@ check_gl() {
     has_gl "$1" || fail "still no EGL or OSMesa to render with, although these are installed: $packages"
 }
 
+# The page of `insula inspect` is tested in a real browser, where there is one.
+check_chromium() {
+    local name
+    for name in chromium chromium-browser google-chrome; do
+        command -v "$name" >/dev/null && return
+    done
+    if can_apt; then
+        apt_install chromium
+    else
+        echo "setup: no Chromium here, so the tests of pages in a browser are skipped; on Debian: sudo apt-get install chromium" >&2
+    fi
+}
+
 write_constraints() {
     check_python "$1"
     local venv=.cache/constraints
@@ -100,6 +114,7 @@ write_constraints() {
 case "${1:-}" in
 python) check_python "${2:-python3}" ;;
 gl) check_gl "${2:-python3}" ;;
+chromium) check_chromium ;;
 constraints) write_constraints "${2:-python3}" ;;
-*) fail "expected python, gl or constraints, got '${1:-}'" ;;
+*) fail "expected python, gl, chromium or constraints, got '${1:-}'" ;;
 esac

@@ -25,6 +25,7 @@ POLICY = MODEL | {"data", "checkpoints"}
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "terminal": set(),
+    "page": set(),
     "shapes": {"errors"},
     "batch": {"errors", "shapes"},
     "flow": {"errors", "shapes"},
@@ -45,9 +46,9 @@ ROOMS: dict[str, set[str]] = {
     "evaluate": POLICY | {"terminal", "losses", "policy", "scenes", "sim"},
     "pretrain": TRAIN | {"sim", "train", "scenes", "grounding", "evaluate"},
     "testing": MODEL,
-    "inspection": TRAIN | {"terminal", "assets", "train", "policy", "testing"},
+    "inspection": TRAIN | {"terminal", "page", "assets", "train", "policy", "testing"},
     "serve": POLICY | {"policy"},
-    "report": TRAIN | {"train", "policy", "evaluate", "inspection"},
+    "report": TRAIN | {"page", "train", "policy", "evaluate", "inspection"},
     "demo": TRAIN | {"sim", "train", "policy", "collect", "scenes", "pretrain", "evaluate", "inspection", "report"},
 }
 ROOMS["__init__"] = set(ROOMS)  # the entry points, re-exported

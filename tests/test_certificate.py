@@ -10,12 +10,12 @@ import pytest
 
 from insula import certificate as gradients
 from insula import losses
-from insula.certificate import InsulationError, judge, prove, write_certificate
+from insula.certificate import EXPERT, InsulationError, judge, prove, write_certificate
 from insula.model import abstract_params
 from insula.model.config import TransformerConfig, preset
 from insula.testing import fake_batch
 
-PARTS = ["vision", "embedding", "backbone layer 0", "backbone layer 1", "final norm", "expert"]
+PARTS = ["vision", "embedding", "backbone layer 0", "backbone layer 1", "final norm", "expert", "action head"]
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def proof(small):
 def test_zeros_are_exact_and_controls_are_not(proof) -> None:
     assert list(proof.table) == PARTS and proof.check() is proof and proof.findings == ()
     for part, row in proof.table.items():
-        assert (row["flow"] == 0.0) == (part != "expert")
-        assert (row["fast"] == 0.0) == (row["fast_control"] == 0.0) == (part == "expert")
+        assert (row["flow"] == 0.0) == (part not in EXPERT)
+        assert (row["fast"] == 0.0) == (row["fast_control"] == 0.0) == (part in EXPERT)
         assert (row["flow_control"] == 0.0) == (part == "final norm")
     assert json.loads(json.dumps(proof.to_json()))["outcome"] == "holds"
 
@@ -97,7 +97,7 @@ def test_every_scheme_is_measured_on_the_same_model(small, proof, tmp_path) -> N
     for part, row in found.table.items():
         assert {name: row[name] for name in proof.table[part]} == pytest.approx(proof.table[part], rel=1e-5)
         assert (row["flow_embeddings"] == 0.0) == (part in ("vision", "embedding", "final norm"))
-        assert (row["flow_frozen"] == 0.0) == (part != "expert") and row["fast_frozen"] == 0.0
+        assert (row["flow_frozen"] == 0.0) == (part not in EXPERT) and row["fast_frozen"] == 0.0
         if part.startswith("backbone layer"):  # the layers' gradient is whole: all of it leaks
             assert row["flow_embeddings"] == pytest.approx(row["flow_control"], rel=1e-4)
     assert found.cosine["expert"] is None and found.cosine["final norm"] is None  # one of the two is zero there

@@ -168,15 +168,14 @@ def test_the_state_reaches_the_expert_as_a_token_only_when_asked() -> None:
 
 
 def test_cameras_of_any_size_and_none_forgotten() -> None:
-    params, batch = model()
-    seen = batch.observation
+    params, _ = model()
     images = {name: jnp.full((2, 24, 40, 3), 77, jnp.uint8) for name in SMALL.cameras}
-    run = jit(lambda vision, images: encode_images(vision, SMALL, images, seen.image_mask)[0])
+    run = jit(lambda vision, images: encode_images(vision, SMALL, images))
     even = {name: jnp.zeros((2, 16, 16, 3), jnp.uint8).at[:, 3:12].set(77) for name in SMALL.cameras}
     assert difference(run(params.vision, images), run(params.vision, even)) < CLOSE
     first, *others = SMALL.cameras
     with pytest.raises(KeyError, match=rf"also expects .*{others[-1]}"):
-        encode_images(params.vision, SMALL, {first: even[first]}, seen.image_mask)
+        encode_images(params.vision, SMALL, {first: even[first]})
 
 
 def test_unknown_names_are_answered_with_the_nearest() -> None:

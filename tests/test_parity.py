@@ -160,7 +160,7 @@ def ids(seen: Observation, config: Config) -> tuple[Any, Any]:
 def test_siglip_and_projector(pair: tuple[Any, Params, Config]) -> None:
     theirs, params, config = pair
     seen, _ = observation(config, suffix=False)
-    run = jit(lambda vision: encode_images(vision, config, seen.images, seen.image_mask)[0])
+    run = jit(lambda vision: encode_images(vision, config, seen.images))
     with torch.no_grad():
         expected = theirs.model.get_image_features(pixels(seen, config).flatten(0, 1)).pooler_output
     expected = expected.reshape(BATCH, config.num_image_tokens, -1)

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from insula.evaluate.closed_loop import ClosedLoop, Episode, Recording
+from insula.page.html import Html, tag, text
 from insula.report import Report, charts, machine, read_metrics, render, versions, write_report
-from insula.report.html import Html, tag, text
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
 VOID = {"meta", "img", "br", "source"}

@@ -16,8 +16,6 @@ from insula.checkpoints.store import CheckpointError, CheckpointStore
 from insula.collect import collect
 from insula.convert import convert
 from insula.data.schema import DatasetError
-from insula.inspection.command import certify, table
-from insula.inspection.subject import of_data, of_run
 from insula.model import abstract_params
 from insula.model.config import TINY, Config, TransformerConfig, VisionConfig
 from insula.policy import Policy
@@ -231,7 +229,7 @@ def test_a_run_starts_from_a_checkpoint(data: Path, finished: Path, tmp_path: Pa
         training.start_params(dataclasses.replace(config, model=TINY), jax.random.key(0))
 
 
-# --- the certificate of a checkpoint, and `insula inspect` ------------------------------------------------------------
+# --- the certificate of a checkpoint ----------------------------------------------------------------------------------
 
 
 def test_every_checkpoint_certifies_its_own_insulation(finished: Path) -> None:
@@ -264,29 +262,3 @@ def test_training_stops_where_insulation_leaks(data: Path, tmp_path: Path, monke
     leaking(monkeypatch)
     with pytest.raises(InsulationError, match="leaks; flow reaches vision"):
         training.train(settings(data, tmp_path / "leak", certify=True), quiet=True)
-
-
-def test_inspection_of_a_run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = of_run(finished)
-    proof = certify(subject, 3, None, 0, tmp_path / "c.json")
-    assert proof.outcome == "holds" and "insulation: holds" in table(proof) and "0 exactly" in table(proof)
-    written = read_certificate(tmp_path / "c.json")
-    assert written["table"] == proof.table and written["parameters"] == "trained"
-    assert written["table"]["backbone layer 0"]["flow_embeddings"] > 0 == written["table"]["vision"]["flow_embeddings"]
-    seen = of_run(finished, held_out=False)
-    (held, trained), *_ = zip(subject.sources.values(), seen.sources.values(), strict=True)
-    assert not set(held.frames.tolist()) & set(trained.frames.tolist())
-    with pytest.raises(IndexError, match=r"sample 9999 of 'demos' does not exist; it has 0 to"):
-        certify(subject, 9999, None, 0, None)
-    with pytest.raises(ValueError, match=r"no source 'dmos' .did you mean 'demos'"):
-        certify(subject, 0, "dmos", 0, None)
-    with pytest.raises(FileNotFoundError, match=r"no train.json here; expected what `insula train --run`"):
-        of_run(tmp_path)
-    leaking(monkeypatch)
-    leak = certify(subject, 3, None, 0, None)
-    assert leak.outcome == "leaks" and "flow reaches backbone layer 0" in table(leak)
-
-
-def test_inspection_of_data_without_a_run(data: Path) -> None:
-    subject = of_data(SMALL, data)
-    assert not subject.trained and certify(subject, 0, None, 0, None).outcome == "holds"

@@ -5,13 +5,17 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import tyro
 from rich.console import Console
 
+if TYPE_CHECKING:
+    from insula.model.config import Config
+
+T = TypeVar("T")
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 console = Console(stderr=True)
 
@@ -33,10 +37,8 @@ def main() -> None:
         "data": data,
     }
     try:
-        if sys.argv[1:2] == ["train"]:
-            return train(*sys.argv[2:])  # it parses by itself: one of its flags chooses the defaults of all others
-        if sys.argv[1:2] == ["data"]:
-            return data(*sys.argv[2:])
+        if sys.argv[1:2] in (["train"], ["inspect"], ["data"]):  # --preset chooses the defaults of all other flags
+            return commands[sys.argv[1]](*sys.argv[2:])
         tyro.extras.subcommand_cli_from_dict(commands, prog="insula", description=__doc__)
     except KeyboardInterrupt as error:
         console.print(f"insula: {error.args[0] if error.args else 'interrupted'}", markup=False, highlight=False)
@@ -134,66 +136,43 @@ def evaluate(
     print(evaluate_run(run, episodes, first_seed, execute, json, video, robot))
 
 
-def inspect(
-    run: Path | None = None,
-    data: Path | None = None,
-    preset: str = "tiny",
-    sample: int = 0,
-    source: str | None = None,
-    training: bool = False,
-    seed: int = 0,
-    certificate: Path | None = None,
-) -> None:
-    """Measure where the gradients of both losses go, on one sample: with insulation, without it, with the gradient
-    stopped at the embeddings only, with the backbone frozen. Exit code 1 where insulation leaks or nothing is shown.
+def inspect(*arguments: str) -> None:
+    """See one sample as a model does: every token and mask, who may look at whom, what each loss scores, and, measured,
+    where gradients go. Writes one offline page. Exit code 1 where insulation leaks or nothing is shown."""
+    from insula.inspection.command import inspect as run
+    from insula.inspection.config import InspectConfig
 
-    Args:
-        run: A training run: its weights, and samples it was never trained on.
-        data: Without a run: a LeRobot data set or a .toml mapping, seen by random weights.
-        preset: The model, without a run.
-        sample: Which one.
-        source: Of which source of the mapping; the first unless given.
-        training: Look at samples the run was trained on.
-        seed: Of noise and flow time.
-        certificate: Write the measurement to this .json file.
-    """
-    from insula.inspection.command import certify, table
-    from insula.inspection.subject import of_data, of_run
-    from insula.model.config import preset as named
-
-    if (run is None) == (data is None):
-        raise ValueError("give either --run RUN, or --data DATA with --preset")
-    subject = of_run(run, held_out=not training) if run is not None else of_data(named(preset), data)  # type: ignore[arg-type]
-    proof = certify(subject, sample, source, seed, certificate)
-    print(table(proof))
-    sys.exit(0 if proof.outcome == "holds" else 1)
+    config = _parsed("inspect", inspect.__doc__, arguments, lambda model: InspectConfig(model=model))
+    sys.exit(0 if run(config) else 1)
 
 
 def train(*arguments: str) -> None:
     """Train a knowledge-insulated policy on a LeRobot data set. --preset NAME chooses the model that flags override."""
-    from insula.model.config import preset
     from insula.train.config import TrainConfig
     from insula.train.run import train as run
+
+    def default(model: "Config") -> TrainConfig:
+        return TrainConfig(run=tyro.MISSING, model=dataclasses.replace(model, compute_dtype="bfloat16"))
+
+    config = _parsed("train", train.__doc__, arguments, default)
+    complete = run(config)
+    state = "done" if complete else "interrupted; go on with: insula train --resume --run"
+    print(f"{state} {config.run}")
+    sys.exit(0 if complete else 130)
+
+
+def _parsed(command: str, about: str | None, arguments: Sequence[str], default: "Callable[[Config], T]") -> T:
+    """Flags over `default` of the model that --preset names, in any order, before or after model.lora:lora-config."""
+    from insula.model.config import preset
 
     name, rest = "tiny", list(arguments)
     if "--preset" in rest[:-1]:
         at = rest.index("--preset")
         name = rest[at + 1]
         del rest[at : at + 2]
-    model = dataclasses.replace(preset(name), compute_dtype="bfloat16")
-    default = TrainConfig(run=tyro.MISSING, model=model)
-    config = tyro.cli(
-        TrainConfig,
-        prog="insula train",
-        description=train.__doc__,
-        default=default,
-        args=rest,
-        config=(tyro.conf.CascadeSubcommandArgs,),  # flags in any order, before or after model.lora:lora-config
-    )
-    complete = run(config)
-    state = "done" if complete else "interrupted; go on with: insula train --resume --run"
-    print(f"{state} {config.run}")
-    sys.exit(0 if complete else 130)
+    made = default(preset(name))
+    cascade = (tyro.conf.CascadeSubcommandArgs,)
+    return tyro.cli(type(made), prog=f"insula {command}", description=about, default=made, args=rest, config=cascade)
 
 
 def convert(

@@ -50,8 +50,7 @@ def grounding_loss(
     places: dict[str, Float[Array, "B n 2"]],
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Sigmoid loss over (patch, name) pairs plus the squared error of offsets where a name is present."""
-    everywhere = {name: jnp.ones(len(images[name]), bool) for name in config.cameras}
-    tokens, _ = encode_images(vision, config, images, everywhere)
+    tokens = encode_images(vision, config, images)
     where = jnp.stack([places[name] for name in config.cameras], axis=1)  # [B, C, n, 2]
     grid = config.vision.grid
     cell = jnp.clip(jnp.nan_to_num(where) * grid, 0, grid - 1e-4)

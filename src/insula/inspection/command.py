@@ -1,12 +1,19 @@
 """What `insula inspect` does."""
 
+import dataclasses
+from importlib.metadata import version
 from pathlib import Path
 
-import jax
 from rich.table import Table
 
-from insula.certificate import SUFFIX, Proof, prove, write_certificate
-from insula.inspection.subject import Subject
+from insula import page
+from insula.certificate import Proof, write_certificate
+from insula.inspection.config import InspectConfig
+from insula.inspection.influence import EFFECTS, Influence
+from insula.inspection.page import render
+from insula.inspection.server import serve
+from insula.inspection.subject import open_subject
+from insula.inspection.view import Findings, Inspector
 from insula.terminal import as_text
 
 COLUMNS = {
@@ -19,28 +26,72 @@ COLUMNS = {
 }
 
 
-def certify(subject: Subject, number: int, source: str | None, seed: int, file: Path | None) -> Proof:
-    """Measure where both losses' gradients go on one sample, under every scheme, and write it to `file`.
+def inspect(config: InspectConfig) -> bool:
+    """Look at one sample, write the page (or serve all samples'), print what was measured. Returns whether the model is
+    free of faults. Raises as `open_subject`, and ValueError or IndexError for a sample that does not exist or has
+    nothing to certify."""
+    subject = open_subject(config)
+    inspector = Inspector(subject, config.seed)
+    if config.serve:
+        subject.sample(config.sample, config.source)
+        serve(inspector, config.source, config.sample, config.port)
+        return True
+    found = inspector.look(config.sample, config.source)
+    if config.certificate is not None:
+        certify(found, config.certificate)
+    written = page.write(config.out or (config.run or Path()) / "inspect.html", render(found))
+    print(as_text(*summary(found), f"page: {written}", width=150))
+    return not found.faults
 
-    Raises ValueError where the sample lacks an action or tokens, so that it can show nothing.
-    """
-    batch, where = subject.sample(number, source)
-    if not batch.action_mask.any() or batch.loss_mask is None or not batch.loss_mask.any():
-        lacks = "no action" if not batch.action_mask.any() else "no scored token"
-        raise ValueError(f"{where} has {lacks}, so it cannot show where gradients go; choose a robot's sample")
-    config = subject.assets.config
-    proof = prove(subject.params, config, batch, jax.random.key(seed), tuple(SUFFIX))
-    if file is not None:
-        about = {"samples": [where], "seed": seed, "parameters": "trained" if subject.trained else "random"}
-        write_certificate(file, proof, config, about)
-    return proof
+
+def certify(found: Findings, file: Path) -> None:
+    """Write what was measured, gradients and what moves what. Raises ValueError where the sample lacks a loss, so that
+    it can show nothing, or the model was not run."""
+    if not found.shows_insulation:
+        lacks = "no action" if not found.has_actions else "no scored token"
+        raise ValueError(
+            f"{found.sample.where} has {lacks}, so it cannot show where gradients go; choose a robot's sample"
+        )
+    if found.proof is None or found.influence is None:
+        raise ValueError("a certificate needs the model to be run: without --tokens-only")
+    subject = found.subject
+    about = {
+        "samples": [found.sample.where],
+        "seed": found.seed,
+        "parameters": subject.parameters,
+        "influence": found.influence.table,
+    }
+    assert found.outcome != "not asked"
+    proof = dataclasses.replace(found.proof, outcome=found.outcome, findings=tuple(found.faults))
+    write_certificate(file, proof, subject.assets.config, about)
 
 
-def table(proof: Proof) -> str:
-    """Gradient norms of part and loss, exact zeros as such, and what they show."""
-    shown = Table("part", *COLUMNS.values(), "cosine", title="gradient norms", title_justify="left")
+def summary(found: Findings) -> list[Table | str]:
+    """What was measured, exact zeros as such, and what it shows."""
+    parts: list[Table | str] = [f"insula {version('insula')}: {found.sample.where}"]
+    if found.proof and found.influence:
+        parts += [gradient_table(found.proof, found), influence_table(found.influence)]
+        parts += [f"insulation: {found.outcome}", *found.faults]
+    return parts
+
+
+def gradient_table(proof: Proof, found: Findings) -> Table:
+    there = {"flow": found.has_actions, "fast": found.has_answer}
+    names = [name for name in COLUMNS if there[name.split("_")[0]]]
+    heads = [COLUMNS[name] for name in names]
+    shown = Table("part", *heads, "cosine", title="gradient norms", title_justify="left")
     for part, row in proof.table.items():
         cosine = proof.cosine.get(part)
-        norms = ["0 exactly" if row[name] == 0 else f"{row[name]:.3g}" for name in COLUMNS]
-        shown.add_row(part, *norms, "" if cosine is None else f"{cosine:+.2f}")
-    return as_text(shown, f"insulation: {proof.outcome}", *proof.findings, width=150)
+        shown.add_row(part, *(_exact(row[name]) for name in names), "" if cosine is None else f"{cosine:+.2f}")
+    return shown
+
+
+def influence_table(measured: Influence) -> Table:
+    shown = Table("changed", *EFFECTS, title="largest change", title_justify="left")
+    for changed, row in measured.table.items():
+        shown.add_row(changed, *(_exact(row[effect]) for effect in EFFECTS))
+    return shown
+
+
+def _exact(value: float | None) -> str:
+    return "" if value is None else "0 exactly" if value == 0 else f"{value:.3g}"

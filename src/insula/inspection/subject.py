@@ -2,35 +2,57 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import jax
+import numpy as np
 
-from insula.assets import Assets
+from insula.assets import Assets, read_assets
 from insula.batch import Batch
+from insula.checkpoints.store import CheckpointStore
 from insula.data.mixture import Source
 from insula.data.schema import DatasetError
 from insula.errors import did_you_mean
+from insula.inspection.config import InspectConfig
 from insula.model import Params, abstract_params
-from insula.model.config import Config
 from insula.policy import load_model
 from insula.testing import randomise
 from insula.train.config import TrainConfig, from_dict
 from insula.train.data import fit_assets, held_out_sources, open_data, training_mixture
 
+COPIES = 5
+"""Of the parameters, that measuring gradients needs at the same time: itself, a gradient for each loss, work space."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A batch of one. `where`: episode and frame, or row, for a person."""
+
+    batch: Batch
+    where: str
+    name: str
+    number: int
+    source: Source
+
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """Parameters, and all samples there are to look at, by source. `trained` is False where the parameters are random
-    ones: a fresh model's gates are zero, which would hide every leak."""
+    """All samples there are to look at, by source, and a model's parameters, or None where it is not to be run.
+    `trained` is False where they are random ones: a fresh model's gates are zero, which would hide every leak."""
 
-    params: Params
+    name: str
+    params: Params | None
     assets: Assets
     sources: dict[str, Source]
     trained: bool
 
-    def sample(self, number: int, source: str | None = None) -> tuple[Batch, str]:
-        """A batch of one, and where it is from. Raises IndexError or ValueError for what does not exist."""
+    @property
+    def parameters(self) -> str:
+        return "none" if self.params is None else "trained" if self.trained else "random"
+
+    def sample(self, number: int, source: str | None = None) -> Sample:
+        """Raises IndexError or ValueError for what does not exist."""
         name = source or next(iter(self.sources))
         if name not in self.sources:
             raise ValueError(
@@ -39,32 +61,62 @@ class Subject:
         samples = self.sources[name]
         if not 0 <= number < len(samples):
             raise IndexError(f"sample {number} of {name!r} does not exist; it has 0 to {len(samples) - 1}")
-        return samples.batch([number]), samples.where(number)
+        return Sample(samples.batch([number]), samples.where(number), name, number, samples)
 
 
-def of_run(run: Path, held_out: bool = True) -> Subject:
-    """The newest checkpoint of a run and what it never trained on, or what it did.
+def open_subject(config: InspectConfig) -> Subject:
+    """Raises ValueError, FileNotFoundError, CheckpointError or DatasetError, saying what to give instead."""
+    if (config.run is None) == (config.data is None):
+        raise ValueError("give either --run RUN, or --data DATA with --preset")
+    return _of_run(config) if config.run else _of_data(config)
 
-    Raises FileNotFoundError, CheckpointError, DatasetError.
-    """
-    path = run / "train.json"
+
+def _of_run(config: InspectConfig) -> Subject:
+    """The newest checkpoint of a run and what it never trained on, or what it did."""
+    assert config.run is not None
+    run, path = config.run, config.run / "train.json"
     if not path.is_file():
         raise FileNotFoundError(f"{run}: no {path.name} here; expected what `insula train --run` wrote")
-    config = dataclasses.replace(from_dict(json.loads(path.read_text(encoding="utf-8")), str(path)), run=run)
-    params, assets = load_model(run)
-    data = open_data(dataclasses.replace(config, resume=True))
-    if not held_out:
-        return Subject(params, assets, dict(training_mixture(config, assets, data).sources), trained=True)
-    sources = held_out_sources(config, assets, data)
+    trained = dataclasses.replace(from_dict(json.loads(path.read_text(encoding="utf-8")), str(path)), run=run)
+    if config.tokens_only:
+        with CheckpointStore(run / "checkpoints") as store:
+            params, assets = None, read_assets(store.assets())
+    else:
+        params, assets = load_model(run)
+    data = open_data(dataclasses.replace(trained, resume=True))
+    if config.training:
+        sources = dict(training_mixture(trained, assets, data).sources)
+    else:
+        sources = held_out_sources(trained, assets, data)
     if not sources:
-        raise DatasetError(f"{run}: nothing was held out of its training; look at its training samples instead")
-    return Subject(params, assets, sources, trained=True)
+        raise DatasetError(f"{run}: nothing was held out of its training; look at that with --training")
+    return Subject(str(run), params, assets, sources, trained=True)
 
 
-def of_data(model: Config, data: Path) -> Subject:
+def _of_data(config: InspectConfig) -> Subject:
     """Random parameters of a model, and a data set or a mapping as training would read it."""
-    config = TrainConfig(run=Path(), data=data, model=model, held_out_fraction=0.0, on_overflow="drop_token_loss")
-    opened = open_data(config)
-    assets = fit_assets(config, opened)
-    params = randomise(abstract_params(model), jax.random.key(0))
-    return Subject(params, assets, dict(training_mixture(config, assets, opened).sources), trained=False)
+    model = config.model
+    size = 4 * sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract_params(model)))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not config.tokens_only and COPIES * size > memory:
+        raise ValueError(
+            f"measuring {model.name!r} ({size / 2**30:.1f} GiB of float32 parameters) takes about "
+            f"{COPIES * size / 2**30:.0f} GiB, this machine has {memory / 2**30:.0f}; look at its sequence and masks "
+            "with --tokens-only, or override sizes: --model.backbone.width, ..."
+        )
+    trains = TrainConfig(
+        run=Path(),
+        data=config.data,
+        model=model,
+        dialect=config.dialect,
+        text_tokenizer=config.text_tokenizer,
+        fast=config.fast,
+        fast_last_id=config.fast_last_id,
+        held_out_fraction=0.0,
+        on_overflow="drop_token_loss",
+    )
+    data = open_data(trains)
+    assets = fit_assets(trains, data)
+    sources = dict(training_mixture(trains, assets, data).sources)
+    params = None if config.tokens_only else randomise(abstract_params(model), jax.random.key(0))
+    return Subject(str(config.data), params, assets, sources, trained=False)

@@ -37,10 +37,35 @@ def attend_with_memory(
     self_mask: Bool[Array, "A A"],
 ) -> Float[Array, "B K A N E"]:
     """One softmax over memory and self. The K flow samples are folded into the query axis, so one memory serves all."""
-    batch, samples, length = q.shape[:3]
+    batch, samples = q.shape[:2]
     queries = _fold(q, k.shape[-2])  # [B, K, A·R, G, E]
     per_sample, groups = queries.shape[2], queries.shape[3]
-    everyone = queries.reshape(batch, -1, groups, queries.shape[-1])
+    weights = _memory_weights(queries, k, memory_k, memory_mask, self_mask)
+    split = memory_k.shape[1]
+    from_self = weights[..., split:].reshape(batch, groups, samples, per_sample, -1)
+    out = jnp.einsum("bgqm,bmge->bqge", weights[..., :split], memory_v).reshape(queries.shape)
+    return _unfold(out + jnp.einsum("bgkqc,bkcge->bkqge", from_self, v), q.shape)
+
+
+def memory_weights(
+    q: Float[Array, "B K A N E"],
+    k: Float[Array, "B K A G E"],
+    memory_k: Float[Array, "B M G E"],
+    memory_mask: Bool[Array, "B M"],
+    self_mask: Bool[Array, "A A"],
+) -> Float[Array, "B K A N M+A"]:
+    """How much each query of `attend_with_memory` reads of each column: memory, then self. Rows sum to one."""
+    queries = _fold(q, k.shape[-2])
+    weights = _memory_weights(queries, k, memory_k, memory_mask, self_mask)
+    split = weights.reshape(*weights.shape[:2], *queries.shape[1:3], -1)  # [B, G, K, A·R, M+A]
+    return _unfold(jnp.moveaxis(split, 1, 3), (*q.shape[:-1], weights.shape[-1]))
+
+
+def _memory_weights(queries: Array, k: Array, memory_k: Array, memory_mask: Array, self_mask: Array) -> Array:
+    """Of folded queries [B, K, A·R, G, E]: [B, G, K·A·R, M + A]."""
+    batch, samples, per_sample, groups, width = queries.shape
+    length = k.shape[2]
+    everyone = queries.reshape(batch, -1, groups, width)
 
     to_memory = jnp.einsum("bqge,bmge->bgqm", everyone, memory_k)
     to_memory = jnp.where(memory_mask[:, None, None, :], to_memory, MASKED)
@@ -48,11 +73,7 @@ def attend_with_memory(
     to_self = jnp.where(jnp.repeat(self_mask, per_sample // length, axis=0), to_self, MASKED)
     to_self = to_self.reshape(batch, groups, samples * per_sample, length)
 
-    weights = jax.nn.softmax(jnp.concatenate([to_memory, to_self], axis=-1), axis=-1)
-    split = memory_k.shape[1]
-    from_self = weights[..., split:].reshape(batch, groups, samples, per_sample, length)
-    out = jnp.einsum("bgqm,bmge->bqge", weights[..., :split], memory_v).reshape(queries.shape)
-    return _unfold(out + jnp.einsum("bgkqc,bkcge->bkqge", from_self, v), q.shape)
+    return jax.nn.softmax(jnp.concatenate([to_memory, to_self], axis=-1), axis=-1)
 
 
 def _fold(q: Array, groups: int) -> Array:

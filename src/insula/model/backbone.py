@@ -15,7 +15,7 @@ from insula.model.attention import attend
 from insula.model.config import Config
 from insula.model.vision import Vision, encode_images
 from insula.model.weights import Weight, dense, zeros
-from insula.shapes import Array, Bool, Float, Int, Leaf, Shaped
+from insula.shapes import AnyArray, Array, Bool, Float, Int, Leaf, Shaped
 from insula.tokens import masks
 
 
@@ -80,16 +80,27 @@ def weights(config: Config) -> Backbone:
 def embed(
     vision: Vision, backbone: Backbone, config: Config, observation: Observation, ar_mask: Bool[Array, "B L"] | None
 ) -> tuple[Float[Array, "B T W"], Bool[Array, "B T"], Bool[Array, "B T"]]:
-    """The sequence [images | tokens]: embeddings, input mask, ar mask. Images come first and are bidirectional."""
-    x, input_mask = encode_images(vision, config, observation.images, observation.image_mask)
-    block = jnp.zeros(input_mask.shape, bool)
+    """The sequence [images | tokens]: embeddings, and `column_masks`."""
+    x = encode_images(vision, config, observation.images)
     if observation.tokens is not None:
         text = backbone.embedding[observation.tokens] * backbone.embedding.shape[-1] ** 0.5
-        text_ar = jnp.zeros(observation.tokens.shape, bool) if ar_mask is None else ar_mask
         x = jnp.concatenate([x, text], axis=1)
+    return x, *column_masks(config, observation, ar_mask)
+
+
+def column_masks(
+    config: Config, observation: Observation, ar_mask: Bool[AnyArray, "B L"] | None
+) -> tuple[Bool[Array, "B T"], Bool[Array, "B T"]]:
+    """Which columns of [images | tokens] are real, and which start a causal step. Images come first, in the order of
+    `config.cameras`, and are bidirectional; without `ar_mask` so is all text."""
+    present = jnp.stack([jnp.asarray(observation.image_mask[name], bool) for name in config.cameras], axis=1)
+    input_mask = jnp.repeat(present, config.vision.num_patches, axis=1)
+    block = jnp.zeros(input_mask.shape, bool)
+    if observation.tokens is not None:
+        text_ar = jnp.zeros(observation.tokens.shape, bool) if ar_mask is None else jnp.asarray(ar_mask, bool)
         input_mask = jnp.concatenate([input_mask, jnp.asarray(observation.token_mask, bool)], axis=1)
         block = jnp.concatenate([block, text_ar], axis=1)
-    return x, input_mask, block
+    return input_mask, block
 
 
 def run_backbone(

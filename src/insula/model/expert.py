@@ -5,6 +5,7 @@ or is mixed into each action token by an MLP before the first layer (π0).
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -87,8 +88,10 @@ def run_expert(
     state: Float[Array, "B S"],
     noisy_actions: Float[Array, "B K H D"],
     time: Float[Array, "B K"],
+    attend: Callable[..., Float[Array, "B K A N E"]] = attend_with_memory,
 ) -> Float[Array, "B K H D"]:
-    """Velocity of each of K noisy chunks at its own time, all reading one memory."""
+    """Velocity of each of K noisy chunks at its own time, all reading one memory. `attend` is for whoever wants to
+    watch: it is called for every layer in turn, as `attend_with_memory` is."""
     dtype = config.compute_dtype
     horizon, width = config.horizon, config.expert.width
     x = affine(noisy_actions, expert.action_in, dtype)
@@ -113,7 +116,7 @@ def run_expert(
         q = layers.rope(layers.linear(y, p.query, dtype), positions) * config.expert.head_dim**-0.5
         k = layers.rope(layers.linear(y, p.key, dtype), positions)
         v = layers.linear(y, p.value, dtype)
-        y = attend_with_memory(q, k, v, memory_k, memory_v, memory.mask, self_mask)
+        y = attend(q, k, v, memory_k, memory_v, memory.mask, self_mask)
         x = x + gate * layers.merge_heads(y, p.out, dtype)
         y, gate = norm(x, p.mlp_norm)
         return x + gate * layers.geglu(y, p.gate, p.up, p.down, dtype), None

@@ -11,7 +11,7 @@ from insula.model.attention import attend
 from insula.model.config import Config
 from insula.model.layers import Affine, affine
 from insula.model.weights import Weight, dense, zeros
-from insula.shapes import Array, Bool, Float, Leaf, UInt8
+from insula.shapes import AnyArray, Array, Float, Leaf, UInt8
 
 
 @jax.tree_util.register_dataclass
@@ -79,12 +79,10 @@ def weights(config: Config) -> Vision:
 
 
 def encode_images(
-    vision: Vision, config: Config, images: dict[str, UInt8[Array, "B h w 3"]], image_mask: dict[str, Bool[Array, "B"]]
-) -> tuple[Float[Array, "B T W"], Bool[Array, "B T"]]:
-    """All cameras in one batched call, in the order of `config.cameras`.
-
-    Returns image tokens and whether each is real. Raises KeyError where a camera of the config is missing.
-    """
+    vision: Vision, config: Config, images: dict[str, UInt8[AnyArray, "B h w 3"]]
+) -> Float[Array, "B T W"]:
+    """The tokens of all cameras, in one batched call, in the order of `config.cameras`. Raises KeyError where a camera
+    of the config is missing."""
     missing = [name for name in config.cameras if name not in images]
     if missing:
         raise KeyError(
@@ -92,14 +90,12 @@ def encode_images(
             "give a black image with image_mask False for a camera that is absent"
         )
     size = config.vision.image_size
-    pixels = jnp.stack([_resize(images[name], size) for name in config.cameras], axis=1)
+    pixels = jnp.stack([resize(images[name], size) for name in config.cameras], axis=1)
     tokens = _encode(vision, config, pixels.reshape(-1, size, size, 3))
-    tokens = tokens.reshape(pixels.shape[0], -1, tokens.shape[-1])
-    mask = jnp.stack([image_mask[name] for name in config.cameras], axis=1)
-    return tokens, jnp.repeat(mask, config.vision.num_patches, axis=1)
+    return tokens.reshape(pixels.shape[0], -1, tokens.shape[-1])
 
 
-def _resize(image: Array, size: int) -> Array:
+def resize(image: UInt8[AnyArray, "B h w 3"], size: int) -> Float[Array, "B size size 3"]:
     """uint8 → [−1, 1]. A camera of another resolution is resized on the device and padded with black to a square, so
     that nothing is stretched (openpi's `resize_with_pad`)."""
     pixels = image.astype(jnp.float32) / 127.5 - 1

@@ -8,17 +8,17 @@ import importlib.metadata
 import json
 import os
 import platform
-import string
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from insula import page
 from insula.evaluate.closed_loop import Recording
+from insula.page.html import Html, tag
 from insula.report import sections
-from insula.report.html import Html, tag, text
 
-TEMPLATE = Path(__file__).with_name("page.html")
+STYLE = Path(__file__).with_name("report.css")
 PACKAGES = ("jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "mujoco", "gymnasium", "tokenizers")
 
 
@@ -52,11 +52,7 @@ class Report:
 
 def write_report(path: str | Path, report: Report) -> Path:
     """Write the page, whole or not at all. Returns its path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(render(report), encoding="utf-8")
-    return unfinished.replace(path)
+    return page.write(path, render(report))
 
 
 def render(report: Report) -> str:
@@ -74,8 +70,7 @@ def render(report: Report) -> str:
         _section("FAST action tokens", sections.fast(report.fast)),
         _section("How it was made", sections.provenance(_facts(report), report.settings)),
     )
-    template = string.Template(TEMPLATE.read_text(encoding="utf-8"))
-    return template.substitute(title=text(report.title), body=body)
+    return page.render(report.title, body, STYLE.read_text(encoding="utf-8"))
 
 
 def _facts(report: Report) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from insula.report.html import Html, data_uri, tag
+from insula.page.html import Html, data_uri, tag
 
 THEME = {"#010101": "var(--ink)", "#020202": "var(--line)", "#030303": "var(--train)", "#040404": "var(--held)"}
 """Stand-ins drawn by matplotlib, and the page's colours they become, light or dark."""

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from insula.evaluate.closed_loop import Recording
+from insula.page.html import Html, table, tag
 from insula.report import charts
-from insula.report.html import Html, table, tag
 
 MISSING = "not measured"
 SHOWN, ANIMATED = 8, 3

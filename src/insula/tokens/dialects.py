@@ -1,5 +1,6 @@
 """How an instruction, a state and an action are written as one sequence. A model is served as it was trained."""
 
+import re
 from dataclasses import dataclass
 
 from insula.errors import did_you_mean
@@ -34,6 +35,12 @@ class Dialect:
         if state_bins is None:
             return self.stateless_prompt.format(task=task)
         return self.prompt.format(task=task, state=" ".join(map(str, state_bins)))
+
+    def state_span(self, text: str) -> tuple[int, int] | None:
+        """Where in a bidirectional text the state's bins are written, or None where it has none."""
+        before, after = (re.escape(part) for part in self.prompt.split("{state}"))
+        found = re.fullmatch(before.replace(re.escape("{task}"), ".*") + r"([\d ]+)" + after, text, re.DOTALL)
+        return found and found.span(1)
 
 
 _ALL = (

@@ -168,6 +168,23 @@ class FASTCodec:
         coefficients = np.frombuffer(text.encode("utf-32-le"), "<u4").astype(np.int64) + self.min_token
         return Decoded(idct(coefficients.reshape(horizon, action_dim) / self.scale, axis=0, norm="ortho"))
 
+    def coefficients(self, actions: np.ndarray) -> np.ndarray:
+        """The rounded DCT coefficients [H, D] int64 that `encode` writes. Raises ValueError as `encode` does."""
+        return _quantise(_checked(actions, "actions"), self.scale).astype(np.int64)
+
+    def spans(self, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """Which coefficients [start, stop) each id carries, counted as they are written: all D of the lowest frequency
+        first. An id may end within a coefficient, which then belongs to its neighbour as well. Raises ValueError for an
+        id outside the vocabulary."""
+        if outside := [i for i in ids if not 0 <= i < len(self._token_bytes)]:
+            raise ValueError(f"id {outside[0]} is outside the codec's {len(self._token_bytes)} entries")
+        found, done = [], 0
+        for i in ids:
+            begins = [byte & 0xC0 != 0x80 for byte in self._token_bytes[i]]  # UTF-8: the others continue a character
+            found.append((done - (not begins[0]), done + sum(begins)))
+            done += sum(begins)
+        return found
+
     @cached_property
     def _token_bytes(self) -> list[bytes]:
         """The bytes each id stands for. Joined here rather than by the tokenizer, which replaces what is malformed."""

@@ -1,0 +1,134 @@
+"""What a model makes of one sample: every token's probability, the flow error over time, where the expert looks."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from insula import flow
+from insula.batch import Batch, Observation
+from insula.certificate import compiled_quickly
+from insula.losses import Targets, expert_loss, scored_tokens
+from insula.model import Params
+from insula.model.attention import attend_with_memory, memory_weights
+from insula.model.backbone import run_backbone
+from insula.model.config import Config
+from insula.model.expert import Expert, run_expert
+from insula.model.insulation import Memory, insulate
+from insula.policy import sample_actions
+from insula.shapes import AnyArray, Array, Bool, PRNGKeyArray
+
+TOP = 5
+TIMES = tuple(np.linspace(0.05, 1.0, 20).round(2).tolist())
+"""Flow times the error is measured at; 1 is noise."""
+DRAWS = 8
+"""Noise draws for each of them, the same for all."""
+EXPECTED_DRAWS = 64
+"""Draws of noise and time for the flow loss as training takes it."""
+LOOK_TIMES = (1.0, 0.5, 0.1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenScores:
+    """[s] for each scored token: its column, −log p and p; [s, TOP] the likeliest tokens in its place and their p.
+    Rows where `used` is False hold nothing."""
+
+    column: Array
+    used: Array
+    loss: Array
+    probability: Array
+    likeliest: Array
+    likelihood: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FlowScores:
+    """error [TIMES, H, D]: mean squared error of the velocity, 0 where nothing is scored. loss: what training would
+    see, the mean over EXPECTED_DRAWS. chunk [H, D]: what the policy does, normalised."""
+
+    error: Array
+    loss: Array
+    chunk: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """look [LOOK_TIMES, depth, N, M + A]: how much the action tokens read of each column of the memory, then of each
+    other, the mean over them."""
+
+    tokens: TokenScores
+    flow: FlowScores
+    look: Array
+
+
+Measure = Callable[[Params, Batch, Bool[AnyArray, "H D"], PRNGKeyArray], Measured]
+
+
+def measurer(config: Config) -> Measure:
+    """A function of parameters, a batch of one, which values of a chunk its robot has, and a key; compiled once. In
+    float32, whatever the config computes in."""
+    config = dataclasses.replace(config, compute_dtype="float32", layers="unrolled", flow_samples=EXPECTED_DRAWS)
+
+    def measure(params: Params, batch: Batch, real: Array, rng: PRNGKeyArray) -> Measured:
+        targets = scored_tokens(batch, config)
+        assert targets is not None
+        prefix = run_backbone(params.vision, params.backbone, config, batch.observation, batch.ar_mask, targets.read)
+        memory = insulate(prefix, config.num_memory)
+        noise = jax.random.normal(rng, (DRAWS, *batch.actions.shape[1:]))
+        flow_scores = FlowScores(
+            error=_flow_error(params.expert, config, memory, batch, noise),
+            loss=expert_loss(params.expert, config, memory, batch, rng),
+            chunk=sample_actions(params, config, _as_served(batch, config), noise[:1], real=real)[0],
+        )
+        tokens = _token_scores(prefix.hidden[0], params.backbone.embedding, targets, config)
+        return Measured(tokens, flow_scores, _look(params.expert, config, memory, batch, noise[0]))
+
+    return compiled_quickly(measure)
+
+
+def _as_served(batch: Batch, config: Config) -> Observation:
+    """The prompt alone, as when acting."""
+    seen, width = batch.observation, config.max_prompt_len
+    assert seen.tokens is not None and seen.token_mask is not None
+    causal = jnp.cumsum(jnp.asarray(batch.ar_mask, jnp.int32), axis=1) > 0
+    prompt = jnp.asarray(seen.token_mask, bool) & ~causal
+    return dataclasses.replace(seen, tokens=seen.tokens[:, :width], token_mask=prompt[:, :width])
+
+
+def _token_scores(hidden: Array, embedding: Array, targets: Targets, config: Config) -> TokenScores:
+    """As `insula.losses.token_loss` scores them, with every logit at hand."""
+    logits = jax.nn.log_softmax(hidden @ embedding.T, axis=-1)
+    own = jnp.take_along_axis(logits, targets.label[0][:, None], axis=1)[:, 0]
+    best, which = jax.lax.top_k(logits, TOP)
+    return TokenScores(targets.read[0] + 1, targets.used[0], -own, jnp.exp(own), which, jnp.exp(best))
+
+
+def _flow_error(expert: Expert, config: Config, memory: Memory, batch: Batch, noise: Array) -> Array:
+    """[TIMES, H, D], mean over the draws."""
+    time = jnp.repeat(jnp.asarray(TIMES), DRAWS)[None]
+    noise = jnp.tile(noise, (len(TIMES), 1, 1))[None]
+    actions = batch.actions[:, None]
+    velocity = run_expert(expert, config, memory, batch.observation.state, flow.add_noise(actions, noise, time), time)
+    error = jnp.square(velocity - flow.target_velocity(actions, noise))
+    error = jnp.where(batch.action_mask[:, None], error, 0.0)
+    return jnp.mean(error.reshape(len(TIMES), DRAWS, *error.shape[2:]), axis=1)
+
+
+def _look(expert: Expert, config: Config, memory: Memory, batch: Batch, noise: Array) -> Array:
+    """[LOOK_TIMES, depth, N, M + A], from the weights of every layer's attention."""
+    watched: list[Array] = []
+
+    def attend(q: Array, k: Array, v: Array, memory_k: Array, memory_v: Array, memory_mask: Array, own: Array) -> Array:
+        watched.append(memory_weights(q, k, memory_k, memory_mask, own))
+        return attend_with_memory(q, k, v, memory_k, memory_v, memory_mask, own)
+
+    time = jnp.asarray(LOOK_TIMES)[None]
+    noisy = flow.add_noise(batch.actions[:, None], jnp.broadcast_to(noise, (1, len(LOOK_TIMES), *noise.shape)), time)
+    run_expert(expert, config, memory, batch.observation.state, noisy, time, attend)
+    weights = jnp.stack(watched, axis=1)[0]  # [depth, K, A, N, M + A]
+    return jnp.mean(weights[:, :, -config.horizon :], axis=2).swapaxes(0, 1)

@@ -1,0 +1,49 @@
+"use strict";
+// The page: what was looked at, what came of it, and every section in turn.
+(() => {
+  const { el } = insula;
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const { about } = data;
+  const verdicts = {
+    holds: "Insulation holds: what must be zero is exactly zero, and every control is not.",
+    leaks: "Insulation leaks: something arrives where nothing must.",
+    vacuous: "Nothing is shown: a control is zero, too.",
+    "not finite": "Nothing is shown: some numbers are not finite.",
+    "not asked": about.parameters === "none" ? "The model was not run." : "This sample lacks a loss, so it cannot show insulation.",
+  };
+  const colour = { holds: "good", "not asked": "soft" }[data.outcome] ?? "bad";
+  const card = (name, value, note, kind = null) =>
+    el("div", { class: "card" }, el("span", {}, name), el("b", { class: kind }, value), el("span", {}, note));
+  const losses = data.losses;
+  const page = document.getElementById("page");
+  const sections = insula.sections.map(([title, id, build]) =>
+    el("section", { id }, el("h2", {}, title), build(data)));
+  page.replaceChildren(
+    el("h1", {}, "What the model sees, and what it learns from"),
+    el("p", { class: "soft" }, `Sample ${about.number} of ${about.count} of ${about.source}: ${about.sample}. `,
+      `Model ${about.model}, ${about.parameters} weights; ${about.subject}; seed ${about.seed}.`),
+    data.sources ? picker(data.sources) : "",
+    el("p", { id: "verdict", class: colour }, verdicts[data.outcome]),
+    data.faults.length ? el("ul", { id: "faults", class: "bad" }, data.faults.map((fault) => el("li", {}, fault))) : "",
+    el("div", { class: "cards" },
+      card("insulation", data.outcome, "measured on this sample", colour),
+      card("scored tokens", about.scored, "by the token loss"),
+      card("scored action steps", about.real_steps, "by the flow loss"),
+      card("total loss", losses ? insula.number(losses.total, 4) : "–", losses ? "flow + λ · token" : "not measured")),
+    el("nav", { "aria-label": "sections" }, insula.sections.map(([title, id]) => el("a", { href: `#${id}` }, title))),
+    ...sections);
+
+  function picker(sources) {
+    const source = el("select", { name: "source", "aria-label": "source" },
+      Object.entries(sources).map(([name, count]) => el("option", { value: name, selected: name === about.source }, `${name} (${count})`)));
+    const sample = el("input", { name: "sample", type: "number", min: 0, max: about.count - 1, value: about.number, "aria-label": "sample" });
+    const form = el("form", { method: "get", action: "/", class: "choices", id: "picker" }, source, sample,
+      el("button", {}, "look"), step("previous", about.number - 1), step("next", about.number + 1));
+    source.addEventListener("change", () => { sample.max = sources[source.value] - 1; sample.value = 0; });
+    return form;
+  }
+  function step(name, number) {
+    const there = number >= 0 && number < about.count;
+    return there ? el("a", { href: `/?${new URLSearchParams({ source: about.source, sample: number })}` }, name) : "";
+  }
+})();

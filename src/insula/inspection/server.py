@@ -1,0 +1,50 @@
+"""`insula inspect --serve`: the page of any sample, on this machine alone."""
+
+import logging
+import threading
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from insula.inspection.page import render
+from insula.inspection.view import Inspector
+
+HOST = "127.0.0.1"
+log = logging.getLogger(__name__)
+
+
+def application(inspector: Inspector, source: str | None = None, number: int = 0) -> Starlette:
+    """`GET /?source=NAME&sample=N`, the first time `source` and `number`. What does not exist is one line and 404.
+
+    Other names than this machine's are refused, so that no web page elsewhere can read samples through a name of its
+    own that leads here.
+    """
+    subject, busy = inspector.subject, threading.Lock()
+    sources = {name: len(samples) for name, samples in subject.sources.items()}
+
+    def show(request: Request) -> Response:
+        asked = request.query_params
+        try:
+            wanted = int(asked.get("sample", number))
+            with busy:  # a decoder and a cache are not made for two readers at once
+                found = inspector.look(wanted, asked.get("source", source))
+        except (ValueError, IndexError) as error:
+            return PlainTextResponse(f"insula: {error}\n", status_code=404)
+        return HTMLResponse(render(found, sources), headers={"Cache-Control": "no-store"})
+
+    trusted = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+    return Starlette(routes=[Route("/", show)], middleware=[trusted])
+
+
+def serve(inspector: Inspector, source: str | None, number: int, port: int) -> None:
+    """Until Ctrl-C. Raises OSError where the port is taken."""
+    app = application(inspector, source, number)
+    config = uvicorn.Config(app, host=HOST, port=port, log_level="warning", lifespan="off")
+    listening = config.bind_socket()
+    print(f"http://{HOST}:{listening.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
+    uvicorn.Server(config).run(sockets=[listening])

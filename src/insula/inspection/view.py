@@ -1,0 +1,296 @@
+"""All that the page shows of one sample, as plain values: the page's script reads exactly this."""
+
+import base64
+import dataclasses
+import zlib
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from insula.batch import Batch
+from insula.certificate import LOSSES, SUFFIX, Outcome, Proof, Prover, prover
+from insula.data.images import encode_png
+from insula.data.samples import Samples
+from insula.data.values import dim_names
+from insula.inspection.influence import Forward, Influence, forward, influence
+from insula.inspection.measure import DRAWS, EXPECTED_DRAWS, LOOK_TIMES, TIMES, Measure, Measured, measurer
+from insula.inspection.sequence import Chunk, Columns, chunk, columns, is_question, token_text
+from insula.inspection.subject import Sample, Subject
+from insula.inspection.variants import REASONS, Variant, variants
+from insula.model.config import Config
+from insula.model.vision import resize
+from insula.tokens.fast import FASTRangeError
+
+
+class Inspector:
+    """Looks at one sample after another with programs compiled once."""
+
+    def __init__(self, subject: Subject, seed: int = 0):
+        self.subject, self.seed = subject, seed
+        config = subject.assets.config
+        self._prove: Prover = prover(config, tuple(SUFFIX))
+        self._measure: Measure = measurer(config)
+        self._forward: Forward = forward(config)
+
+    def look(self, number: int, source: str | None = None) -> "Findings":
+        """Everything about one sample. Raises ValueError or IndexError for a sample that does not exist."""
+        sample = self.subject.sample(number, source)
+        batch, config, assets = sample.batch, self.subject.assets.config, self.subject.assets
+        seen = columns(batch, config, assets.tokenizer, is_question(sample.source))
+        found = Findings(self.subject, sample, seen, self.seed)
+        found.drawn = variants(config, seen.token_mask, seen.ar_mask, found.expert_positions)
+        if self.subject.params is None:
+            return found
+        rng, params = jax.random.key(self.seed), self.subject.params
+        found.proof = self._prove(params, batch, rng)
+        found.influence = influence(self._forward, params, config, batch, seen, rng)
+        found.measured = jax.device_get(self._measure(params, batch, _real(sample, config), rng))
+        return found
+
+
+@dataclasses.dataclass
+class Findings:
+    """What is known of one sample. `drawn`: the masks, the model's own first. Without the model's parameters the last
+    three are None."""
+
+    subject: Subject
+    sample: Sample
+    seen: Columns
+    seed: int
+    drawn: list[Variant] = dataclasses.field(default_factory=list)
+    proof: Proof | None = None
+    influence: Influence | None = None
+    measured: Measured | None = None
+
+    @property
+    def has_actions(self) -> bool:
+        return bool(self.sample.batch.action_mask.any())
+
+    @property
+    def has_answer(self) -> bool:
+        return bool(self.seen.loss_mask.any())
+
+    @property
+    def expert_positions(self) -> int:
+        """Of the action expert, in the mask: none where there is nothing for it to do."""
+        config = self.subject.assets.config
+        return config.horizon + (config.state_input == "token") if self.has_actions else 0
+
+    @property
+    def shows_insulation(self) -> bool:
+        """Only a sample with both losses can."""
+        return self.has_actions and self.has_answer
+
+    @property
+    def outcome(self) -> Outcome | Literal["not asked"]:
+        """The worse of both measurements; "not asked" where nothing is wrong, but the sample lacks a loss."""
+        proofs = [self.influence, self.proof if self.shows_insulation else None]
+        outcomes: list[Outcome] = ["leaks"] if self.drawn[0].unlike() else []
+        outcomes += [proof.outcome for proof in proofs if proof and proof.outcome != "holds"]
+        return outcomes[0] if outcomes else "holds" if all(proofs) else "not asked"
+
+    @property
+    def faults(self) -> list[str]:
+        """What contradicts insulation, or keeps this from showing it."""
+        cells = self.drawn[0].unlike()
+        found = [f"attention: {len(cells)} cells are not as they must be, first {cells[0]}"] if cells else []
+        found += list(self.influence.findings) if self.influence else []
+        return found + (list(self.proof.findings) if self.proof and self.shows_insulation else [])
+
+
+def _real(sample: Sample, config: Config) -> np.ndarray:
+    """Which values of a chunk [H, D] its robot has."""
+    real = np.zeros((config.horizon, config.action_dim), bool)
+    if isinstance(sample.source, Samples):
+        real[: sample.source.robot.horizon, : sample.source.robot.action_dim] = True
+    return real
+
+
+def view(found: Findings, sources: dict[str, int] | None = None) -> dict[str, Any]:
+    """Plain JSON values. `sources`: of the sample picker, where there is a server to pick for."""
+    subject, sample, config = found.subject, found.sample, found.subject.assets.config
+    return {
+        "about": {
+            "subject": subject.name,
+            "model": config.name,
+            "parameters": subject.parameters,
+            "sample": sample.where,
+            "source": sample.name,
+            "number": sample.number,
+            "count": len(sample.source),
+            "seed": found.seed,
+            "fast_weight": config.ki_fast_loss_weight,
+            "scored": int(found.seen.loss_mask.sum()),
+            "real_steps": int(np.asarray(sample.batch.action_mask)[0].any(1).sum()),
+            "cut": [config.num_image_tokens, len(found.seen.id)],
+        },
+        "sources": sources,
+        "cameras": _cameras(sample.batch, config),
+        "tokens": _tokens(found.seen, config),
+        "chunk": _chunk(found),
+        "attention": _attention(found, config),
+        "losses": found.measured and _losses(found, found.measured),
+        "gradients": found.proof and _gradients(found, found.proof),
+        "influence": found.influence and {"table": found.influence.table, "outcome": found.influence.outcome},
+        "look": found.measured and found.has_actions and subject.trained and _look(found.measured, config),
+        "outcome": found.outcome,
+        "faults": found.faults,
+    }
+
+
+def pack(array: np.ndarray) -> dict[str, Any]:
+    """Deflated, in base64: masks of a million cells take a few kilobytes. float32 keeps four digits."""
+    if array.dtype.kind == "f":
+        whole = np.ascontiguousarray(array, np.float32).view(np.uint32)
+        array = (whole & np.uint32(0xFFFFE000)).view(np.float32)
+    assert array.dtype in (np.uint8, np.float32)
+    raw = zlib.compress(np.ascontiguousarray(array).tobytes(), 9)
+    return {"dtype": str(array.dtype), "shape": array.shape, "data": base64.b64encode(raw).decode("ascii")}
+
+
+def _number(value: Any, digits: int = 5) -> float | None:
+    """JSON has no NaN; a page has no use for sixteen digits."""
+    return float(f"{float(value):.{digits}g}") if np.isfinite(value) else None
+
+
+def _numbers(array: np.ndarray) -> Any:
+    """Of any rank, as nested lists."""
+    return [_numbers(row) if row.ndim else _number(row) for row in array]
+
+
+def _cameras(batch: Batch, config: Config) -> list[dict[str, Any]]:
+    """As the model sees them: resized, padded, and cut into patches."""
+    size, found = config.vision.image_size, []
+    for n, name in enumerate(config.cameras):
+        pixels = np.asarray(resize(jnp.asarray(batch.observation.images[name][:1]), size))[0]
+        image = np.clip(np.round((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
+        present = bool(np.asarray(batch.observation.image_mask[name])[0])
+        png = base64.b64encode(encode_png(image)).decode("ascii")
+        found.append(
+            {
+                "name": name,
+                "present": present,
+                "size": size,
+                "grid": config.vision.grid,
+                "first": n * config.vision.num_patches,
+                "original": list(batch.observation.images[name].shape[1:3]),
+                "png": f"data:image/png;base64,{png}" if present else None,
+            }
+        )
+    return found
+
+
+def _tokens(seen: Columns, config: Config) -> list[dict[str, Any]]:
+    """Text columns, up to the last real one and the first few of padding; `hidden` columns of padding follow."""
+    return [
+        {
+            "column": n,
+            "part": seen.part[n],
+            "id": int(seen.id[n]),
+            "text": seen.text[n],
+            "position": int(seen.position[n]),
+            **{mask: int(getattr(seen, mask)[n]) for mask in ("token_mask", "ar_mask", "loss_mask", "visible")},
+        }
+        for n in range(config.num_image_tokens, len(seen.id))
+    ]
+
+
+def _chunk(found: Findings) -> dict[str, Any] | None:
+    source = found.sample.source
+    if not isinstance(source, Samples):
+        return None
+    assets = found.subject.assets
+    try:
+        seen: Chunk = chunk(found.sample.batch, source.robot, found.seen, assets.tokenizer)
+    except FASTRangeError as error:
+        return {"invalid": f"because {error}"}
+    h, d = seen.actions.shape
+    measured = found.measured
+    return {
+        "names": dim_names(source.dataset, source.data.actions),
+        "actions": _numbers(seen.actions),
+        "real": seen.real.astype(int).tolist(),
+        "decoded": None if seen.decoded is None else _numbers(seen.decoded),
+        "invalid": seen.invalid,
+        "error": None if seen.decoded is None else _number(np.sqrt(np.mean((seen.decoded - seen.actions) ** 2))),
+        "policy": _numbers(np.asarray(measured.flow.chunk)[:h, :d]) if measured and found.subject.trained else None,
+        "coefficients": seen.coefficients.tolist(),
+        "scale": seen.scale,
+        "spans": {str(column): list(span) for column, span in seen.spans.items()},
+    }
+
+
+def _attention(found: Findings, config: Config) -> dict[str, Any]:
+    return {
+        "actions": found.expert_positions,
+        "state_token": config.state_input == "token",
+        "reasons": [{"name": name, "on": on, "why": why} for name, on, why in REASONS],
+        "variants": [{"name": v.name, "about": v.about, "codes": pack(v.codes)} for v in found.drawn],
+    }
+
+
+def _losses(found: Findings, measured: Measured) -> dict[str, Any]:
+    scores, flow, batch = measured.tokens, measured.flow, found.sample.batch
+    tokenizer, config = found.subject.assets.tokenizer, found.subject.assets.config
+    used = np.asarray(scores.used)
+    fast = float(np.asarray(scores.loss)[used].mean()) if used.any() else 0.0
+    real = np.asarray(batch.action_mask)[0]
+    flow_loss = float(flow.loss) if found.has_actions else 0.0
+    tokens = [
+        {
+            "column": int(scores.column[n]),
+            "loss": _number(scores.loss[n]),
+            "probability": _number(scores.probability[n]),
+            "top": [
+                {"id": int(i), "text": token_text(int(i), tokenizer), "probability": _number(p)}
+                for i, p in zip(scores.likeliest[n], scores.likelihood[n], strict=True)
+            ],
+        }
+        for n in np.flatnonzero(used)
+    ]
+    error = None
+    if found.has_actions:
+        steps, dims = real.any(1), real.any(0)
+        error = {
+            "times": list(TIMES),
+            "draws": DRAWS,
+            "steps": steps.astype(int).tolist(),
+            "dims": dims.astype(int).tolist(),
+            "by_step": _numbers(flow.error.sum(2) / np.maximum(real.sum(1), 1)),
+            "by_dim": _numbers(flow.error.sum(1) / np.maximum(real.sum(0), 1)),
+        }
+    return {
+        "tokens": tokens,
+        "fast": _number(fast),
+        "flow": _number(flow_loss),
+        "flow_draws": EXPECTED_DRAWS,
+        "weight": config.ki_fast_loss_weight,
+        "total": _number(flow_loss + config.ki_fast_loss_weight * fast),
+        "horizon": config.horizon,
+        "real_dims": int(real.any(0).sum()),
+        "action_dim": config.action_dim,
+        "error": error,
+    }
+
+
+def _gradients(found: Findings, proof: Proof) -> dict[str, Any]:
+    """Losses the sample does not have are left out: their zeros would say nothing."""
+    there = dict(zip(LOSSES, (found.has_actions, found.has_answer), strict=True))
+    table = {
+        part: {name: _number(norm) for name, norm in row.items() if there[name.split("_")[0]]}
+        for part, row in proof.table.items()
+    }
+    both = found.shows_insulation
+    return {
+        "table": table,
+        "cosine": {part: None if value is None else _number(value, 3) for part, value in proof.cosine.items()}
+        if both
+        else {},
+        "outcome": proof.outcome if both else None,
+    }
+
+
+def _look(measured: Measured, config: Config) -> dict[str, Any]:
+    return {"times": list(LOOK_TIMES), "memory": config.num_memory, "weights": pack(np.asarray(measured.look))}

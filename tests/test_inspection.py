@@ -1,0 +1,445 @@
+"""What `insula inspect` says of a sample: each figure against the model's own, each zero beside what is not zero."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mixtures import SMALL, write_mixture
+
+from insula import cli, losses
+from insula.batch import Batch
+from insula.certificate import read_certificate
+from insula.data.schema import DatasetError
+from insula.inspection.command import certify, inspect
+from insula.inspection.config import InspectConfig
+from insula.inspection.measure import LOOK_TIMES, TIMES, TOP
+from insula.inspection.page import render
+from insula.inspection.sequence import chunk, columns, is_question
+from insula.inspection.subject import Subject, open_subject
+from insula.inspection.variants import CODE, ON, REASONS, model_mask, variants
+from insula.inspection.view import Findings, Inspector, view
+from insula.losses import compute_loss
+from insula.model import backbone, insulation
+from insula.model.backbone import run_backbone
+from insula.model.config import PI05
+from insula.model.insulation import insulate
+from insula.policy import sample_actions
+from insula.tokens import masks
+from insula.tokens.sequence import state_bins
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_mixture(tmp_path_factory.mktemp("mixture")) / "data.toml"
+
+
+@pytest.fixture(scope="module")
+def inspector(mixture: Path) -> Inspector:
+    """As of a trained model: random weights, every gate open."""
+    subject = open_subject(InspectConfig(data=mixture, model=SMALL))
+    assert not subject.trained
+    return Inspector(dataclasses.replace(subject, trained=True))
+
+
+def on_device(found: Findings) -> Batch:
+    return jax.tree.map(jnp.asarray, found.sample.batch)
+
+
+@pytest.fixture(scope="module")
+def found(inspector: Inspector) -> Findings:
+    return inspector.look(3, "arm")
+
+
+# --- 1. the sequence --------------------------------------------------------------------------------------------------
+
+
+def test_every_column_is_what_the_model_reads(found: Findings) -> None:
+    seen, batch, config = found.seen, on_device(found), found.subject.assets.config
+    params = found.subject.params
+    assert params is not None
+    prefix = run_backbone(params.vision, params.backbone, config, batch.observation, batch.ar_mask)
+    assert np.array_equal(seen.token_mask, prefix.input_mask[0]) and np.array_equal(seen.ar_mask, prefix.ar_mask[0])
+    memory = insulate(prefix, config.num_memory)
+    assert np.array_equal(seen.visible[: config.num_memory], memory.mask[0])
+    assert not seen.visible[config.num_memory :].any()
+    targets = losses.scored_tokens(batch, config)
+    assert targets is not None
+    assert (
+        np.flatnonzero(seen.loss_mask).tolist()
+        == (np.asarray(targets.read)[0] + 1)[np.asarray(targets.used)[0]].tolist()
+    )
+    assert seen.position.tolist() == np.maximum(np.cumsum(seen.token_mask) - 1, 0).tolist()
+
+
+def test_every_column_has_its_part(found: Findings) -> None:
+    seen, tokenizer = found.seen, found.subject.assets.tokenizer
+    text = seen.text[SMALL.num_image_tokens :]
+    parts = seen.part[SMALL.num_image_tokens :]
+    assert seen.part[: SMALL.num_image_tokens] == ["image"] * SMALL.num_image_tokens
+    in_order = list(dict.fromkeys(parts))
+    assert in_order == ["BOS", "prompt", "state", "FAST", "end", "EOS", "padding"]
+    written = "".join(piece for piece, part in zip(text, parts, strict=True) if part in ("prompt", "state"))
+    assert written.startswith("Task: task ") and written.endswith(";\nAction: ")
+    bins = "".join(piece for piece, part in zip(text, parts, strict=True) if part == "state")
+    state = np.asarray(found.sample.batch.observation.state)[0, :3]
+    assert [int(word) for word in bins.split()] == state_bins(state)
+    assert text[parts.index("end")] == "|"
+    assert all(token >= tokenizer.text.vocab_size for token in seen.id[seen.where("FAST")])
+
+
+def test_an_absent_camera_and_a_short_chunk(inspector: Inspector) -> None:
+    """cart has one camera, two action dimensions and four steps of the model's six."""
+    found = inspector.look(0, "cart")
+    half = SMALL.num_image_tokens // 2
+    assert found.seen.part[: 2 * half] == ["image"] * half + ["absent"] * half
+    assert not found.seen.visible[half : 2 * half].any() and not found.seen.token_mask[half : 2 * half].any()
+    shown = view(found)
+    assert shown["cameras"][1] | {"original": None} == shown["cameras"][1] | {
+        "original": None,
+        "present": False,
+        "png": None,
+    }
+    assert np.shape(shown["chunk"]["actions"]) == (4, 2)
+    error = shown["losses"]["error"]
+    assert error["steps"] == [1, 1, 1, 1, 0, 0] and error["dims"] == [1, 1, 0, 0]
+    assert {row[4] for row in error["by_step"]} == {0.0} and min(row[0] for row in error["by_step"]) > 0
+    assert "camera wrist (absent)" in shown["influence"]["table"] and shown["outcome"] == "holds"
+
+
+def test_a_question_has_no_chunk(inspector: Inspector) -> None:
+    found = inspector.look(0, "scenes")
+    parts = list(dict.fromkeys(found.seen.part[SMALL.num_image_tokens :]))
+    assert parts == ["BOS", "prompt", "answer", "EOS", "padding"]
+    assert "".join(found.seen.text).startswith("<bos>how bright is picture ")
+    shown = view(found)
+    assert shown["chunk"] is None and shown["attention"]["actions"] == 0 and shown["losses"]["error"] is None
+    assert shown["outcome"] == "not asked" and shown["faults"] == [] and shown["look"] is False
+    assert set(shown["gradients"]["table"]["vision"]) == {"fast", "fast_control", "fast_frozen"}
+    assert shown["losses"]["flow"] == 0 < shown["losses"]["fast"] == shown["losses"]["total"]
+
+
+def test_the_chunk_is_read_back(found: Findings) -> None:
+    source = found.sample.source
+    seen = chunk(found.sample.batch, source.robot, found.seen, found.subject.assets.tokenizer)  # type: ignore[attr-defined]
+    assert seen.decoded is not None and seen.actions.shape == seen.decoded.shape == (6, 3)
+    assert 0 < np.abs(seen.decoded - seen.actions).max() < 0.5  # rounded by a quarter of a unit, times √(2/6)
+    carried = [n for start, stop in seen.spans.values() for n in range(start, stop)]
+    assert sorted(set(carried)) == list(range(18))
+    assert list(seen.spans) == found.seen.where("FAST").tolist()
+
+
+# --- 2. attention -----------------------------------------------------------------------------------------------------
+
+PICTURE = """
+ i i p f f · a a
+i■ ■ ■ b b . x x
+i■ ■ ■ b b . x x
+p■ ■ ■ b b . x x
+f▲ ▲ ▲ c f . x x
+f▲ ▲ ▲ c c . x x
+·. . . . . . x x
+a○ ○ ○ h h . ● ●
+a○ ○ ○ h h . ● ●
+"""
+DRAWN = {
+    "■": "block",
+    "b": "blind",
+    ".": "padding",
+    "x": "apart",
+    "▲": "reads",
+    "c": "past",
+    "f": "future",
+    "○": "insulated",
+    "h": "hidden",
+    "●": "chunk",
+}
+
+
+@pytest.fixture(scope="module")
+def drawn() -> dict[str, np.ndarray]:
+    """Two images of one patch, a word, two FAST tokens, padding; two actions."""
+    config = dataclasses.replace(
+        SMALL, vision=dataclasses.replace(SMALL.vision, image_size=16), max_prompt_len=2, max_fast_len=2
+    )
+    real, ar = np.array([1, 1, 1, 1, 1, 0], bool), np.array([0, 0, 0, 1, 1, 0], bool)
+    return {variant.name: variant.codes for variant in variants(config, real, ar, 2)}
+
+
+def test_reasons_are_those_of_the_picture(drawn: dict[str, np.ndarray]) -> None:
+    rows = [line[1:].split() for line in PICTURE.strip("\n").splitlines()[1:]]
+    assert drawn["insulated"].tolist() == [[CODE[DRAWN[cell]] for cell in row] for row in rows]
+
+
+def test_the_drawn_mask_is_the_models_own(found: Findings) -> None:
+    seen, batch, config = found.seen, on_device(found), found.subject.assets.config
+    (ours, *_) = variants(config, seen.token_mask, seen.ar_mask, config.horizon)
+    params = found.subject.params
+    assert params is not None
+    prefix = run_backbone(params.vision, params.backbone, config, batch.observation, batch.ar_mask)
+    size = len(seen.id)
+    mask = ON[ours.codes]
+    assert np.array_equal(mask[:size, :size], masks.make_attn_mask(prefix.input_mask, prefix.ar_mask)[0])
+    memory = insulate(prefix, config.num_memory).mask[0]
+    assert all(np.array_equal(row[: config.num_memory], memory) for row in mask[size:, :size])
+    assert not mask[size:, config.num_memory : size].any() and not mask[:size, size:].any() and mask[size:, size:].all()
+    assert mask.any() and not mask.all()
+
+
+def test_a_state_token_sees_no_action() -> None:
+    config = dataclasses.replace(SMALL, state_input="token")
+    real = np.arange(config.num_image_tokens + config.max_token_len) < config.num_memory
+    mask = model_mask(config, real, np.zeros_like(real), 1 + config.horizon)[len(real) :, len(real) :]
+    assert mask[0].tolist() == [True] + [False] * config.horizon and mask[1:].all()
+    assert variants(config, real, np.zeros_like(real), 1 + config.horizon)  # and the reasons agree
+
+
+def test_other_masks_differ_where_they_say(drawn: dict[str, np.ndarray]) -> None:
+    ours = ON[drawn["insulated"]]
+    assert np.array_equal(ON[drawn["joint"]], ours) and (drawn["joint"] == CODE["joint"]).sum() == 6
+    hybrid = ON[drawn["HybridVLA-like"]] ^ ours
+    assert np.argwhere(hybrid).tolist() == [[q, k] for q in (3, 4) for k in (6, 7)]  # FAST reads the noisy actions
+    leaky = ON[drawn["leaky"]] ^ ours
+    opened = [[q, k] for q in (0, 1, 2) for k in (3, 4)] + [[3, 4]] + [[q, k] for q in (6, 7) for k in (3, 4)]
+    assert np.argwhere(leaky).tolist() == opened
+    assert all(REASONS[code][2].startswith("LEAK") for code in drawn["leaky"][leaky])
+
+
+# --- 3. losses --------------------------------------------------------------------------------------------------------
+
+
+def test_token_scores_are_the_loss(found: Findings) -> None:
+    params, config, batch = found.subject.params, found.subject.assets.config, on_device(found)
+    assert found.measured is not None
+    _, metrics = compute_loss(params, config, batch, jax.random.key(0))
+    scores = found.measured.tokens
+    used = scores.used
+    assert scores.loss[used].mean() == pytest.approx(float(metrics["fast"]), rel=1e-4)
+    np.testing.assert_allclose(np.exp(-scores.loss[used]), scores.probability[used], rtol=1e-5)
+    assert np.flatnonzero(found.seen.loss_mask).tolist() == scores.column[used].tolist()
+    assert scores.likelihood.shape[1] == TOP and (np.diff(scores.likelihood, axis=1) <= 0).all()
+    right = scores.likeliest[:, 0] == found.seen.id[scores.column]
+    assert right[used].mean() == pytest.approx(float(metrics["token_accuracy"]), abs=1e-6)
+
+
+def test_flow_scores_are_the_loss(found: Findings) -> None:
+    params, batch = found.subject.params, on_device(found)
+    assert found.measured is not None and params is not None
+    many = dataclasses.replace(found.subject.assets.config, flow_samples=64)
+    _, metrics = compute_loss(params, many, batch, jax.random.key(0))
+    flow = found.measured.flow
+    assert float(flow.loss) == pytest.approx(float(metrics["flow"]), rel=1e-4)
+    real = np.asarray(batch.action_mask)[0]
+    assert flow.error.shape == (len(TIMES), *real.shape)
+    assert (flow.error[:, ~real] == 0).all() and (flow.error[:, real] > 0).all()
+    shown = view(found)["losses"]
+    assert shown["total"] == pytest.approx(shown["flow"] + shown["weight"] * shown["fast"], rel=1e-4)
+
+
+def test_the_policys_chunk_is_what_it_would_serve(found: Findings, inspector: Inspector) -> None:
+    """From the prompt alone, tokenised without actions: the FAST tokens of the sample are not there to be read."""
+    subject, batch = found.subject, on_device(found)
+    config, params = subject.assets.config, subject.params
+    assert params is not None and found.measured is not None
+    state = np.asarray(batch.observation.state)[0, :3]
+    task = re.fullmatch(r"<bos>Task: (.*), State: .*", "".join(found.seen.text), re.DOTALL)
+    assert task
+    served = subject.assets.tokenizer.tokenize(task[1], state)
+    width = config.max_prompt_len
+    observation = dataclasses.replace(
+        batch.observation,
+        tokens=jnp.asarray(served.tokens[None, :width]),
+        token_mask=jnp.asarray(served.token_mask[None, :width]),
+    )
+    real = np.zeros((config.horizon, config.action_dim), bool)
+    real[:, :3] = True
+    noise = jax.random.normal(jax.random.key(0), (8, config.horizon, config.action_dim))[:1]
+    np.testing.assert_allclose(
+        found.measured.flow.chunk, sample_actions(params, config, observation, noise, real=real)[0], atol=1e-4
+    )
+
+
+# --- 4. gradients, and what moves what --------------------------------------------------------------------------------
+
+
+def test_what_moves_what(found: Findings) -> None:
+    assert found.influence is not None and found.influence.outcome == "holds"
+    table = found.influence.table
+    for changed in ("answer: all its tokens", "answer: none at all", "answer: one token", "padding"):
+        assert table[changed]["velocity"] == table[changed]["images and prompt"] == 0
+    assert (
+        table["answer: one token"]["answer, before it"] == 0 < (table["answer: one token"]["answer, from it on"] or 0)
+    )
+    for changed in ("camera front", "camera wrist", "prompt: one token"):
+        assert min(v for v in table[changed].values() if v is not None) > 0
+    assert table["noisy actions"]["velocity"] and not table["noisy actions"]["images and prompt"]
+
+
+def every_block_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAST tokens attended bidirectionally."""
+    rule = masks.make_attn_mask
+    monkeypatch.setattr(backbone.masks, "make_attn_mask", lambda real, ar: rule(real, jnp.zeros_like(ar)))
+
+
+def the_answer_in_sight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAST tokens visible to the expert."""
+    insulate = insulation.insulate
+
+    def leaky(prefix: backbone.Prefix, columns: int, stop: bool = True) -> insulation.Memory:
+        memory = insulate(prefix, columns, stop)
+        return dataclasses.replace(memory, mask=prefix.input_mask[:, :columns])
+
+    for place in ("insula.inspection.influence", "insula.inspection.measure", "insula.losses"):
+        monkeypatch.setattr(f"{place}.insulate", leaky)
+
+
+def no_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Insulation that stops nothing."""
+    insulate = losses.insulate
+    monkeypatch.setattr(losses, "insulate", lambda prefix, columns, stop: insulate(prefix, columns, stop=False))
+
+
+@pytest.mark.parametrize(
+    ("leak", "finding"),
+    [
+        (every_block_at_once, "changing answer: one token moves answer, before it by"),
+        (every_block_at_once, "cells are not as they must be, first (0, "),
+        (the_answer_in_sight, "changing answer: all its tokens moves velocity by"),
+        (no_stop, "flow reaches backbone layer 0, norm"),
+    ],
+)
+def test_a_leaky_model_names_the_path_and_exits_with_1(
+    leak: Callable,
+    finding: str,
+    mixture: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    leak(monkeypatch)
+    config = InspectConfig(data=mixture, model=SMALL, out=tmp_path / "page.html", certificate=tmp_path / "c.json")
+    monkeypatch.setattr(cli, "_parsed", lambda *_: config)
+    with pytest.raises(SystemExit) as done:
+        cli.inspect()
+    printed = capsys.readouterr().out
+    assert done.value.code == 1 and "insulation: leaks" in printed and finding in printed
+    assert read_certificate(tmp_path / "c.json")["outcome"] == "leaks"
+    assert finding in (tmp_path / "page.html").read_text()
+
+
+def test_a_closed_gate_shows_nothing(inspector: Inspector) -> None:
+    """An untrained expert does not read at all: no zero of it may count."""
+    subject = inspector.subject
+    params = subject.params
+    assert params is not None
+    zero = jax.tree.map(jnp.zeros_like, params.expert.layers.attention_norm)
+    layers = dataclasses.replace(params.expert.layers, attention_norm=zero, mlp_norm=zero)
+    closed = dataclasses.replace(params, expert=dataclasses.replace(params.expert, layers=layers))
+    inspector.subject = dataclasses.replace(subject, params=closed)
+    try:
+        found = inspector.look(3, "arm")
+    finally:
+        inspector.subject = subject
+    assert found.outcome == "vacuous" and found.influence is not None
+    assert "no camera and no prompt moves the velocity" in " ".join(found.influence.findings)
+
+
+def test_the_certificate_holds_both(found: Findings, tmp_path: Path) -> None:
+    certify(found, tmp_path / "c.json")
+    written = read_certificate(tmp_path / "c.json")
+    assert written["outcome"] == "holds" and written["findings"] == [] and written["parameters"] == "trained"
+    assert written["table"]["backbone layer 0"]["flow_embeddings"] > 0 == written["table"]["vision"]["flow_embeddings"]
+    assert written["table"]["action head"]["flow"] > 0 == written["table"]["action head"]["fast"]
+    assert (
+        written["influence"]["answer: all its tokens"]["velocity"]
+        == 0
+        < written["influence"]["camera front"]["velocity"]
+    )
+
+
+# --- 5. where the expert looks ----------------------------------------------------------------------------------------
+
+
+def test_looks_are_shares_of_what_is_visible(found: Findings) -> None:
+    assert found.measured is not None
+    look, config = found.measured.look, found.subject.assets.config
+    memory = config.num_memory
+    assert look.shape == (len(LOOK_TIMES), 1, 2, memory + config.horizon)
+    np.testing.assert_allclose(look.sum(-1), 1, rtol=1e-5)
+    visible = found.seen.visible[:memory]
+    assert (look[..., :memory][..., ~visible] == 0).all() and (look[..., :memory][..., visible] > 0).all()
+    assert np.abs(look[0] - look[-1]).max() > 0  # noise and data are not looked at alike
+
+
+# --- the page and the command -----------------------------------------------------------------------------------------
+
+
+def test_the_page_is_one_offline_file_and_no_text_runs(found: Findings) -> None:
+    evil = "</script><script>alert(1)</script>"
+    sample = dataclasses.replace(found.sample, where=evil)
+    page = render(dataclasses.replace(found, sample=sample), {evil: 3})
+    assert evil not in page and page.count("<script>") == page.count("</script>") - 1 == 9  # one holds the data
+    assert not re.search(r"<(link|img|iframe)|@import|url\(", page)
+    assert set(re.findall(r"https?://[^\s\"'<)]+", page)) <= {"https://github.com/leeoniya/uPlot"}  # in a comment
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert data and json.loads(data[1])["about"]["sample"] == evil
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
+    assert policy and "default-src 'none'" in policy[1] and policy[1].count("'sha256-") == 9
+
+
+def test_tokens_only_needs_no_memory_for_the_model(
+    mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model = dataclasses.replace(PI05, cameras=SMALL.cameras)
+    with pytest.raises(ValueError, match=r"'pi05' \(1\d\.\d GiB of float32 parameters\) takes about .*--tokens-only"):
+        open_subject(InspectConfig(data=mixture, model=model))
+    page = tmp_path / "page.html"
+    config = InspectConfig(data=mixture, model=model, fast_last_id=257_023, tokens_only=True, out=page)
+    assert inspect(config) and page.stat().st_size < 3_000_000
+    assert "the model was not run" in page.read_text()
+    with pytest.raises(ValueError, match="without --tokens-only"):
+        inspect(dataclasses.replace(config, certificate=tmp_path / "c.json"))
+
+
+def test_what_a_user_can_mend(mixture: Path, found: Findings, tmp_path: Path) -> None:
+    subject: Subject = found.subject
+    with pytest.raises(IndexError, match=r"sample 9999 of 'arm' does not exist; it has 0 to"):
+        subject.sample(9999, "arm")
+    with pytest.raises(IndexError, match="sample -1"):
+        subject.sample(-1)
+    with pytest.raises(ValueError, match=r"no source 'amr'.*did you mean 'arm'"):
+        subject.sample(0, "amr")
+    with pytest.raises(FileNotFoundError, match=r"no train.json here; expected what `insula train --run`"):
+        open_subject(InspectConfig(run=tmp_path))
+    with pytest.raises(DatasetError, match="nowhere"):
+        open_subject(InspectConfig(data=tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="give either --run RUN, or --data DATA"):
+        open_subject(InspectConfig(run=tmp_path, data=mixture))
+
+
+def test_a_question_certifies_nothing(inspector: Inspector, tmp_path: Path) -> None:
+    found = inspector.look(0, "scenes")
+    assert is_question(found.sample.source) and found.faults == []
+    with pytest.raises(ValueError, match=r"questions.jsonl.*has no action, so it cannot show where gradients go"):
+        certify(found, tmp_path / "c.json")
+
+
+def test_data_without_actions_says_so(tmp_path: Path) -> None:
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "questions.jsonl").write_text('{"question": "how many", "answer": "two"}\n')
+    (tmp_path / "data.toml").write_text('[questions.q]\npath = "q"\ncamera = "front"\n')
+    with pytest.raises(DatasetError, match="robot"):
+        open_subject(InspectConfig(data=tmp_path / "data.toml", model=SMALL))
+
+
+def test_columns_need_no_model(found: Findings) -> None:
+    subject = dataclasses.replace(found.subject, params=None)
+    bare = Inspector(subject).look(3, "arm")
+    assert bare.proof is bare.influence is bare.measured is None and bare.outcome == "not asked"
+    again = columns(found.sample.batch, subject.assets.config, subject.assets.tokenizer, False)
+    assert again.part == bare.seen.part == found.seen.part

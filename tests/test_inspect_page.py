@@ -19,11 +19,11 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from insula import page as pages
 from insula.inspection.config import InspectConfig
+from insula.inspection.findings import Findings, Inspector
 from insula.inspection.page import render
 from insula.inspection.server import HOST, application
 from insula.inspection.subject import open_subject
 from insula.inspection.variants import ON, REASONS, model_mask, variants
-from insula.inspection.view import Findings, Inspector
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; on Debian: sudo apt-get install chromium")

@@ -18,12 +18,13 @@ from insula.certificate import read_certificate
 from insula.data.schema import DatasetError
 from insula.inspection.command import certify, inspect
 from insula.inspection.config import InspectConfig
+from insula.inspection.findings import Findings, Inspector
 from insula.inspection.measure import LOOK_TIMES, TIMES, TOP
 from insula.inspection.page import render
 from insula.inspection.sequence import chunk, columns, is_question
 from insula.inspection.subject import Subject, open_subject
 from insula.inspection.variants import CODE, ON, REASONS, model_mask, variants
-from insula.inspection.view import Findings, Inspector, view
+from insula.inspection.view import view
 from insula.losses import compute_loss
 from insula.model import backbone, insulation
 from insula.model.backbone import run_backbone

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from mixtures import SMALL, settings, write_mixture
+from mixtures import MAPPING, SMALL, settings, write_mixture
 
 from insula.checkpoints.store import CheckpointStore
 from insula.data.lerobot import LeRobotWriter

@@ -9,11 +9,11 @@ from rich.table import Table
 from insula import page
 from insula.certificate import Proof, write_certificate
 from insula.inspection.config import InspectConfig
+from insula.inspection.findings import Findings, Inspector
 from insula.inspection.influence import EFFECTS, Influence
 from insula.inspection.page import render
 from insula.inspection.server import serve
 from insula.inspection.subject import open_subject
-from insula.inspection.view import Findings, Inspector
 from insula.terminal import as_text
 
 COLUMNS = {

@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from insula.inspection.findings import Inspector
 from insula.inspection.page import render
-from insula.inspection.view import Inspector
 
 HOST = "127.0.0.1"
 log = logging.getLogger(__name__)

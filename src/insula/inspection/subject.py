@@ -49,7 +49,8 @@ class Subject:
 
     @property
     def parameters(self) -> str:
-        return "none" if self.params is None else "trained" if self.trained else "random"
+        """no, trained or random."""
+        return "no" if self.params is None else "trained" if self.trained else "random"
 
     def sample(self, number: int, source: str | None = None) -> Sample:
         """Raises IndexError or ValueError for what does not exist."""

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from insula import page
-from insula.inspection.view import Findings, view
+from insula.inspection.findings import Findings
+from insula.inspection.view import view
 from insula.page.html import Html, tag
 
 HERE = Path(__file__).parent

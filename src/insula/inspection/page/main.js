@@ -9,7 +9,7 @@
     leaks: "Insulation leaks: something arrives where nothing must.",
     vacuous: "Nothing is shown: a control is zero, too.",
     "not finite": "Nothing is shown: some numbers are not finite.",
-    "not asked": about.parameters === "none" ? "The model was not run." : "This sample lacks a loss, so it cannot show insulation.",
+    "not asked": about.parameters === "no" ? "The model was not run." : "This sample lacks a loss, so it cannot show insulation.",
   };
   const colour = { holds: "good", "not asked": "soft" }[data.outcome] ?? "bad";
   const card = (name, value, note, kind = null) =>
@@ -26,7 +26,7 @@
     el("p", { id: "verdict", class: colour }, verdicts[data.outcome]),
     data.faults.length ? el("ul", { id: "faults", class: "bad" }, data.faults.map((fault) => el("li", {}, fault))) : "",
     el("div", { class: "cards" },
-      card("insulation", data.outcome, "measured on this sample", colour),
+      card("insulation", data.outcome, losses ? "measured on this sample" : "not measured", colour),
       card("scored tokens", about.scored, "by the token loss"),
       card("scored action steps", about.real_steps, "by the flow loss"),
       card("total loss", losses ? insula.number(losses.total, 4) : "–", losses ? "flow + λ · token" : "not measured")),

@@ -1,5 +1,6 @@
 """FAST against the reference (scipy + tokenizers, written out here), and what happens to what cannot be coded."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -256,3 +257,21 @@ def test_truncation_in_a_file_does_not_cut_chunks(tmp_path: Path, narrow: FASTCo
     chunk = chunks("random", (6, 7), 1)[0]
     assert len(narrow.encode(chunk)) > 3
     assert FASTCodec.load(tmp_path).encode(chunk) == narrow.encode(chunk)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_spans_say_which_coefficients_an_id_carries(shape: tuple[int, int], narrow: FASTCodec) -> None:
+    """Changing the coefficients of one id's span changes what that id says, and no id before it."""
+    chunk = chunks("smooth", shape, 1)[0]
+    ids, written = narrow.encode(chunk), narrow.coefficients(chunk)
+    np.testing.assert_array_equal(written, np.around(dct(chunk, axis=0, norm="ortho") * narrow.scale))
+    spans = narrow.spans(ids)
+    assert spans[0][0] == 0 and spans[-1][1] == written.size
+    for (_, stop), (start, _) in itertools.pairwise(spans):
+        assert start in (stop, stop - 1)  # a coefficient two ids share belongs to both
+    whole = narrow._bytes(ids).decode()
+    for n, (start, stop) in enumerate(spans):
+        said = narrow._bytes(ids[n : n + 1]).decode(errors="ignore")
+        assert said in whole[start:stop] and len(whole[start:stop]) - len(said) <= 2
+    with pytest.raises(ValueError, match="id 99999 is outside"):
+        narrow.spans([99999])

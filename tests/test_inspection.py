@@ -15,7 +15,8 @@ from mixtures import SMALL, write_mixture
 from insula import cli, losses
 from insula.batch import Batch
 from insula.certificate import read_certificate
-from insula.data.schema import DatasetError
+from insula.data.lerobot import LeRobotWriter
+from insula.data.schema import DatasetError, Feature, image_feature
 from insula.inspection.command import certify, inspect
 from insula.inspection.config import InspectConfig
 from insula.inspection.findings import Findings, Inspector
@@ -421,6 +422,16 @@ def test_what_a_user_can_mend(mixture: Path, found: Findings, tmp_path: Path) ->
         open_subject(InspectConfig(data=tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="give either --run RUN, or --data DATA"):
         open_subject(InspectConfig(run=tmp_path, data=mixture))
+    with pytest.raises(ValueError, match="--fast-last-id goes without --run"):
+        open_subject(InspectConfig(run=tmp_path, fast_last_id=1))
+    with pytest.raises(ValueError, match="--preset or --model goes without --run"):
+        open_subject(InspectConfig(run=tmp_path, model=SMALL))
+    with pytest.raises(ValueError, match="--training goes with --run"):
+        open_subject(InspectConfig(data=mixture, training=True))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "train.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"no train\.json here; there is one in .*run; expected"):
+        open_subject(InspectConfig(run=tmp_path))
 
 
 def test_a_question_certifies_nothing(inspector: Inspector, tmp_path: Path) -> None:
@@ -431,6 +442,12 @@ def test_a_question_certifies_nothing(inspector: Inspector, tmp_path: Path) -> N
 
 
 def test_data_without_actions_says_so(tmp_path: Path) -> None:
+    cameras = {f"observation.images.{name}": image_feature(32, 32) for name in SMALL.cameras}
+    with LeRobotWriter(tmp_path / "still", 10, cameras | {"observation.state": Feature("float32", (3,))}) as writer:
+        pictures = {name: np.zeros((5, 32, 32, 3), np.uint8) for name in cameras}
+        writer.add_episode(pictures | {"observation.state": np.zeros((5, 3), np.float32)}, "wait")
+    with pytest.raises(DatasetError, match="'action'"):
+        open_subject(InspectConfig(data=tmp_path / "still", model=SMALL))
     (tmp_path / "q").mkdir()
     (tmp_path / "q" / "questions.jsonl").write_text('{"question": "how many", "answer": "two"}\n')
     (tmp_path / "data.toml").write_text('[questions.q]\npath = "q"\ncamera = "front"\n')

@@ -12,6 +12,7 @@ from small import CLOSE, SMALL, VARIANTS, by_leaf, difference, draws, gradients,
 import insula
 from insula.losses import compute_loss
 from insula.model import abstract_params, count_params, init_params, weight_table
+from insula.model.attention import attend_with_memory, memory_weights
 from insula.model.config import PI0, PI05, PRESETS, config_from_dict, preset
 from insula.model.vision import encode_images
 from insula.model.weights import is_weight
@@ -165,6 +166,22 @@ def test_the_state_reaches_the_expert_as_a_token_only_when_asked() -> None:
         )
         changed = difference(velocity(params, config, batch, noisy, time), velocity(params, config, other, noisy, time))
         assert (changed > CLOSE) if reaches else (changed == 0.0)
+
+
+def test_memory_weights_are_those_of_the_attention() -> None:
+    """Grouped queries, two samples of noise, a hidden column of the memory and one of the expert's own."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    q = jax.random.normal(keys[0], (2, 2, 3, 4, 8))
+    k, v = (jax.random.normal(key, (2, 2, 3, 2, 8)) for key in keys[1:3])
+    memory_k, memory_v = (jax.random.normal(key, (2, 5, 2, 8)) for key in keys[3:])
+    seen, own = jnp.ones((2, 5), bool).at[0, 1].set(False), jnp.tri(3, dtype=bool)
+    weights = memory_weights(q, k, memory_k, seen, own)
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
+    assert (weights[0, ..., 1] == 0).all() and (weights[1, ..., 1] > 0).all() and (weights[:, :, 0, :, 6:] == 0).all()
+    heads = [jnp.repeat(x, 2, axis=-2) for x in (memory_v, v)]  # each key head serves two query heads
+    wanted = jnp.einsum("bkanm,bmne->bkane", weights[..., :5], heads[0])
+    wanted += jnp.einsum("bkanc,bkcne->bkane", weights[..., 5:], heads[1])
+    np.testing.assert_allclose(attend_with_memory(q, k, v, memory_k, memory_v, seen, own), wanted, atol=1e-5)
 
 
 def test_cameras_of_any_size_and_none_forgotten() -> None:

@@ -99,6 +99,16 @@ def test_dialects_write_what_their_owners_do(name: str, state: list[int] | None,
     assert dialect(name).write(task, state) == written
 
 
+@pytest.mark.parametrize("name", DIALECTS)
+def test_the_state_is_found_where_it_was_written(name: str) -> None:
+    bins = [0, 127, 255]
+    for task in (PROMPT, "a, State: 1 2;\nAction: b", ""):
+        written = dialect(name).write(task, bins)
+        span = dialect(name).state_span(written)
+        assert span is not None and written[slice(*span)] == "0 127 255"
+        assert dialect(name).state_span(dialect(name).write(task, None)) is None or "State: 1 2" in task
+
+
 def test_braces_in_an_instruction_are_text() -> None:
     assert dialect("pi05").write("put {state} {0}", [1]) == "Task: put {state} {0}, State: 1;\nAction: "
 

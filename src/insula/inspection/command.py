@@ -71,18 +71,20 @@ def summary(found: Findings) -> list[Table | str]:
     parts: list[Table | str] = [f"insula {version('insula')}: {found.sample.where}"]
     if found.proof and found.influence:
         parts += [gradient_table(found.proof, found), influence_table(found.influence)]
-        parts += [f"insulation: {found.outcome}", *found.faults]
+        why = "" if found.shows_insulation or found.faults else ": this sample lacks one of the losses"
+        parts += [f"insulation: {found.outcome}{why}", *found.faults]
     return parts
 
 
 def gradient_table(proof: Proof, found: Findings) -> Table:
     there = {"flow": found.has_actions, "fast": found.has_answer}
     names = [name for name in COLUMNS if there[name.split("_")[0]]]
-    heads = [COLUMNS[name] for name in names]
-    shown = Table("part", *heads, "cosine", title="gradient norms", title_justify="left")
+    both = ["cosine"] if found.shows_insulation else []
+    shown = Table("part", *(COLUMNS[name] for name in names), *both, title="gradient norms", title_justify="left")
     for part, row in proof.table.items():
         cosine = proof.cosine.get(part)
-        shown.add_row(part, *(_exact(row[name]) for name in names), "" if cosine is None else f"{cosine:+.2f}")
+        angle = "" if cosine is None else f"{cosine:+.2f}"
+        shown.add_row(part, *(_exact(row[name]) for name in names), *([angle] if both else []))
     return shown
 
 

@@ -19,7 +19,7 @@ from insula.model import Params, abstract_params
 from insula.policy import load_model
 from insula.testing import randomise
 from insula.train.config import TrainConfig, from_dict
-from insula.train.data import fit_assets, held_out_sources, open_data, training_mixture
+from insula.train.data import fit_assets, held_out_sources, open_data, training_sources
 
 COPIES = 5
 """Of the parameters, that measuring gradients needs at the same time: itself, a gradient for each loss, work space."""
@@ -69,6 +69,12 @@ def open_subject(config: InspectConfig) -> Subject:
     """Raises ValueError, FileNotFoundError, CheckpointError or DatasetError, saying what to give instead."""
     if (config.run is None) == (config.data is None):
         raise ValueError("give either --run RUN, or --data DATA with --preset")
+    default = InspectConfig()
+    without_run = ("model", "dialect", "text_tokenizer", "fast", "fast_last_id")
+    for name in without_run if config.run else ("training",):
+        if getattr(config, name) != getattr(default, name):
+            flag = "--preset or --model" if name == "model" else f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} goes {'without' if config.run else 'with'} --run; drop one of them")
     return _of_run(config) if config.run else _of_data(config)
 
 
@@ -77,7 +83,8 @@ def _of_run(config: InspectConfig) -> Subject:
     assert config.run is not None
     run, path = config.run, config.run / "train.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{run}: no {path.name} here; expected what `insula train --run` wrote")
+        near = f"; there is one in {run / 'run'}" if (run / "run" / path.name).is_file() else ""
+        raise FileNotFoundError(f"{run}: no {path.name} here{near}; expected what `insula train --run` wrote")
     trained = dataclasses.replace(from_dict(json.loads(path.read_text(encoding="utf-8")), str(path)), run=run)
     if config.tokens_only:
         with CheckpointStore(run / "checkpoints") as store:
@@ -85,10 +92,8 @@ def _of_run(config: InspectConfig) -> Subject:
     else:
         params, assets = load_model(run)
     data = open_data(dataclasses.replace(trained, resume=True))
-    if config.training:
-        sources = dict(training_mixture(trained, assets, data).sources)
-    else:
-        sources = held_out_sources(trained, assets, data)
+    chosen = training_sources if config.training else held_out_sources
+    sources = chosen(trained, assets, data)
     if not sources:
         raise DatasetError(f"{run}: nothing was held out of its training; look at that with --training")
     return Subject(str(run), params, assets, sources, trained=True)
@@ -118,6 +123,6 @@ def _of_data(config: InspectConfig) -> Subject:
     )
     data = open_data(trains)
     assets = fit_assets(trains, data)
-    sources = dict(training_mixture(trains, assets, data).sources)
+    sources = training_sources(trains, assets, data)
     params = None if config.tokens_only else randomise(abstract_params(model), jax.random.key(0))
     return Subject(str(config.data), params, assets, sources, trained=False)

@@ -155,6 +155,11 @@ def training_mixture(config: TrainConfig, assets: Assets, data: RunData) -> Mixt
     return Mixture(sources, data.mapping.weights, config.on_bad_sample, config.run / QUARANTINE_FILE)
 
 
+def training_sources(config: TrainConfig, assets: Assets, data: RunData) -> dict[str, Source]:
+    """What batches are drawn from, by source; tokenised when first asked for."""
+    return dict(_sources(config, assets, data, {name: part.train for name, part in data.parts.items()}))
+
+
 def held_out_sources(config: TrainConfig, assets: Assets, data: RunData) -> dict[str, Source]:
     """What no batch is ever drawn from, by source; none where nothing is held out."""
     kept = {name: part.held_out for name, part in data.parts.items() if len(part.held_out)}

@@ -21,7 +21,7 @@ from insula import page as pages
 from insula.inspection.config import InspectConfig
 from insula.inspection.findings import Findings, Inspector
 from insula.inspection.page import render
-from insula.inspection.server import HOST, application
+from insula.inspection.server import HOST, application, serve
 from insula.inspection.subject import open_subject
 from insula.inspection.variants import ON, REASONS, model_mask, variants
 
@@ -254,6 +254,13 @@ def test_the_server_serves_any_sample(show: Callable[..., Page], server: str, fo
     expect(page.locator("#verdict")).to_contain_text("lacks a loss")
     expect(page.get_by_text("A question: it has no chunk of actions.")).to_be_visible()
     expect(page.get_by_text("Not measured: this sample has no actions.")).to_be_visible()
+
+
+def test_a_port_that_is_taken(inspector: Inspector) -> None:
+    with socket.create_server((HOST, 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match=rf"port {port} of 127.0.0.1: .*; --port 0 takes a free one"):
+            serve(inspector, None, 0, port)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """`insula inspect --serve`: the page of any sample, on this machine alone."""
 
-import logging
+import socket
 import threading
 
 import uvicorn
@@ -15,7 +15,6 @@ from insula.inspection.findings import Inspector
 from insula.inspection.page import render
 
 HOST = "127.0.0.1"
-log = logging.getLogger(__name__)
 
 
 def application(inspector: Inspector, source: str | None = None, number: int = 0) -> Starlette:
@@ -44,7 +43,10 @@ def application(inspector: Inspector, source: str | None = None, number: int = 0
 def serve(inspector: Inspector, source: str | None, number: int, port: int) -> None:
     """Until Ctrl-C. Raises OSError where the port is taken."""
     app = application(inspector, source, number)
-    config = uvicorn.Config(app, host=HOST, port=port, log_level="warning", lifespan="off")
-    listening = config.bind_socket()
+    try:
+        listening = socket.create_server((HOST, port))
+    except OSError as error:
+        raise OSError(f"port {port} of {HOST}: {error.strerror}; --port 0 takes a free one") from None
+    config = uvicorn.Config(app, log_level="warning", lifespan="off")
     print(f"http://{HOST}:{listening.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
     uvicorn.Server(config).run(sockets=[listening])

@@ -43,6 +43,9 @@ def main() -> None:
     except KeyboardInterrupt as error:
         console.print(f"insula: {error.args[0] if error.args else 'interrupted'}", markup=False, highlight=False)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read our output (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, LookupError, OSError, RuntimeError, ArithmeticError) as error:
         if os.environ.get("INSULA_DEBUG"):
             raise

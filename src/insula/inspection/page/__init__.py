@@ -1,7 +1,7 @@
 """The page of one sample: one file, offline, drawn in the browser from `view`.
 
-The scripts run in this order: uPlot (the only library, in vendor/), dom.js (elements, packed arrays, charts), grid.js
-(images with patches), then one file for each section, and main.js, which calls them.
+The scripts run in this order: uPlot (the only library, in vendor/), dom.js (elements, packed arrays, charts),
+patches.js (images with their patches), then one file for each section, and main.js, which calls them.
 """
 
 import json

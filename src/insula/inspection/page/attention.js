@@ -9,7 +9,7 @@ insula.sections.push(["Who may look at whom", "attention", (data) => {
   const parts = Array.from({ length: size }, (_, n) => partOf(n));
 
   const canvas = el("canvas", { id: "matrix", tabindex: 0, role: "img", "aria-label": "attention mask: queries down, keys across" });
-  const readout = el("output", { class: "readout", id: "cell-readout", "aria-live": "polite" });
+  const readout = el("output", { class: "readout", id: "cell-readout", "aria-live": "polite" }, "Hover a cell, or walk over them with the arrow keys.");
   const about = el("p", { id: "variant-about" });
   const legend = el("p", { class: "legend", id: "variant-legend" });
   const difference = el("input", { type: "checkbox", id: "difference" });
@@ -63,10 +63,11 @@ insula.sections.push(["Who may look at whom", "attention", (data) => {
       context.strokeStyle = insula.colour("line");
       context.lineWidth = 1;
       context.beginPath();
+      const [right, bottom] = [x0 + size * lens.scale, y0 + size * lens.scale];
       for (let n = 0; n <= size; n += 1) {
-        const [x, y] = [Math.round(x0 + n * lens.scale), Math.round(y0 + n * lens.scale)];
-        if (x >= band) { context.moveTo(x, band); context.lineTo(x, canvas.height); }
-        if (y >= band) { context.moveTo(band, y); context.lineTo(canvas.width, y); }
+        const [x, y] = [x0 + n * lens.scale, y0 + n * lens.scale];
+        if (x >= band) { context.moveTo(x, band); context.lineTo(x, bottom); }
+        if (y >= band) { context.moveTo(band, y); context.lineTo(right, y); }
       }
       context.stroke();
     }

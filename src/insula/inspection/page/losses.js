@@ -8,17 +8,20 @@ insula.sections.push(["Losses", "losses", (data) => {
   const of = Object.fromEntries(data.tokens.map((token) => [token.column, token]));
   const summary = insula.table(["loss", "value", "mean over", "weight", "share of the total"], [
     ["token", about.scored ? number(losses.fast, 4) : "none",
-      `${about.scored} scored tokens; never prompt, state or padding`, `λ = ${losses.weight}`, number(losses.weight * losses.fast, 4)],
+      el("td", { class: "wrap" }, `${about.scored} scored tokens; never prompt, state or padding`), `λ = ${losses.weight}`, number(losses.weight * losses.fast, 4)],
     ["flow", losses.error ? number(losses.flow, 4) : "none",
-      losses.error ? `${about.real_steps} real of ${losses.horizon} steps × ${losses.real_dims} of ${losses.action_dim} dimensions × ` +
-        `${losses.flow_draws} draws of noise and time` : "this sample has no actions", "1", number(losses.flow, 4)],
+      el("td", { class: "wrap" }, losses.error
+        ? `${about.real_steps} real of ${losses.horizon} steps × ${losses.real_dims} of ${losses.action_dim} dimensions × ` +
+          `${losses.flow_draws} draws of noise and time`
+        : "this sample has no actions"), "1", number(losses.flow, 4)],
     ["total", number(losses.total, 4), "", "", ""],
-  ], { class: "plain", id: "totals" });
+  ], { id: "totals" });
 
   const rows = losses.tokens.map((scored) => [
     el("th", { scope: "row" }, `${scored.column} “${visible(of[scored.column].text)}”`),
     number(scored.loss),
-    el("td", {}, el("span", { class: "meter" }, el("i", { style: { width: `${100 * scored.probability}%` } })), ` ${percent(scored.probability)}`),
+    el("td", {}, el("span", { class: "meter" }, el("i", { style: { width: `${100 * scored.probability}%` } })),
+      el("span", { class: "share" }, percent(scored.probability))),
     el("td", { class: "top" }, scored.top.map((other) => el("span", {
       class: other.id === of[scored.column].id ? "right" : null, title: `id ${other.id}`,
     }, `${visible(other.text)} ${percent(other.probability)}`))),

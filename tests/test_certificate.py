@@ -73,6 +73,21 @@ def test_an_untrained_model_is_vacuous(small) -> None:
         proof.check()
 
 
+def test_without_insulation_it_does_not_hold_however_well_it_would(small, proof) -> None:
+    config, _, params, batch = small
+    joint = dataclasses.replace(config, knowledge_insulation=False)
+    off = prove(params, joint, batch, jax.random.key(3))
+    assert off.outcome == "off" and off.table == proof.table
+    norm = f"norm {proof.table['vision']['flow_control']:.3g}"
+    assert off.findings == (
+        f"knowledge_insulation is off: the flow loss reaches vision, {norm}, and all of the backbone",
+    )
+    with pytest.raises(InsulationError, match="off"):
+        off.check()
+    frozen = dataclasses.replace(joint, freeze_backbone=True)
+    assert not frozen.flow_reaches_backbone and joint.flow_reaches_backbone
+
+
 def test_a_leak_is_found(small, monkeypatch: pytest.MonkeyPatch) -> None:
     """Insulation that stops nothing: what a mistake in the model would look like."""
     config, _, params, batch = small

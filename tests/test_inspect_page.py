@@ -113,7 +113,7 @@ def drawn_mask(page: Page) -> np.ndarray:
 
 
 def choose(page: Page, variant: str) -> None:
-    page.get_by_label(variant, exact=True).check()
+    page.locator(f"input[name=variant][value='{variant}']").check()
     page.wait_for_selector(f'#matrix[data-variant="{variant}"]')
 
 
@@ -130,6 +130,7 @@ def test_the_masks_drawn_are_the_models_cell_by_cell(show: Callable[..., Page], 
     page, seen, config = show(file.as_uri()), found.seen, found.subject.assets.config
     ours = model_mask(config, seen.token_mask, seen.ar_mask, config.horizon)
     assert ours.any() and not ours.all()
+    expect(page.get_by_label("insulated (this model)", exact=True)).to_be_checked()
     assert np.array_equal(drawn_mask(page), ours)
     for variant in variants(config, seen.token_mask, seen.ar_mask, config.horizon):
         choose(page, variant.name)

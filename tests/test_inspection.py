@@ -20,6 +20,7 @@ from insula.data.schema import DatasetError, Feature, image_feature
 from insula.inspection.command import certify, inspect
 from insula.inspection.config import InspectConfig
 from insula.inspection.findings import Findings, Inspector
+from insula.inspection.influence import AFTER, influence
 from insula.inspection.measure import LOOK_TIMES, TIMES, TOP
 from insula.inspection.page import render
 from insula.inspection.sequence import chunk, columns, is_question
@@ -31,6 +32,7 @@ from insula.model import backbone, insulation
 from insula.model.backbone import run_backbone
 from insula.model.config import PI05
 from insula.model.insulation import insulate
+from insula.page import write
 from insula.policy import sample_actions
 from insula.tokens import masks
 from insula.tokens.sequence import state_bins
@@ -134,6 +136,15 @@ def test_the_chunk_is_read_back(found: Findings) -> None:
     carried = [n for start, stop in seen.spans.values() for n in range(start, stop)]
     assert sorted(set(carried)) == list(range(18))
     assert list(seen.spans) == found.seen.where("FAST").tolist()
+
+
+def test_a_chunk_without_tokens_says_why(mixture: Path) -> None:
+    short = dataclasses.replace(SMALL, max_fast_len=3)
+    subject = open_subject(InspectConfig(data=mixture, model=short, tokens_only=True))
+    shown = view(Inspector(subject).look(0, "arm"))["chunk"]
+    assert shown["decoded"] is None and re.search(
+        r"because the action takes \d+ tokens, the limit is 3", shown["invalid"]
+    )
 
 
 # --- 2. attention -----------------------------------------------------------------------------------------------------
@@ -334,6 +345,17 @@ def test_a_leaky_model_names_the_path_and_exits_with_1(
     assert finding in (tmp_path / "page.html").read_text()
 
 
+def test_a_model_without_insulation_is_no_pass(mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    joint = dataclasses.replace(SMALL, knowledge_insulation=False)
+    config = InspectConfig(data=mixture, model=joint, out=tmp_path / "page.html", certificate=tmp_path / "c.json")
+    assert not inspect(config)
+    finding = "knowledge_insulation is off: the flow loss reaches vision, norm "
+    assert "insulation: off" in (printed := capsys.readouterr().out) and finding in printed
+    written = read_certificate(tmp_path / "c.json")
+    assert written["outcome"] == "off" and written["findings"][0].startswith(finding)
+    assert '"own":"joint"' in (tmp_path / "page.html").read_text()
+
+
 def test_a_closed_gate_shows_nothing(inspector: Inspector) -> None:
     """An untrained expert does not read at all: no zero of it may count."""
     subject = inspector.subject
@@ -349,6 +371,20 @@ def test_a_closed_gate_shows_nothing(inspector: Inspector) -> None:
         inspector.subject = subject
     assert found.outcome == "vacuous" and found.influence is not None
     assert "no camera and no prompt moves the velocity" in " ".join(found.influence.findings)
+
+
+def test_what_a_sample_lacks_is_no_zero(inspector: Inspector, found: Findings) -> None:
+    """Without an answer there is nothing that could stay as it is."""
+    batch, answer = found.sample.batch, np.cumsum(found.seen.ar_mask)[SMALL.num_image_tokens :] > 0
+    observation = dataclasses.replace(batch.observation, token_mask=batch.observation.token_mask & ~answer)
+    asked = dataclasses.replace(batch, observation=observation, ar_mask=batch.ar_mask & ~answer)
+    params, tokenizer = inspector.subject.params, inspector.subject.assets.tokenizer
+    assert params is not None
+    seen = columns(asked, SMALL, tokenizer, False)
+    measured = influence(inspector._forward, params, SMALL, asked, seen, jax.random.key(0))
+    assert measured.outcome == "holds" and not any(name.startswith("answer") for name in measured.table)
+    assert {row[AFTER] for row in measured.table.values()} == {None}
+    assert found.influence is not None and found.influence.table["padding"][AFTER] == 0
 
 
 def test_the_certificate_holds_both(found: Findings, tmp_path: Path) -> None:
@@ -404,7 +440,7 @@ def test_tokens_only_needs_no_memory_for_the_model(
     config = InspectConfig(data=mixture, model=model, fast_last_id=257_023, tokens_only=True, out=page)
     assert inspect(config) and page.stat().st_size < 3_000_000
     assert "the model was not run" in page.read_text()
-    with pytest.raises(ValueError, match="without --tokens-only"):
+    with pytest.raises(ValueError, match="--certificate goes without --tokens-only"):
         inspect(dataclasses.replace(config, certificate=tmp_path / "c.json"))
 
 
@@ -428,6 +464,12 @@ def test_what_a_user_can_mend(mixture: Path, found: Findings, tmp_path: Path) ->
         open_subject(InspectConfig(run=tmp_path, model=SMALL))
     with pytest.raises(ValueError, match="--training goes with --run"):
         open_subject(InspectConfig(data=mixture, training=True))
+    with pytest.raises(ValueError, match="--out goes without --serve"):
+        open_subject(InspectConfig(run=tmp_path, serve=True, out=tmp_path / "page.html"))
+    with pytest.raises(ValueError, match="--port goes with --serve"):
+        open_subject(InspectConfig(run=tmp_path, port=1))
+    with pytest.raises(IsADirectoryError, match="a folder; name a file in it"):
+        write(tmp_path, "page")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "train.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"no train\.json here; there is one in .*run; expected"):

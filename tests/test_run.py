@@ -250,6 +250,7 @@ def test_a_run_without_insulation_says_so(data: Path, tmp_path: Path) -> None:
     with CheckpointStore(config.run / "checkpoints") as store:
         certificate = read_certificate(store.assets() / CERTIFICATE_FILE)
     assert certificate["trained_with"]["knowledge_insulation"] is False
+    assert certificate["outcome"] == "off" and certificate["table"]["vision"]["flow_control"] > 0
 
 
 def leaking(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ SUFFIX: dict[Scheme, str] = {
 PROOF: tuple[Scheme, ...] = ("insulated", "joint")
 FINAL_NORM = "final norm"
 EXPERT = ("expert", "action head")
-Outcome = Literal["holds", "leaks", "vacuous", "not finite"]
+Outcome = Literal["holds", "off", "leaks", "vacuous", "not finite"]
 GradientTable = dict[str, dict[str, float]]
 
 
@@ -63,7 +63,8 @@ class Proof:
     """`table[part][loss + SUFFIX[scheme]]`: gradient norms, rows from pixels to actions. `cosine[part]`: of the two
     losses' gradients without insulation, None where one is zero. `findings` says what spoils the proof, if anything.
 
-    holds: every zero is exact, every control is not. leaks: a gradient is there that must not be. vacuous: a control
+    holds: every zero is exact, every control is not. off: it would, but this model trains without insulation, so that
+    its flow loss goes where the control goes. leaks: a gradient is there that must not be. vacuous: a control
     is zero, so the zeros beside it show nothing. not finite: there is NaN or infinity.
     """
 
@@ -98,7 +99,8 @@ Prover = Callable[[Params, Batch, PRNGKeyArray], Proof]
 def prover(config: Config, schemes: tuple[Scheme, ...] = PROOF) -> Prover:
     """A function that measures and judges, compiled once. Give it trained or randomised parameters; fresh ones come out
     as "vacuous". It measures in float32, whatever the config computes in. `freeze_backbone` and the freezing of what
-    LoRA leaves alone are lifted in all schemes but "frozen": zeros are to come from insulation."""
+    LoRA leaves alone are lifted in all schemes but "frozen": zeros are to come from insulation. So is
+    `knowledge_insulation=False`, but then a proof that holds is "off"."""
     free = dataclasses.replace(
         config,
         freeze_backbone=False,
@@ -121,7 +123,11 @@ def prover(config: Config, schemes: tuple[Scheme, ...] = PROOF) -> Prover:
         columns = {name: norms for name, norms in columns.items() if not name.startswith("cosine")}
         order = sorted(columns, key=lambda name: not name.startswith("flow"))
         table = {part: {name: columns[name][part] for name in order} for part in part_names(config)}
-        return Proof(table, *judge(table), cosine)
+        outcome, findings = judge(table)
+        if outcome == "holds" and config.flow_reaches_backbone:
+            reached = f"vision, norm {table['vision']['flow_control']:.3g}, and all of the backbone"
+            outcome, findings = "off", (f"knowledge_insulation is off: the flow loss reaches {reached}",)
+        return Proof(table, outcome, findings, cosine)
 
     return measure
 

@@ -46,14 +46,13 @@ def inspect(config: InspectConfig) -> bool:
 
 def certify(found: Findings, file: Path) -> None:
     """Write what was measured, gradients and what moves what. Raises ValueError where the sample lacks a loss, so that
-    it can show nothing, or the model was not run."""
+    it can show nothing."""
     if not found.shows_insulation:
         lacks = "no action" if not found.has_actions else "no scored token"
         raise ValueError(
             f"{found.sample.where} has {lacks}, so it cannot show where gradients go; choose a robot's sample"
         )
-    if found.proof is None or found.influence is None:
-        raise ValueError("a certificate needs the model to be run: without --tokens-only")
+    assert found.proof is not None and found.influence is not None
     subject = found.subject
     about = {
         "samples": [found.sample.where],

@@ -66,9 +66,10 @@ def influence(
     base = run(params, batch, noisy)
     causal = seen.token_mask & (np.cumsum(seen.ar_mask) > 0)
     prefix = seen.token_mask & ~causal
+    answers = bool(causal.any())
     table: dict[str, dict[str, float | None]] = {}
 
-    def measure(name: str, changed: Batch, noise: Array = noisy, at: int | None = None, answer: bool = True) -> None:
+    def measure(name: str, changed: Batch, noise: Array = noisy, at: int | None = None, answer: bool = answers) -> None:
         hidden, velocity = run(params, changed, noise)
         moved = jnp.max(jnp.abs(hidden - base[0]), axis=1)
         column = np.arange(len(causal))

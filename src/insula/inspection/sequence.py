@@ -12,7 +12,7 @@ from insula.data.robot import Robot
 from insula.model.backbone import column_masks
 from insula.model.config import Config
 from insula.tokens import masks
-from insula.tokens.sequence import FASTTokenizer
+from insula.tokens.sequence import FASTTokenizer, TokenBudgetError
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,15 +137,24 @@ def chunk(batch: Batch, robot: Robot, seen: Columns, tokenizer: FASTTokenizer) -
     at = seen.where("FAST")
     ids = [tokenizer.fast_last_id - int(i) for i in seen.id[at]]
     decoded = tokenizer.actions_from(seen.id[seen.where("FAST", "end")].tolist(), h, d) if len(at) else None
+    invalid = decoded.invalid if decoded else _why_none(actions, tokenizer)
     return Chunk(
         actions=actions,
         real=np.asarray(batch.action_mask)[0, :h, :d],
         coefficients=tokenizer.fast.coefficients(actions),
         scale=tokenizer.fast.scale,
         decoded=None if decoded is None else decoded.actions,
-        invalid="because this sample has no FAST token" if decoded is None else decoded.invalid,
+        invalid=invalid,
         spans=dict(zip(at.tolist(), tokenizer.fast.spans(ids), strict=True)),
     )
+
+
+def _why_none(actions: np.ndarray, tokenizer: FASTTokenizer) -> str:
+    try:
+        tokenizer.tokenize("", None, actions)
+    except TokenBudgetError as error:
+        return f"because {error}"
+    return "because its robot learns from the flow loss alone"
 
 
 def is_question(source: object) -> bool:

@@ -69,13 +69,26 @@ def open_subject(config: InspectConfig) -> Subject:
     """Raises ValueError, FileNotFoundError, CheckpointError or DatasetError, saying what to give instead."""
     if (config.run is None) == (config.data is None):
         raise ValueError("give either --run RUN, or --data DATA with --preset")
-    default = InspectConfig()
-    without_run = ("model", "dialect", "text_tokenizer", "fast", "fast_last_id")
-    for name in without_run if config.run else ("training",):
-        if getattr(config, name) != getattr(default, name):
-            flag = "--preset or --model" if name == "model" else f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} goes {'without' if config.run else 'with'} --run; drop one of them")
+    refuse_idle_flags(config)
     return _of_run(config) if config.run else _of_data(config)
+
+
+def refuse_idle_flags(config: InspectConfig) -> None:
+    """Raises ValueError for a flag that another one leaves without effect."""
+    default = InspectConfig()
+    of_run, of_serve = config.run is not None, config.serve
+    idle = {
+        "without --run": ("model", "dialect", "text_tokenizer", "fast", "fast_last_id") if of_run else (),
+        "with --run": () if of_run else ("training",),
+        "without --serve": ("out", "certificate") if of_serve else (),
+        "with --serve": () if of_serve else ("port",),
+        "without --tokens-only, which does not run the model": ("certificate",) if config.tokens_only else (),
+    }
+    for goes, names in idle.items():
+        for name in names:
+            if getattr(config, name) != getattr(default, name):
+                flag = "--preset or --model" if name == "model" else f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} goes {goes}; drop one of them")
 
 
 def _of_run(config: InspectConfig) -> Subject:

@@ -139,6 +139,7 @@ def _attention(found: Findings, config: Config) -> dict[str, Any]:
     return {
         "actions": found.expert_positions,
         "state_token": config.state_input == "token",
+        "own": "joint" if config.flow_reaches_backbone else "insulated",
         "reasons": [{"name": name, "on": on, "why": why} for name, on, why in REASONS],
         "variants": [{"name": v.name, "about": v.about, "codes": pack(v.codes)} for v in found.drawn],
     }

@@ -102,6 +102,11 @@ class Config:
     """Vocabulary entries per step of the token loss; None takes all at once."""
 
     @property
+    def flow_reaches_backbone(self) -> bool:
+        """Whether the flow loss trains the backbone, too: neither insulated nor frozen."""
+        return not (self.knowledge_insulation or self.freeze_backbone)
+
+    @property
     def max_token_len(self) -> int:
         return self.max_prompt_len + self.max_fast_len
 

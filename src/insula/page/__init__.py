@@ -29,8 +29,10 @@ def render(title: str, body: Html, style: str = "", scripts: Sequence[str] = ())
 
 
 def write(path: str | Path, page: str) -> Path:
-    """Write it whole or not at all. Returns its path."""
+    """Write it whole or not at all. Returns its path. Raises IsADirectoryError for a folder."""
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: a folder; name a file in it, such as {path / 'page.html'}")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(page, encoding="utf-8")

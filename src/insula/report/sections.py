@@ -165,6 +165,7 @@ def insulation(proof: Mapping[str, Any] | None) -> Html | None:
     rows = [[part, *(_norm(row[name]) for name in names)] for part, row in proof["table"].items()]
     verdicts = {
         "holds": "Insulation holds: every gradient that must be zero is exactly zero, and every control is not.",
+        "off": "Insulation is off: this model learns from the flow loss as the columns “not insulated” show.",
         "leaks": "Insulation leaks: a gradient arrives where there must be none.",
         "vacuous": "Nothing is shown: a control is zero, so the zeros beside it mean nothing (an untrained model?).",
         "not finite": "Nothing is shown: some gradients are not finite.",

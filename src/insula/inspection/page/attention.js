@@ -2,7 +2,7 @@
 // 2. Attention: the boolean matrix, every cell with its reason, and how others draw it.
 insula.sections.push(["Who may look at whom", "attention", (data) => {
   const { el } = insula;
-  const { reasons, variants, actions, state_token: stateToken } = data.attention;
+  const { reasons, variants, actions, own, state_token: stateToken } = data.attention;
   const [images, columns] = data.about.cut;
   const size = columns + actions;
   const names = Array.from({ length: size }, (_, n) => nameOf(n));
@@ -13,8 +13,8 @@ insula.sections.push(["Who may look at whom", "attention", (data) => {
   const about = el("p", { id: "variant-about" });
   const legend = el("p", { class: "legend", id: "variant-legend" });
   const difference = el("input", { type: "checkbox", id: "difference" });
-  const choices = variants.map((variant, n) => el("label", {},
-    el("input", { type: "radio", name: "variant", value: variant.name, checked: n === 0 }), variant.name));
+  const choices = variants.map(({ name }) => el("label", {},
+    el("input", { type: "radio", name: "variant", value: name, checked: name === own }), name, name === own ? " (this model)" : ""));
 
   let codes = null; // Uint8Array [size · size] of the chosen variant
   const packed = variants.map((variant) => insula.unpack(variant.codes));

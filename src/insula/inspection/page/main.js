@@ -6,6 +6,7 @@
   const { about } = data;
   const verdicts = {
     holds: "Insulation holds: what must be zero is exactly zero, and every control is not.",
+    off: "Insulation is off: this model learns from the flow loss as the columns “not insulated” show.",
     leaks: "Insulation leaks: something arrives where nothing must.",
     vacuous: "Nothing is shown: a control is zero, too.",
     "not finite": "Nothing is shown: some numbers are not finite.",

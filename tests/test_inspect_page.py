@@ -268,7 +268,7 @@ def test_a_port_that_is_taken(inspector: Inspector) -> None:
     ("query", "host", "status", "line"),
     [
         ("?sample=9999", None, 404, "insula: sample 9999 of 'arm' does not exist; it has 0 to"),
-        ("?sample=two", None, 404, "insula: "),
+        ("?sample=two", None, 404, "insula: sample is 'two', expected a whole number"),
         ("?source=amr", None, 404, "insula: no source 'amr' (did you mean 'arm'"),
         ("nowhere", None, 404, "Not Found"),
         ("", "evil.example", 400, "Invalid host header"),

@@ -29,15 +29,22 @@ def application(inspector: Inspector, source: str | None = None, number: int = 0
     def show(request: Request) -> Response:
         asked = request.query_params
         try:
-            wanted = int(asked.get("sample", number))
+            wanted = _whole(asked.get("sample", str(number)))
             with busy:  # a decoder and a cache are not made for two readers at once
                 found = inspector.look(wanted, asked.get("source", source))
-        except (ValueError, IndexError) as error:
+        except (ValueError, IndexError, OSError) as error:
             return PlainTextResponse(f"insula: {error}\n", status_code=404)
         return HTMLResponse(render(found, sources), headers={"Cache-Control": "no-store"})
 
     trusted = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
     return Starlette(routes=[Route("/", show)], middleware=[trusted])
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"sample is {text[:40]!r}, expected a whole number") from None
 
 
 def serve(inspector: Inspector, source: str | None, number: int, port: int) -> None:

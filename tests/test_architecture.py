@@ -18,12 +18,13 @@ from insula.tokens.masks import make_attn_mask
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "insula"
 
 # Each room, and what it may import besides itself. A room stands after all it imports: left never imports right.
-GROUND = {"errors", "shapes", "batch", "flow"}
+GROUND = {"errors", "files", "shapes", "batch", "flow"}
 MODEL = GROUND | {"tokens", "model"}
 TRAIN = MODEL | {"losses", "certificate", "data", "checkpoints"}
 POLICY = MODEL | {"data", "checkpoints"}
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
+    "files": set(),
     "terminal": set(),
     "page": set(),
     "shapes": {"errors"},

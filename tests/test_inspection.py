@@ -476,6 +476,21 @@ def test_what_a_user_can_mend(mixture: Path, found: Findings, tmp_path: Path) ->
         open_subject(InspectConfig(run=tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a":', "train.json: not JSON"),
+        ("[]", "train.json: holds a JSON list, expected an object"),
+        ("{}", "train.json: no 'run', 'model', 'optimiser'; found nothing"),
+        ('{"run": "r", "model": 3, "optimiser": {}}', "train.json: model: got 3, expected an object"),
+    ],
+)
+def test_a_damaged_run_is_named(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        open_subject(InspectConfig(run=tmp_path))
+
+
 def test_a_question_certifies_nothing(inspector: Inspector, tmp_path: Path) -> None:
     found = inspector.look(0, "scenes")
     assert is_question(found.sample.source) and found.faults == []

@@ -6,12 +6,12 @@ tokenizer/         text tokenizer, FAST codec, dialect
 """
 
 import dataclasses
-import json
 from importlib.metadata import version
 from pathlib import Path
 
 from insula.data.robot import Robot, read_robot
 from insula.errors import did_you_mean
+from insula.files import read_json, write_json
 from insula.model.config import Config, config_from_dict
 from insula.tokens.sequence import FASTTokenizer
 
@@ -44,16 +44,13 @@ class Assets:
 def write_config(directory: Path, config: Config) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     written = {"insula": version("insula"), "model": dataclasses.asdict(config)}
-    (directory / CONFIG_FILE).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    write_json(directory / CONFIG_FILE, written)
 
 
 def read_assets(directory: Path) -> Assets:
     """Raises FileNotFoundError, or ValueError naming the file and what is wrong in it."""
     path = directory / CONFIG_FILE
-    try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+    written = read_json(path, "model")
     robots = sorted(path for path in (directory / ROBOTS_FOLDER).glob("*") if path.is_dir())
     if not robots:
         raise FileNotFoundError(f"{directory / ROBOTS_FOLDER}: no robot; a checkpoint holds what serves at least one")

@@ -17,7 +17,6 @@ Every checkpoint of a run holds one (`certificate.json`), measured on these very
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -28,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from insula.batch import Batch
+from insula.files import read_json, write_json
 from insula.losses import compute_loss, expert_loss
 from insula.model import Params
 from insula.model.backbone import embed, run_layers
@@ -175,16 +175,12 @@ def write_certificate(path: Path, proof: Proof, config: Config, about: dict[str,
         name: getattr(config, name) for name in ("knowledge_insulation", "ki_fast_loss_weight", "freeze_backbone")
     }
     written = {"insula": version("insula"), "model": config.name, **about, "trained_with": trained_with}
-    text = json.dumps(written | proof.to_json(), indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_json(path, written | proof.to_json())
 
 
 def read_certificate(path: Path) -> dict[str, Any]:
-    """What `write_certificate` wrote. Raises FileNotFoundError where there is none, ValueError where it is no JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+    """What `write_certificate` wrote. Raises FileNotFoundError where there is none, ValueError where it is none."""
+    return read_json(path, "outcome", "findings", "table")
 
 
 def _measure(config: Config, scheme: Scheme) -> Callable[[Params, Batch, PRNGKeyArray], dict[str, dict[str, Array]]]:

@@ -20,6 +20,7 @@ import insula.sim  # noqa: F401 - registers the environment
 from insula.data.images import EncodedImages, encode_images, encode_png
 from insula.data.lerobot.writer import LeRobotWriter
 from insula.data.schema import DatasetError, Feature, image_feature
+from insula.files import write_json
 from insula.scenes import render_scenes
 from insula.sim.expert import rollout
 from insula.sim.scene import CAMERAS
@@ -109,7 +110,7 @@ def collect(
     if discarded:
         log.warning("%d of %d demonstrations failed and were discarded", len(discarded), len(kept) + len(discarded))
     note = {"first_seed": first_seed, "last_seed": kept[-1], "discarded_seeds": discarded, "noise": noise}
-    (Path(root) / "meta" / "collected.json").write_text(json.dumps(note) + "\n", encoding="utf-8")
+    write_json(Path(root) / "meta" / "collected.json", note)
     return Collected(Path(root), tuple(kept), tuple(discarded), frames)
 
 

@@ -1,7 +1,6 @@
 """`insula convert`: a model from any known format into ours, LeRobot's or openpi's, with what must travel with it."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from insula.checkpoints.writing import Read, from_params, require_names, write_o
 from insula.data import normalise
 from insula.data.normalise import NormStats
 from insula.data.robot import STATS_FILE
+from insula.files import read_json
 from insula.model import abstract_params
 from insula.model.config import PI05, Config, config_from_dict, preset
 from insula.model.lora import merge
@@ -124,10 +124,7 @@ def _config(source: Path, preset_name: str) -> Config:
     path = source / CONFIG_FILE
     if not path.is_file():
         return preset(preset_name)
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from None
+    raw = read_json(path)
     if "insula" in raw:
         return config_from_dict(raw["model"], str(path))
     return lerobot.read_config(source) if raw.get("type") == "pi05" else preset(preset_name)

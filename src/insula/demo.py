@@ -6,7 +6,6 @@ Each stage leaves its result on disk; an interrupted demo goes on where it stopp
 """
 
 import dataclasses
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -28,11 +27,12 @@ from insula.data.samples import Samples
 from insula.evaluate.closed_loop import ClosedLoop, evaluate
 from insula.evaluate.knowledge import measure_knowledge
 from insula.evaluate.video import reel, write_video
+from insula.files import read_json, write_json
 from insula.policy import Policy
 from insula.report import Report, machine, read_metrics, versions, write_report
 from insula.scenes import render_scenes
 from insula.sim.seeds import PRETRAINING
-from insula.train.config import TrainConfig, to_dict
+from insula.train.config import CONFIG_FILE, TrainConfig, to_dict
 from insula.train.data import held_out_sources, open_data
 from insula.train.run import train
 
@@ -97,7 +97,7 @@ def demo(out: Path, settings: DemoSettings, seed: int) -> Path:
         evaluate_every=settings.evaluate_every,
         fast_vocab=512,  # few and coarse: these tokens teach the backbone, the flow draws the fine line
         fast_scale=5.0,
-        resume=(out / "run" / "train.json").is_file(),
+        resume=(out / "run" / CONFIG_FILE).is_file(),
     )
     stages.do("train", lambda: _train(config))
     policy = Policy.load(out / "run", seed=seed)
@@ -105,7 +105,7 @@ def demo(out: Path, settings: DemoSettings, seed: int) -> Path:
     proof = _certificate(config)
     fast = stages.do("fast", lambda: _fast(policy, config))
     closed_loop = _closed_loop(policy, settings, out / "data")
-    (out / "closed_loop.json").write_text(json.dumps(closed_loop.to_json(), indent=1) + "\n", encoding="utf-8")
+    write_json(out / "closed_loop.json", closed_loop.to_json())
     report = Report(
         closed_loop=closed_loop.to_json(),
         recordings=closed_loop.recordings,
@@ -141,7 +141,7 @@ class Stages:
     def _continue(self, out: Path) -> None:
         if not self.path.is_file():
             raise ValueError(f"{out} is not empty and holds no demo; choose another folder with --out")
-        stored = json.loads(self.path.read_text(encoding="utf-8"))
+        stored = read_json(self.path, "wanted", "found", "seconds")
         if stored["wanted"] == self.wanted and "report" not in stored["found"]:
             self.found, self.seconds = stored["found"], stored["seconds"]
             return
@@ -162,7 +162,7 @@ class Stages:
     def note(self, name: str, found: Any) -> None:
         self.found[name] = found
         written = {"wanted": self.wanted, "found": self.found, "seconds": self.seconds}
-        self.path.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+        write_json(self.path, written)
 
 
 def _collect(root: Path, settings: DemoSettings) -> dict[str, int]:
@@ -195,7 +195,7 @@ def _question_share(path: Path) -> float:
 
 def _closed_loop(policy: Policy, settings: DemoSettings, data: Path) -> ClosedLoop:
     """Unseen scenes, each with its own instruction and with another one."""
-    made = json.loads((data / "meta" / "collected.json").read_text(encoding="utf-8"))
+    made = read_json(data / "meta" / "collected.json", "first_seed", "last_seed")
     used = range(made["first_seed"], made["last_seed"] + 1)
     done = evaluate(policy, settings.episodes, used_seeds=used)
     console.print(done.summary(), markup=False)

@@ -14,6 +14,7 @@ from insula.checkpoints.openpi import HEAD, torch_table, unused_head
 from insula.checkpoints.paligemma import TORCH_RENAMES
 from insula.checkpoints.sources import open_source
 from insula.checkpoints.store import CheckpointError
+from insula.files import write_json
 from insula.model.config import PI05, Config, TransformerConfig
 
 CONFIG, MODEL = "config.json", "model.safetensors"
@@ -165,7 +166,7 @@ def write_policy_files(folder: Path, config: Config, state: Bounds, action: Boun
         "device_processor": {"device": "cpu", "float_dtype": None},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / CONFIG, policy)
+    write_json(folder / CONFIG, policy)
     stats = _quantiles(STATE, with_range(state, STATE_SPREAD)) | _quantiles(ACTION, with_range(action, ACTION_SPREAD))
     _write_processor(folder, PREPROCESSOR, before, stats)
     _write_processor(folder, POSTPROCESSOR, after, stats)
@@ -191,8 +192,4 @@ def _write_processor(folder: Path, name: str, steps: Mapping[str, Any], stats: d
             entry["state_file"] = f"{name}_step_{number}_{step}.safetensors"
             save_file(stats, folder / entry["state_file"])
         written.append(entry)
-    _write_json(folder / f"{name}.json", {"name": name, "steps": written})
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / f"{name}.json", {"name": name, "steps": written})

@@ -3,7 +3,6 @@
 import dataclasses
 import fnmatch
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from insula.checkpoints.layout import Format, Part, paths, resolve
 from insula.checkpoints.sources import Source, open_source
 from insula.checkpoints.store import CheckpointError
 from insula.errors import did_you_mean
+from insula.files import write_json
 from insula.model import Params, weight_table
 from insula.model.config import Config
 from insula.model.weights import initialise, is_weight
@@ -126,7 +126,7 @@ class Report:
     leftover: list[str]
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_json(path, dataclasses.asdict(self))
 
     def summary(self) -> str:
         lines = [f"{self.source}: {self.format}, {len(self.loaded)} weights loaded"]

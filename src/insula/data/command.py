@@ -1,7 +1,6 @@
 """What `insula data stats` and `insula data fit-fast` do."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from insula.data.mapping import read_mapping
 from insula.data.normalise import NormStats
 from insula.data.robot import Robot
 from insula.data.values import dim_names
+from insula.files import write_json
 from insula.terminal import as_text
 from insula.tokens.fast import FASTCodec
 
@@ -74,7 +74,7 @@ def fit_fast(
         for name, measured in found.items()
     }
     written = {name: report.to_json() for name, report in reports.items()}
-    (out / REPORT_FILE).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    write_json(out / REPORT_FILE, written)
     return _fast_table(reports)
 
 

@@ -15,7 +15,6 @@ File format: openpi's norm_stats.json, {"norm_stats": {"state": {mean, std, q01,
 and kind.
 """
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+
+from insula.files import read_json, write_json
 
 EPSILON = 1e-4
 """A range below this (in the units of the data) counts as constant."""
@@ -162,16 +163,12 @@ def from_json(raw: Any, where: str = "norm_stats.json") -> dict[str, NormStats]:
 
 
 def save(path: str | Path, stats: Mapping[str, NormStats]) -> None:
-    Path(path).write_text(json.dumps(to_json(stats), indent=2) + "\n", encoding="utf-8")
+    write_json(Path(path), to_json(stats))
 
 
 def load(path: str | Path) -> dict[str, NormStats]:
     """Raises FileNotFoundError, or ValueError naming what is wrong in the file."""
-    try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}: not JSON ({e})") from None
-    return from_json(raw, str(path))
+    return from_json(read_json(Path(path)), str(path))
 
 
 def _plain(value: np.ndarray | str | None) -> list[float] | str | None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from insula.data import normalise
 from insula.data.normalise import NormStats
+from insula.files import write_json
 from insula.shapes import Float
 
 ROBOT_FILE, STATS_FILE = "robot.json", "norm_stats.json"
@@ -67,7 +68,7 @@ class Robot:
     def write(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         written = {key: value for key, value in asdict(self).items() if key != "stats"}
-        (directory / ROBOT_FILE).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+        write_json(directory / ROBOT_FILE, written)
         normalise.save(directory / STATS_FILE, self.stats)
 
 

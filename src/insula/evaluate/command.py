@@ -1,10 +1,10 @@
 """What `insula evaluate` does."""
 
-import json
 from pathlib import Path
 
 from insula.evaluate.closed_loop import evaluate
 from insula.evaluate.video import reel, write_video
+from insula.files import write_json
 from insula.policy import Policy
 from insula.sim.seeds import EVALUATION
 
@@ -23,7 +23,7 @@ def evaluate_run(
     done = evaluate(policy, episodes, EVALUATION.start if first_seed is None else first_seed, execute)
     if results is not None:
         results.parent.mkdir(parents=True, exist_ok=True)
-        results.write_text(json.dumps(done.to_json(), indent=1) + "\n", encoding="utf-8")
+        write_json(results, done.to_json())
     if video is not None:
         write_video(video, reel(done.recordings))
     return done.summary()

@@ -1,7 +1,6 @@
 """What is looked at: samples of someone's data, as a model sees them."""
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from insula.inspection.config import InspectConfig
 from insula.model import Params, abstract_params
 from insula.policy import load_model
 from insula.testing import randomise
-from insula.train.config import TrainConfig, from_dict
+from insula.train.config import CONFIG_FILE, TrainConfig, read_config
 from insula.train.data import fit_assets, held_out_sources, open_data, training_sources
 
 COPIES = 5
@@ -94,11 +93,11 @@ def refuse_idle_flags(config: InspectConfig) -> None:
 def _of_run(config: InspectConfig) -> Subject:
     """The newest checkpoint of a run and what it never trained on, or what it did."""
     assert config.run is not None
-    run, path = config.run, config.run / "train.json"
+    run, path = config.run, config.run / CONFIG_FILE
     if not path.is_file():
         near = f"; there is one in {run / 'run'}" if (run / "run" / path.name).is_file() else ""
         raise FileNotFoundError(f"{run}: no {path.name} here{near}; expected what `insula train --run` wrote")
-    trained = dataclasses.replace(from_dict(json.loads(path.read_text(encoding="utf-8")), str(path)), run=run)
+    trained = dataclasses.replace(read_config(path), run=run)
     if config.tokens_only:
         with CheckpointStore(run / "checkpoints") as store:
             params, assets = None, read_assets(store.assets())

@@ -223,16 +223,18 @@ def preset(name: str) -> Config:
     return PRESETS[name]
 
 
-def config_from_dict(raw: dict[str, Any], where: str = "config") -> Config:
+def config_from_dict(raw: Any, where: str = "config") -> Config:
     """The inverse of `dataclasses.asdict`. Raises ValueError for a missing or unknown field, naming the nearest."""
+    _check_object(raw, where)
     parts = {"vision": VisionConfig, "backbone": TransformerConfig, "expert": TransformerConfig}
     nested = {name: build(kind, raw.get(name, {}), f"{where}: {name}") for name, kind in parts.items()}
     nested["lora"] = build(LoraConfig, raw["lora"], f"{where}: lora") if raw.get("lora") is not None else None
     return build(Config, {**raw, **nested}, where)
 
 
-def build(kind: type, raw: dict[str, Any], where: str) -> Any:
+def build(kind: type, raw: Any, where: str) -> Any:
     """A dataclass from plain values, strictly. Raises ValueError for a missing or unknown field."""
+    _check_object(raw, where)
     known = {field.name for field in dataclasses.fields(kind)}
     for name in raw:
         if name not in known:
@@ -241,3 +243,8 @@ def build(kind: type, raw: dict[str, Any], where: str) -> Any:
     if missing := sorted(needed - raw.keys()):
         raise ValueError(f"{where}: no {', '.join(missing)}; expected the fields of {kind.__name__}")
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()})
+
+
+def _check_object(raw: Any, where: str) -> None:
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where}: got {raw!r}, expected an object of fields and values")

@@ -8,7 +8,6 @@ fitted codec knows every symbol and leaves room below the corpus' lowest coeffic
 still encodes.
 """
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from typing import Any, SupportsIndex
 import numpy as np
 from scipy.fft import dct, idct
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from insula.files import read_json, write_json
 
 CONFIG_FILE = "processor_config.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -247,21 +248,6 @@ def _byte_symbols() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_symbols()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises FileNotFoundError, or ValueError naming the file where it is no JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
-    return content
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

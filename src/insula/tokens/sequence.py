@@ -18,9 +18,10 @@ from typing import SupportsIndex
 import numpy as np
 
 from insula.errors import did_you_mean
+from insula.files import read_json, write_json
 from insula.tokens import text as texts
 from insula.tokens.dialects import dialect as named_dialect
-from insula.tokens.fast import Decoded, FASTCodec, read_json, write_json
+from insula.tokens.fast import Decoded, FASTCodec
 from insula.tokens.text import TextTokenizer
 
 PALIGEMMA_FAST_LAST_ID = 257_152 - 1 - 128

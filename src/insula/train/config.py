@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+from insula.files import read_json
 from insula.model.config import TINY_BFLOAT16, Config, build, config_from_dict
 from insula.train.optimiser import DEFAULT, OptimiserConfig
 
@@ -59,6 +60,8 @@ class TrainConfig:
     """Go on from the newest checkpoint of `run`, with the settings stored there."""
 
 
+CONFIG_FILE = "train.json"
+"""In a run's folder."""
 _PATHS = ("run", "data", "init", "text_tokenizer", "fast")
 
 
@@ -68,10 +71,12 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
     return raw | {name: raw[name] and str(raw[name]) for name in _PATHS}
 
 
-def from_dict(raw: dict[str, Any], where: str) -> TrainConfig:
-    """The inverse of `to_dict`."""
+def read_config(path: Path) -> TrainConfig:
+    """What `to_dict` made, from its file. Raises FileNotFoundError, or ValueError naming what is wrong."""
+    raw = read_json(path, "run", "model", "optimiser")
     nested = {
-        "model": config_from_dict(raw["model"], where),
-        "optimiser": build(OptimiserConfig, raw["optimiser"], where),
+        "model": config_from_dict(raw["model"], f"{path}: model"),
+        "optimiser": build(OptimiserConfig, raw["optimiser"], f"{path}: optimiser"),
     }
-    return build(TrainConfig, raw | {name: raw[name] and Path(raw[name]) for name in _PATHS} | nested, where)
+    paths = {name: Path(raw[name]) for name in _PATHS if raw.get(name) is not None}
+    return build(TrainConfig, raw | paths | nested, str(path))

@@ -1,6 +1,5 @@
 """From a mapping to what a run trains on: robots fitted, a mixture to draw from, and what is held out of it."""
 
-import json
 import os
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from insula.data.robot import Robot
 from insula.data.samples import Samples, Sizes
 from insula.data.schema import DatasetError
 from insula.data.values import named_cameras, split
+from insula.files import read_json, write_json
 from insula.model.config import Config
 from insula.tokens import text
 from insula.tokens.fast import FASTCodec
@@ -66,7 +66,7 @@ def _mapping(config: TrainConfig) -> Mapping:
     """What the run was started with where it is resumed: the file may have changed since."""
     stored = config.run / MAPPING_FILE
     if config.resume and stored.is_file():
-        return parse_mapping(json.loads(stored.read_text(encoding="utf-8")), config.run, str(stored))
+        return parse_mapping(read_json(stored), config.run, str(stored))
     if config.data is None:
         raise ValueError("no data set; give --data, a LeRobot folder (insula collect makes one) or a .toml mapping")
     return read_mapping(config.data, config.model.cameras)
@@ -74,7 +74,7 @@ def _mapping(config: TrainConfig) -> Mapping:
 
 def write_mapping(config: TrainConfig, mapping: Mapping) -> None:
     path = config.run / MAPPING_FILE
-    path.write_text(json.dumps(to_json(mapping), indent=1) + "\n", encoding="utf-8")
+    write_json(path, to_json(mapping))
 
 
 def fit_assets(config: TrainConfig, data: RunData) -> Assets:

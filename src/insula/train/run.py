@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +18,12 @@ from insula.checkpoints.store import CheckpointError, CheckpointStore
 from insula.data.loader import Loader
 from insula.data.mapping import Mapping
 from insula.data.mixture import Mixture, Source, quarantined
+from insula.files import write_json
 from insula.losses import compute_loss
 from insula.model import Params, add_lora, init_params
 from insula.shapes import PRNGKeyArray
 from insula.train.augment import augmented_loss
-from insula.train.config import TrainConfig, from_dict, to_dict
+from insula.train.config import CONFIG_FILE, TrainConfig, read_config, to_dict
 from insula.train.data import (
     QUARANTINE_FILE,
     fit_assets,
@@ -59,7 +59,7 @@ def train(config: TrainConfig, quiet: bool = False) -> bool:
         assets = read_assets(store.assets()) if config.resume else fit_assets(config, data)
         mixture = training_mixture(config, assets, data)
         unseen = held_out_sources(config, assets, data)
-        _write_config(config)
+        write_json(config.run / CONFIG_FILE, to_dict(dataclasses.replace(config, resume=False)))
         write_mapping(config, data.mapping)
 
         init_rng, step_rng, eval_rng = jax.random.split(jax.random.key(config.seed), 3)
@@ -200,15 +200,9 @@ def _metrics_log(config: TrainConfig) -> MetricsLog:
     return MetricsLog(config.run / "metrics.jsonl", writer)
 
 
-def _write_config(config: TrainConfig) -> None:
-    path = config.run / "train.json"
-    path.write_text(json.dumps(to_dict(dataclasses.replace(config, resume=False)), indent=1) + "\n", encoding="utf-8")
-
-
 def _stored(config: TrainConfig) -> TrainConfig:
     """The settings a run was started with."""
-    path = Path(config.run) / "train.json"
+    path = Path(config.run) / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(f"{config.run}: nothing to resume, {path.name} is not there; start without resume")
-    stored = from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
-    return dataclasses.replace(stored, run=config.run, resume=True)
+    return dataclasses.replace(read_config(path), run=config.run, resume=True)

@@ -17,6 +17,7 @@ from insula.data.images import EncodedImages, EncodedVideo, encode_images
 from insula.data.lerobot.layout import VIDEO_PATH
 from insula.data.schema import BOOKKEEPING, DATA_PATH, EPISODES_PATH, VERSION, DatasetError, Feature, Info, pick
 from insula.data.statistics import histogram_stats, numeric_stats
+from insula.files import write_json
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 PENDING = 100  # episode rows kept in memory
@@ -121,8 +122,8 @@ class LeRobotWriter:
                 raise DatasetError(f"{self.root}: no episode was added, so there is nothing to write")
             self._close_files()
             meta = self._partial / "meta"
-            _write_json(meta / "info.json", self._info().to_json())
-            _write_json(meta / "stats.json", {k: _listed(s) for k, s in self._global_stats().items()})
+            write_json(meta / "info.json", self._info().to_json())
+            write_json(meta / "stats.json", {k: _listed(s) for k, s in self._global_stats().items()})
             pq.write_table(_tasks_table(self._tasks), meta / "tasks.parquet")
             _move_into_place(self._partial, self.root, self._overwrite)
             self._open = False
@@ -353,10 +354,6 @@ def _tasks_table(tasks: Mapping[str, int]) -> pa.Table:
 
 def _listed(stats: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {name: value.tolist() for name, value in stats.items()}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _move_into_place(partial: Path, root: Path, overwrite: bool) -> None:

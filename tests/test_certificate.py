@@ -10,7 +10,8 @@ import pytest
 
 from insula import certificate as gradients
 from insula import losses
-from insula.certificate import EXPERT, InsulationError, judge, prove, write_certificate
+from insula.certificate import EXPERT, judge, prove, write_certificate
+from insula.errors import InsulationError
 from insula.model import abstract_params
 from insula.model.config import TransformerConfig, preset
 from insula.testing import fake_batch

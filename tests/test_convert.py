@@ -18,12 +18,13 @@ from insula.checkpoints.lerobot import LEROBOT, TOKENIZER
 from insula.checkpoints.loading import load_params
 from insula.checkpoints.openpi import OPENPI
 from insula.checkpoints.paligemma import HUGGING_FACE
-from insula.checkpoints.store import CheckpointError, CheckpointStore
+from insula.checkpoints.store import CheckpointStore
 from insula.checkpoints.writing import foreign_shapes
 from insula.convert import convert
 from insula.data import normalise
 from insula.data.normalise import NormStats
 from insula.data.robot import Robot
+from insula.errors import CheckpointError
 from insula.model.config import PI05, PRESETS, Config, TransformerConfig, VisionConfig
 from insula.policy import Policy
 from insula.tokens.fast import FASTCodec

@@ -13,7 +13,8 @@ from scipy.fft import dct, idct
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers import decoders as token_decoders
 
-from insula.tokens.fast import FAST_PLUS_MIN_TOKEN, FASTCodec, FASTRangeError
+from insula.errors import FASTRangeError
+from insula.tokens.fast import FAST_PLUS_MIN_TOKEN, FASTCodec
 
 SHAPES = [(1, 1), (6, 7), (16, 8), (50, 14)]
 

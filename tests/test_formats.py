@@ -27,7 +27,6 @@ from insula.checkpoints.openpi import OPENPI, OPENPI_TORCH
 from insula.checkpoints.paligemma import BIG_VISION, HUGGING_FACE
 from insula.checkpoints.pretrained import FOLDER, load_pretrained
 from insula.checkpoints.sources import open_source
-from insula.checkpoints.store import CheckpointError
 from insula.checkpoints.writing import (
     foreign_shapes,
     foreign_tensors,
@@ -36,6 +35,7 @@ from insula.checkpoints.writing import (
     write_orbax,
     write_safetensors,
 )
+from insula.errors import CheckpointError
 from insula.model import Params, init_params, weight_table
 from insula.model.config import PI05, PRESETS, TINY, Config
 

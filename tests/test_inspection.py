@@ -16,7 +16,8 @@ from insula import cli, losses
 from insula.batch import Batch
 from insula.certificate import read_certificate
 from insula.data.lerobot import LeRobotWriter
-from insula.data.schema import DatasetError, Feature, image_feature
+from insula.data.schema import Feature, image_feature
+from insula.errors import DatasetError
 from insula.inspection.command import certify, inspect
 from insula.inspection.config import InspectConfig
 from insula.inspection.findings import Findings, Inspector
@@ -446,9 +447,9 @@ def test_tokens_only_needs_no_memory_for_the_model(
 
 def test_what_a_user_can_mend(mixture: Path, found: Findings, tmp_path: Path) -> None:
     subject: Subject = found.subject
-    with pytest.raises(IndexError, match=r"sample 9999 of 'arm' does not exist; it has 0 to"):
+    with pytest.raises(ValueError, match=r"sample 9999 of 'arm' does not exist; it has 0 to"):
         subject.sample(9999, "arm")
-    with pytest.raises(IndexError, match="sample -1"):
+    with pytest.raises(ValueError, match="sample -1"):
         subject.sample(-1)
     with pytest.raises(ValueError, match=r"no source 'amr'.*did you mean 'arm'"):
         subject.sample(0, "amr")

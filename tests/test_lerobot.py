@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from insula.data.lerobot import LeRobotDataset, LeRobotWriter
-from insula.data.schema import DatasetError, Feature, image_feature
+from insula.data.schema import Feature, image_feature
+from insula.errors import DatasetError
 
 LENGTHS, H, W = (5, 7, 4), 6, 8
 CAMERA = "observation.images.front"
@@ -368,5 +369,5 @@ def test_missing_data_set_and_wrong_names(written, tmp_path):
         dataset.column(CAMERA)
     with pytest.raises(DatasetError, match=r"float32 values, expected a camera"):
         dataset.images("action", [0])
-    with pytest.raises(IndexError, match="frame 16, expected 0 to 15"):
+    with pytest.raises(ValueError, match="frame 16, expected 0 to 15"):
         dataset.image(CAMERA, 16)

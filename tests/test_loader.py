@@ -15,8 +15,9 @@ from insula.data.mapping import Columns, RobotData
 from insula.data.mixture import Mixture, Order
 from insula.data.robot import Robot
 from insula.data.samples import Samples, Sizes
-from insula.data.schema import DatasetError, Feature, image_feature
+from insula.data.schema import Feature, image_feature
 from insula.data.values import chunk_indices, split
+from insula.errors import DatasetError
 from insula.tokens import text
 from insula.tokens.fast import FASTCodec
 from insula.tokens.sequence import FASTTokenizer

@@ -15,9 +15,10 @@ from small import CLOSE, FAR, SMALL, VARIANTS, by_leaf, difference, gradients, j
 from insula.assets import read_assets
 from insula.certificate import EXPERT, prove
 from insula.checkpoints.pretrained import load_pretrained
-from insula.checkpoints.store import CheckpointError, CheckpointStore
+from insula.checkpoints.store import CheckpointStore
 from insula.collect import collect
 from insula.convert import convert
+from insula.errors import CheckpointError
 from insula.losses import compute_loss
 from insula.model import Params, abstract_params, add_lora, layers, weight_table
 from insula.model.config import TINY, Config, LoraConfig, TransformerConfig, VisionConfig, config_from_dict

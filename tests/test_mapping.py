@@ -8,7 +8,8 @@ import pytest
 
 from insula.data.describe import describe, pair_cameras
 from insula.data.mapping import Columns, Mapping, RobotData, parse_mapping, read_mapping, to_json
-from insula.data.schema import DatasetError, Feature, Info, image_feature
+from insula.data.schema import Feature, Info, image_feature
+from insula.errors import DatasetError
 
 CAMERAS = ("front", "wrist")
 WHOLE = """

@@ -19,7 +19,8 @@ from insula.checkpoints.store import CheckpointStore
 from insula.data.lerobot import LeRobotWriter
 from insula.data.loader import Loader
 from insula.data.mixture import Mixture, Order, quarantined
-from insula.data.schema import DatasetError, Feature
+from insula.data.schema import Feature
+from insula.errors import DatasetError
 from insula.losses import compute_loss
 from insula.model import abstract_params
 from insula.policy import Policy, sample_actions

@@ -191,12 +191,12 @@ def test_cameras_of_any_size_and_none_forgotten() -> None:
     even = {name: jnp.zeros((2, 16, 16, 3), jnp.uint8).at[:, 3:12].set(77) for name in SMALL.cameras}
     assert difference(run(params.vision, images), run(params.vision, even)) < CLOSE
     first, *others = SMALL.cameras
-    with pytest.raises(KeyError, match=rf"also expects .*{others[-1]}"):
+    with pytest.raises(ValueError, match=rf"also expects .*{others[-1]}"):
         encode_images(params.vision, SMALL, {first: even[first]})
 
 
 def test_unknown_names_are_answered_with_the_nearest() -> None:
-    with pytest.raises(KeyError, match=r"no preset 'tinny'.*did you mean 'tiny'"):
+    with pytest.raises(ValueError, match=r"no preset 'tinny'.*did you mean 'tiny'"):
         insula.preset("tinny")
     raw = dataclasses.asdict(SMALL)
     assert config_from_dict(raw) == SMALL

@@ -15,7 +15,7 @@ from PIL import Image
 from insula.data.mapping import QuestionData
 from insula.data.questions import QuestionSamples, pictures
 from insula.data.samples import Sizes
-from insula.data.schema import DatasetError
+from insula.errors import DatasetError
 from insula.model.config import TINY
 from insula.pretrain import question_tokenizer
 from insula.tokens.sequence import FASTTokenizer

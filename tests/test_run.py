@@ -11,11 +11,11 @@ import pytest
 
 from insula import losses
 from insula.assets import read_assets
-from insula.certificate import CERTIFICATE_FILE, InsulationError, read_certificate
-from insula.checkpoints.store import CheckpointError, CheckpointStore
+from insula.certificate import CERTIFICATE_FILE, read_certificate
+from insula.checkpoints.store import CheckpointStore
 from insula.collect import collect
 from insula.convert import convert
-from insula.data.schema import DatasetError
+from insula.errors import CheckpointError, DatasetError, InsulationError
 from insula.model import abstract_params
 from insula.model.config import TINY, Config, TransformerConfig, VisionConfig
 from insula.policy import Policy

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from insula.errors import did_you_mean
+from insula.errors import TokenBudgetError, did_you_mean
 from insula.tokens.dialects import DIALECTS, dialect
 from insula.tokens.fast import FASTCodec
-from insula.tokens.sequence import FASTTokenizer, TokenBudgetError, Tokenized, state_bins
+from insula.tokens.sequence import FASTTokenizer, Tokenized, state_bins
 from insula.tokens.text import JSONText, embedded
 
 PROMPT = "put the red block in the blue bowl"

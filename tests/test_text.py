@@ -182,7 +182,7 @@ def test_a_sentencepiece_model_with_locations_keeps_its_own(tmp_path: Path) -> N
 
 def test_sentencepiece_is_asked_for(gemma_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(ImportError, match=r"insula\[gemma\]"):
+    with pytest.raises(ValueError, match=r"insula\[gemma\]"):
         load(gemma_model)
 
 

@@ -14,9 +14,10 @@ import optax
 import pytest
 from small import SMALL, by_leaf, difference, jit, largest, model
 
-from insula.checkpoints.store import CheckpointError, CheckpointStore
+from insula.checkpoints.store import CheckpointStore
+from insula.errors import CheckpointError, NonFiniteError
 from insula.model import Params
-from insula.train.loop import Every, MetricsLog, NonFiniteError, fit
+from insula.train.loop import Every, MetricsLog, fit
 from insula.train.optimiser import OptimiserConfig, make_optimiser
 from insula.train.step import TrainState, make_train_step, start_state
 

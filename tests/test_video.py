@@ -12,7 +12,7 @@ from lerobot_files import ACTION, CAMERA, FPS, LENGTHS, STATE, TASKS, picture, r
 from insula.data.lerobot import LeRobotDataset
 from insula.data.lerobot.conversion import convert
 from insula.data.lerobot.video import VideoReader
-from insula.data.schema import DatasetError
+from insula.errors import DatasetError
 
 WRITERS = {"v2.1": v21, "v3.0": v30}
 NUMBERS = [(e, i) for e, n in enumerate(LENGTHS) for i in range(n)]

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from insula.data.robot import Robot, read_robot
-from insula.errors import did_you_mean
+from insula.errors import InputError, MissingFileError, did_you_mean
 from insula.files import read_json, write_json
 from insula.model.config import Config, config_from_dict
 from insula.tokens.sequence import FASTTokenizer
@@ -29,9 +29,9 @@ class Assets:
     def robot(self, name: str | None = None) -> Robot:
         """The named one, or the only one. Raises ValueError where it is not known or there are several."""
         if name is None and len(self.robots) > 1:
-            raise ValueError(f"this model knows several robots; choose one with robot=: {', '.join(self.robots)}")
+            raise InputError(f"this model knows several robots; choose one with robot=: {', '.join(self.robots)}")
         if name is not None and name not in self.robots:
-            raise ValueError(f"no robot {name!r}{did_you_mean(name, self.robots)}; known: {', '.join(self.robots)}")
+            raise InputError(f"no robot {name!r}{did_you_mean(name, self.robots)}; known: {', '.join(self.robots)}")
         return self.robots[name or next(iter(self.robots))]
 
     def write(self, directory: Path) -> None:
@@ -53,7 +53,7 @@ def read_assets(directory: Path) -> Assets:
     written = read_json(path, "model")
     robots = sorted(path for path in (directory / ROBOTS_FOLDER).glob("*") if path.is_dir())
     if not robots:
-        raise FileNotFoundError(f"{directory / ROBOTS_FOLDER}: no robot; a checkpoint holds what serves at least one")
+        raise MissingFileError(f"{directory / ROBOTS_FOLDER}: no robot; a checkpoint holds what serves at least one")
     return Assets(
         config=config_from_dict(written["model"], str(path)),
         tokenizer=FASTTokenizer.load(directory / TOKENIZER_FOLDER),

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from insula.batch import Batch
+from insula.errors import InsulationError
 from insula.files import read_json, write_json
 from insula.losses import compute_loss, expert_loss
 from insula.model import Params
@@ -52,10 +53,6 @@ FINAL_NORM = "final norm"
 EXPERT = ("expert", "action head")
 Outcome = Literal["holds", "off", "leaks", "vacuous", "not finite"]
 GradientTable = dict[str, dict[str, float]]
-
-
-class InsulationError(RuntimeError):
-    """Insulation is not what this model has, or this batch cannot show it."""
 
 
 @dataclasses.dataclass(frozen=True)

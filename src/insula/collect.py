@@ -19,7 +19,8 @@ import numpy as np
 import insula.sim  # noqa: F401 - registers the environment
 from insula.data.images import EncodedImages, encode_images, encode_png
 from insula.data.lerobot.writer import LeRobotWriter
-from insula.data.schema import DatasetError, Feature, image_feature
+from insula.data.schema import Feature, image_feature
+from insula.errors import DatasetError, InputError
 from insula.files import write_json
 from insula.scenes import render_scenes
 from insula.sim.expert import rollout
@@ -80,11 +81,11 @@ def collect(
     DatasetError when `root` is not empty and `overwrite` is not set, RuntimeError when most attempts fail.
     """
     if episodes < 1:
-        raise ValueError(f"episodes: got {episodes}, expected at least 1")
+        raise InputError(f"episodes: got {episodes}, expected at least 1")
     DEMONSTRATIONS.take(episodes, first_seed - DEMONSTRATIONS.start)
     workers = min(os.cpu_count() or 1, 4, -(-episodes // BLOCK)) if processes is None else processes
     if workers < 1:
-        raise ValueError(f"processes: got {processes}, expected at least 1")
+        raise InputError(f"processes: got {processes}, expected at least 1")
     kept: list[int] = []
     discarded: list[int] = []
     features = tabletop_features(image_size)
@@ -105,7 +106,7 @@ def collect(
             if len(kept) == episodes:
                 break
         else:
-            raise ValueError(f"collect: the seeds for demonstrations ended after {len(kept)} of {episodes} episodes")
+            raise InputError(f"collect: the seeds for demonstrations ended after {len(kept)} of {episodes} episodes")
         frames = writer.frames
     if discarded:
         log.warning("%d of %d demonstrations failed and were discarded", len(discarded), len(kept) + len(discarded))

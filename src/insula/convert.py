@@ -14,11 +14,12 @@ from insula.checkpoints.layout import paths
 from insula.checkpoints.loading import Report, open_weights, settle
 from insula.checkpoints.openpi import OPENPI
 from insula.checkpoints.sources import SAFETENSORS
-from insula.checkpoints.store import CheckpointError, CheckpointStore
+from insula.checkpoints.store import CheckpointStore
 from insula.checkpoints.writing import Read, from_params, require_names, write_orbax, write_safetensors
 from insula.data import normalise
 from insula.data.normalise import NormStats
 from insula.data.robot import STATS_FILE
+from insula.errors import CheckpointError, FileError
 from insula.files import read_json
 from insula.model import abstract_params
 from insula.model.config import PI05, Config, config_from_dict, preset
@@ -58,7 +59,7 @@ def convert(
     fit, or the format cannot be this model; FileExistsError where `destination` holds something.
     """
     if destination.exists() and any(destination.iterdir() if destination.is_dir() else [destination]):
-        raise FileExistsError(f"{destination} is not empty; choose a new directory")
+        raise FileError(f"{destination} is not empty; choose a new directory")
     model = open_model(source, preset_name, leave)
     if norm_stats is not None:
         model = dataclasses.replace(model, stats=normalise.load(norm_stats))

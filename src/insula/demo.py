@@ -24,6 +24,7 @@ from insula.collect import collect, collect_questions
 from insula.data.fitting import measure_fast
 from insula.data.mapping import read_mapping
 from insula.data.samples import Samples
+from insula.errors import InputError
 from insula.evaluate.closed_loop import ClosedLoop, evaluate
 from insula.evaluate.knowledge import measure_knowledge
 from insula.evaluate.video import reel, write_video
@@ -140,7 +141,7 @@ class Stages:
 
     def _continue(self, out: Path) -> None:
         if not self.path.is_file():
-            raise ValueError(f"{out} is not empty and holds no demo; choose another folder with --out")
+            raise InputError(f"{out} is not empty and holds no demo; choose another folder with --out")
         stored = read_json(self.path, "wanted", "found", "seconds")
         if stored["wanted"] == self.wanted and "report" not in stored["found"]:
             self.found, self.seconds = stored["found"], stored["seconds"]

@@ -1,7 +1,75 @@
-"""What error messages share."""
+"""Every error a user can mend: what is wrong, where, what was got, what was expected, and the nearest fix.
+
+The command line shows an `InsulaError` as one line. Anything else that reaches it is a fault of this package, and is
+shown as one. Each class also derives from the built-in error a Python user would expect to catch.
+"""
 
 import difflib
 from collections.abc import Iterable
+
+
+class InsulaError(Exception):
+    """The base of all: something outside this package must change, and the message says what."""
+
+
+class InputError(InsulaError, ValueError):
+    """A setting, an argument or an observation cannot be used."""
+
+
+class MissingFileError(InsulaError, FileNotFoundError):
+    """A file or folder that was named, or that must be there, is not."""
+
+
+class FileError(InsulaError, OSError):
+    """A file, folder or port is there, but cannot be read or used as asked."""
+
+
+class DatasetError(InsulaError, ValueError):
+    """A data set on disk is missing, damaged or not what was asked for.
+
+    `fault` is the doctor's name for it (`insula.data.lerobot.doctor.REMEDIES`).
+    """
+
+    def __init__(self, message: str, fault: str = "metadata") -> None:
+        super().__init__(message)
+        self.fault = fault
+
+    def __reduce__(self) -> tuple:
+        return type(self), (str(self), self.fault)
+
+
+class TokenBudgetError(InsulaError, ValueError):
+    """A part of a sample takes `length` tokens, more than its `limit`. Nothing is ever cut silently."""
+
+    def __init__(self, part: str, length: int, limit: int, remedy: str) -> None:
+        super().__init__(f"the {part} takes {length} tokens, the limit is {limit}; {remedy}")
+        self.part = part
+        self.length = length
+        self.limit = limit
+        self.remedy = remedy
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.part, self.length, self.limit, self.remedy)
+
+
+class FASTRangeError(InsulaError, ValueError):
+    """A coefficient of the chunk has no symbol in this codec."""
+
+
+class CheckpointError(InsulaError, RuntimeError):
+    """A checkpoint is missing, damaged, or of another model."""
+
+
+class InsulationError(InsulaError, RuntimeError):
+    """Insulation is not what this model has, or this batch cannot show it."""
+
+
+class NonFiniteError(InsulaError, FloatingPointError):
+    """A loss, a metric or an action became NaN or infinite."""
+
+
+class GLError(InsulaError, RuntimeError):
+    """No off-screen OpenGL backend works here."""
 
 
 def did_you_mean(got: str, known: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from insula import flow
 from insula.batch import Batch
+from insula.errors import InputError
 from insula.model import Params, trainable
 from insula.model.backbone import run_backbone, take
 from insula.model.config import Config
@@ -60,7 +61,7 @@ def predict_tokens(params: Params, config: Config, batch: Batch) -> tuple[Int[Ar
     """
     targets = scored_tokens(batch, config)
     if targets is None:
-        raise ValueError("predict_tokens: the batch has no tokens or no loss_mask; tokenise with the answer or actions")
+        raise InputError("predict_tokens: the batch has no tokens or no loss_mask; tokenise with the answer or actions")
     prefix = run_backbone(params.vision, params.backbone, config, batch.observation, batch.ar_mask, targets.read)
     return jnp.argmax(prefix.hidden @ params.backbone.embedding.T, axis=-1), targets
 
@@ -150,7 +151,7 @@ def cross_entropy(
     """
     chunk = chunk or embedding.shape[0]
     if embedding.shape[0] % chunk:
-        raise ValueError(f"vocab_chunk is {chunk}, expected a divisor of the vocabulary's {embedding.shape[0]} entries")
+        raise InputError(f"vocab_chunk is {chunk}, expected a divisor of the vocabulary's {embedding.shape[0]} entries")
     return _cross_entropy(hidden, embedding, labels, dtype, chunk)
 
 

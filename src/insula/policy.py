@@ -12,8 +12,9 @@ from insula.assets import TOKENIZER_FOLDER, Assets, read_assets
 from insula.batch import Observation
 from insula.checkpoints.loading import load_params
 from insula.checkpoints.sources import SAFETENSORS
-from insula.checkpoints.store import CheckpointError, CheckpointStore
+from insula.checkpoints.store import CheckpointStore
 from insula.data.samples import pad
+from insula.errors import CheckpointError, InputError, NonFiniteError
 from insula.model import Params, abstract_params
 from insula.model.backbone import run_backbone
 from insula.model.config import Config
@@ -109,9 +110,7 @@ class Policy:
         self._calls += 1
         chunk = np.asarray(self._chunk(self.params, inputs, jax.random.fold_in(self._rng, self._calls)))
         if not np.isfinite(chunk).all():
-            raise FloatingPointError(
-                "the policy produced NaN or infinite actions; do not execute them, check the weights"
-            )
+            raise NonFiniteError("the policy produced NaN or infinite actions; do not execute them, check the weights")
         chunk = chunk[:, : self.robot.horizon, : self.robot.action_dim]
         return self.robot.unnormalise_actions(chunk, np.stack([o["state"] for o in observations]))
 
@@ -140,18 +139,18 @@ class Policy:
     def _check(self, observation: dict[str, Any]) -> None:
         for key in ("images", "state", "task"):
             if key not in observation:
-                raise ValueError(f"observation has {sorted(observation)}, expected also {key!r}")
+                raise InputError(f"observation has {sorted(observation)}, expected also {key!r}")
         for name in self.robot.cameras:
             image = observation["images"].get(name)
             if image is None:
-                raise ValueError(f"observation has cameras {sorted(observation['images'])}, expected also {name!r}")
+                raise InputError(f"observation has cameras {sorted(observation['images'])}, expected also {name!r}")
             image = np.asarray(image)
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-                raise ValueError(f"image {name!r} is {image.dtype}{list(image.shape)}, expected uint8[h, w, 3]")
+                raise InputError(f"image {name!r} is {image.dtype}{list(image.shape)}, expected uint8[h, w, 3]")
         state = np.asarray(observation["state"])
         if state.shape != (self.robot.state_dim,):
-            raise ValueError(f"state has shape {state.shape}, expected ({self.robot.state_dim},)")
+            raise InputError(f"state has shape {state.shape}, expected ({self.robot.state_dim},)")
         if not np.isfinite(state).all():
-            raise ValueError(f"state[{int(np.argmin(np.isfinite(state)))}] is not finite: {state}")
+            raise InputError(f"state[{int(np.argmin(np.isfinite(state)))}] is not finite: {state}")
         if not isinstance(observation["task"], str):
-            raise ValueError(f"task is {type(observation['task']).__name__}, expected a string")
+            raise InputError(f"task is {type(observation['task']).__name__}, expected a string")

@@ -5,7 +5,7 @@ from insula.checkpoints.lerobot import LEROBOT
 from insula.checkpoints.openpi import OPENPI, OPENPI_TORCH
 from insula.checkpoints.paligemma import BIG_VISION, HUGGING_FACE
 from insula.checkpoints.sources import Source
-from insula.checkpoints.store import CheckpointError
+from insula.errors import CheckpointError
 from insula.model import weight_table
 from insula.model.config import Config
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from insula.checkpoints.store import CheckpointError
+from insula.errors import CheckpointError
 
 FILES = ["*.json", "*.safetensors", "*.npz", "*.model", "params/*", "assets/*"]
 """What is fetched: nothing that could run."""

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from insula.errors import InputError
 from insula.model import weight_table
 from insula.model.config import Config
 from insula.model.weights import Weight, is_weight
@@ -108,7 +109,7 @@ def resolve(lines: list[Line], config: Config) -> dict[str, Tensor]:
         picks[line.theirs] = max([picks[line.theirs], *(int(d) + 1 for d in re.findall(r"\d", line.axes))])
     for line in lines:
         if line.ours not in weights:
-            raise ValueError(f"config {config.name!r} has no weight {line.ours}, which the format stores")
+            raise InputError(f"config {config.name!r} has no weight {line.ours}, which the format stores")
         weight = weights[line.ours]
         layers = range(weight.shape[0]) if "{}" in line.theirs else [None]
         for layer in layers:

@@ -13,7 +13,7 @@ from insula.checkpoints.layout import Format, Line
 from insula.checkpoints.openpi import HEAD, torch_table, unused_head
 from insula.checkpoints.paligemma import TORCH_RENAMES
 from insula.checkpoints.sources import open_source
-from insula.checkpoints.store import CheckpointError
+from insula.errors import CheckpointError
 from insula.files import write_json
 from insula.model.config import PI05, Config, TransformerConfig
 

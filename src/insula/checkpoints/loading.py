@@ -14,8 +14,7 @@ import numpy as np
 from insula.checkpoints.formats import recognise
 from insula.checkpoints.layout import Format, Part, paths, resolve
 from insula.checkpoints.sources import Source, open_source
-from insula.checkpoints.store import CheckpointError
-from insula.errors import did_you_mean
+from insula.errors import CheckpointError, did_you_mean
 from insula.files import write_json
 from insula.model import Params, weight_table
 from insula.model.config import Config

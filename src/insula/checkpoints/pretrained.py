@@ -4,7 +4,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from insula.checkpoints.loading import load_params
-from insula.checkpoints.store import CheckpointError
+from insula.errors import CheckpointError
 from insula.model import Params
 from insula.model.config import Config
 from insula.shapes import PRNGKeyArray

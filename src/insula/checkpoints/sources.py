@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from safetensors import SafetensorError, safe_open
 
-from insula.checkpoints.store import CheckpointError
+from insula.errors import CheckpointError
 
 SAFETENSORS, SHARDS = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -16,13 +16,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from insula.errors import CheckpointError
+
 logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every phase of every save
 
 WriteAssets = Callable[[Path], None]
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is missing, damaged, or of another model."""
 
 
 class _AssetsHandler(ocp.CheckpointHandler):

@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from insula.checkpoints.layout import Format, paths, resolve
-from insula.checkpoints.store import CheckpointError
+from insula.errors import CheckpointError
 from insula.model import Params, weight_table
 from insula.model.config import Config
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from insula.data.lerobot.layout import read_layout
 from insula.data.mapping import ACTION, IMAGES, STATE, plain_name
-from insula.data.schema import BOOKKEEPING, DatasetError, Feature, Info
+from insula.data.schema import BOOKKEEPING, Feature, Info
+from insula.errors import DatasetError
 
 WRIST, LEFT, RIGHT = r"wrist|hand|gripper|eef?\b", "left", "right"
 

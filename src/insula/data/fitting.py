@@ -13,10 +13,10 @@ from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.mapping import RobotData
 from insula.data.normalise import NormStats
 from insula.data.robot import Robot, relative
-from insula.data.schema import DatasetError
 from insula.data.values import check_delta, chosen_episodes, chunk_indices, dim_names, frames_of, joined
 from insula.data.workers import Map, mapping_over
-from insula.tokens.fast import FASTCodec, FASTRangeError
+from insula.errors import DatasetError, FASTRangeError, InputError
+from insula.tokens.fast import FASTCodec
 
 QUANTILES = (0.01, 0.99)
 ROWS_AT_ONCE = 2**17
@@ -165,7 +165,7 @@ def refuse_non_finite(dataset: LeRobotDataset, values: np.ndarray, first: int, n
         return
     row, dim = np.argwhere(~np.isfinite(values))[0].tolist()
     episode, frame = dataset.episodes.locate(first + row)
-    raise ValueError(
+    raise InputError(
         f"data set {dataset.root}, episode {episode}, frame {frame}: {names[dim]} is {values[row, dim]}; "
         "expected finite numbers. insula data doctor lists all of them; on_bad_sample='quarantine' leaves them out"
     )
@@ -241,7 +241,7 @@ def measure_fast(
     lengths = np.concatenate([lengths for lengths, _ in found])
     written = lengths[lengths > 0]
     if not len(written):
-        raise ValueError(f"FAST: none of {len(chunks)} chunks can be written by this codec; fit one to this data")
+        raise InputError(f"FAST: none of {len(chunks)} chunks can be written by this codec; fit one to this data")
     tokens = {"p50": np.median(written), "p99": np.quantile(written, 0.99), "max": written.max()}
     return FASTReport(
         chunks=len(chunks),

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from insula.data.schema import DatasetError
 from insula.data.statistics import histogram
+from insula.errors import DatasetError, InputError
 
 PNG = b"\x89PNG\r\n\x1a\n"
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -65,7 +65,7 @@ def encode_images(images: Sequence[np.ndarray] | np.ndarray) -> EncodedImages:
     """uint8 [T, h, w, 3] to PNG. Raises ValueError for another shape or dtype."""
     stack = np.stack(images) if not isinstance(images, np.ndarray) else images
     if stack.dtype != np.uint8 or stack.ndim != 4 or stack.shape[-1] != 3:
-        raise ValueError(f"images: got {stack.dtype}{list(stack.shape)}, expected uint8 [frames, height, width, 3]")
+        raise InputError(f"images: got {stack.dtype}{list(stack.shape)}, expected uint8 [frames, height, width, 3]")
     return EncodedImages(tuple(map(encode_png, stack)), histogram(stack), (stack.shape[1], stack.shape[2]))
 
 

@@ -9,6 +9,7 @@ from absl import flags
 
 from insula.batch import Batch
 from insula.data.mixture import Mixture, Order
+from insula.errors import InputError
 
 AHEAD = 2
 """Batches kept ready."""
@@ -37,10 +38,10 @@ class Loader:
         shard: tuple[int, int] = (0, 1),
     ):
         if start_step < 0:
-            raise ValueError(f"loader: got start_step {start_step}, expected 0 or more")
+            raise InputError(f"loader: got start_step {start_step}, expected 0 or more")
         number, shards = shard
         if not 0 <= number < shards or batch_size % shards:
-            raise ValueError(f"loader: batch size {batch_size} does not fall into {shards} equal parts, or no {number}")
+            raise InputError(f"loader: batch size {batch_size} does not fall into {shards} equal parts, or no {number}")
         self.mixture, self.order = mixture, mixture.order(batch_size, seed)
         make = _Make(mixture, self.order, number, shards)
         read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)

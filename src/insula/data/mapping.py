@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from insula.data.normalise import Kind
-from insula.data.schema import DatasetError
-from insula.errors import did_you_mean
+from insula.errors import DatasetError, did_you_mean
 
 STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
 Loss = Literal["flow", "fast"]

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from insula.batch import Batch
-from insula.data.schema import DatasetError
+from insula.errors import DatasetError, InputError
 
 BadSample = Literal["fail", "quarantine"]
 log = logging.getLogger(__name__)
@@ -43,9 +43,9 @@ class Order:
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], batch_size: int, seed: int):
         """Raises ValueError for no samples, weights that are not positive, or of another number than the sources."""
         if min(sizes, default=0) < 1 or batch_size < 1:
-            raise ValueError(f"loader: got {list(sizes)} samples and batch size {batch_size}, expected at least 1 each")
+            raise InputError(f"loader: got {list(sizes)} samples and batch size {batch_size}, expected at least 1 each")
         if len(weights) != len(sizes) or not all(weight > 0 for weight in weights):
-            raise ValueError(f"loader: got weights {list(weights)} for {len(sizes)} sources, expected one > 0 for each")
+            raise InputError(f"loader: got weights {list(weights)} for {len(sizes)} sources, expected one > 0 for each")
         total = sum(weights)
         sources = [
             grain.MapDataset.range(size).seed(seed + number).shuffle().repeat().map(_Tag(number))

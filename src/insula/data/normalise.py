@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from insula.errors import InputError
 from insula.files import read_json, write_json
 
 EPSILON = 1e-4
@@ -66,7 +67,7 @@ class NormStats:
     def _known(self, low: str, high: str) -> tuple[np.ndarray, np.ndarray]:
         pair = getattr(self, low), getattr(self, high)
         if pair[0] is None or pair[1] is None:
-            raise ValueError(f"normalisation: these statistics have no {low} and {high}; fit them again on the data")
+            raise InputError(f"normalisation: these statistics have no {low} and {high}; fit them again on the data")
         return pair
 
     @property
@@ -98,7 +99,7 @@ class NormStats:
     def _checked(self, values: np.ndarray) -> np.ndarray:
         array = np.asarray(values, np.float64)
         if array.shape[-1:] != (self.dim,):
-            raise ValueError(f"normalisation: got shape {array.shape}, expected [..., {self.dim}]")
+            raise InputError(f"normalisation: got shape {array.shape}, expected [..., {self.dim}]")
         refuse_non_finite(array)
         return array
 
@@ -112,7 +113,7 @@ def fit(
     """
     array = np.asarray(values, np.float64)
     if array.ndim != 2 or not len(array):
-        raise ValueError(f"statistics of {what}: got shape {array.shape}, expected [samples, dimensions] with samples")
+        raise InputError(f"statistics of {what}: got shape {array.shape}, expected [samples, dimensions] with samples")
     refuse_non_finite(array, names, what)
     q01, q99 = np.quantile(array, [0.01, 0.99], axis=0)
     stats = NormStats(array.mean(0), array.std(0), q01, q99, array.min(0), array.max(0), kind)
@@ -145,7 +146,7 @@ def refuse_non_finite(values: np.ndarray, names: Sequence[str] | None = None, wh
     bad = np.argwhere(~np.isfinite(rows))
     row, dim = bad[0].tolist()
     label = names[dim] if names else dim
-    raise ValueError(
+    raise InputError(
         f"{what}: {rows[row, dim]} in dimension {label}, row {row} ({len(bad)} such values); expected finite numbers"
     )
 
@@ -158,7 +159,7 @@ def to_json(stats: Mapping[str, NormStats]) -> dict[str, Any]:
 def from_json(raw: Any, where: str = "norm_stats.json") -> dict[str, NormStats]:
     """The inverse of `to_json`; reads openpi's own files too. Raises ValueError naming what is missing or wrong."""
     if not isinstance(raw, dict) or not isinstance(raw.get("norm_stats"), dict):
-        raise ValueError(f"{where}: expected an object with the key 'norm_stats'")
+        raise InputError(f"{where}: expected an object with the key 'norm_stats'")
     return {key: _parse(entry, f"{where}: {key!r}") for key, entry in raw["norm_stats"].items()}
 
 
@@ -177,16 +178,16 @@ def _plain(value: np.ndarray | str | None) -> list[float] | str | None:
 
 def _parse(entry: Any, where: str) -> NormStats:
     if not isinstance(entry, dict) or entry.get("mean") is None or entry.get("std") is None:
-        raise ValueError(f"{where}: expected an object with mean, std, q01 and q99")
+        raise InputError(f"{where}: expected an object with mean, std, q01 and q99")
     kind: Any = entry.get("kind") or "quantiles"
     if kind not in get_args(Kind):
-        raise ValueError(f"{where}: kind is {kind!r}, expected one of {', '.join(get_args(Kind))}")
+        raise InputError(f"{where}: kind is {kind!r}, expected one of {', '.join(get_args(Kind))}")
     try:
         known = [f.name for f in fields(NormStats) if f.name != "kind" and entry.get(f.name) is not None]
         arrays = {name: np.asarray(entry[name], np.float64) for name in known}
     except (TypeError, ValueError):
-        raise ValueError(f"{where}: expected lists of numbers") from None
+        raise InputError(f"{where}: expected lists of numbers") from None
     for name, array in arrays.items():
         if array.ndim != 1 or array.shape != arrays["mean"].shape or not np.isfinite(array).all():
-            raise ValueError(f"{where}: {name} has shape {array.shape}, expected {arrays['mean'].shape} finite numbers")
+            raise InputError(f"{where}: {name} has shape {array.shape}, expected {arrays['mean'].shape} finite numbers")
     return NormStats(**arrays, kind=kind)

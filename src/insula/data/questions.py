@@ -24,9 +24,8 @@ from insula.batch import Batch, Observation
 from insula.data.images import decode_any, resize_with_pad
 from insula.data.mapping import QuestionData
 from insula.data.samples import EAGER, Sizes, TokenTable
-from insula.data.schema import DatasetError
-from insula.errors import did_you_mean
-from insula.tokens.sequence import FASTTokenizer, TokenBudgetError
+from insula.errors import DatasetError, TokenBudgetError, did_you_mean
+from insula.tokens.sequence import FASTTokenizer
 
 IMAGE_CACHE = 2**30
 NAMES = ("questions.jsonl", "questions.parquet")

@@ -16,6 +16,7 @@ import numpy as np
 
 from insula.data import normalise
 from insula.data.normalise import NormStats
+from insula.errors import InputError
 from insula.files import write_json
 from insula.shapes import Float
 
@@ -90,5 +91,5 @@ def read_robot(directory: Path) -> Robot:
         cameras, delta = tuple(map(str, raw["cameras"])), tuple(map(int, raw["delta"]))
         horizon, units = int(raw["horizon"]), dict(raw["units"])
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: expected cameras, horizon, delta and units ({error!r})") from None
+        raise InputError(f"{path}: expected cameras, horizon, delta and units ({error!r})") from None
     return Robot(normalise.load(directory / STATS_FILE), cameras, horizon, delta, units)

@@ -19,10 +19,9 @@ from insula.data.images import resize_with_pad
 from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.mapping import RobotData
 from insula.data.robot import Robot
-from insula.data.schema import DatasetError
 from insula.data.values import check_delta, chosen_episodes, chunk_indices, dim_names, frames_of, joined, named_cameras
-from insula.tokens.fast import FASTRangeError
-from insula.tokens.sequence import FASTTokenizer, TokenBudgetError, Tokenized
+from insula.errors import DatasetError, FASTRangeError, InputError, TokenBudgetError
+from insula.tokens.sequence import FASTTokenizer, Tokenized
 
 EAGER = 200_000
 """Up to so many samples are tokenised before training, so that an overlong one is known then; of more, those spread
@@ -95,7 +94,7 @@ class Samples:
             skip_non_finite=skip_non_finite,
         )
         if on_overflow not in ("error", "drop_token_loss"):
-            raise ValueError(f"on_overflow: got {on_overflow!r}, expected 'error' or 'drop_token_loss'")
+            raise InputError(f"on_overflow: got {on_overflow!r}, expected 'error' or 'drop_token_loss'")
         self.dataset = dataset or LeRobotDataset(data.path)
         self.data, self.robot, self.tokenizer, self.sizes = data, robot, tokenizer, sizes
         self.on_overflow, self.state_in_prompt = on_overflow, state_in_prompt

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from insula.errors import did_you_mean
+from insula.errors import DatasetError, did_you_mean
 
 VERSION = "v3.0"
 """What is written; `READABLE` is read."""
@@ -20,17 +20,6 @@ NUMERIC = ("float32", "float64", "int8", "int16", "int32", "int64", "uint8", "ui
 DTYPES = (*NUMERIC, "string", "image", "video")
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-
-
-class DatasetError(ValueError):
-    """A data set on disk is missing, damaged or not what was asked for. The message says what, where and the fix.
-
-    `fault` is the doctor's name for it (`insula.data.lerobot.doctor.REMEDIES`).
-    """
-
-    def __init__(self, message: str, fault: str = "metadata") -> None:
-        super().__init__(message)
-        self.fault = fault
 
 
 @dataclass(frozen=True)

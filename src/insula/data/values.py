@@ -12,7 +12,8 @@ import numpy as np
 
 from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.mapping import Columns, RobotData
-from insula.data.schema import DatasetError, pick
+from insula.data.schema import pick
+from insula.errors import DatasetError, InputError
 
 
 def joined(dataset: LeRobotDataset, columns: Sequence[Columns], read: Callable[[str], np.ndarray]) -> np.ndarray:
@@ -95,9 +96,9 @@ def split(n: int, held_out_fraction: float | int, seed: int) -> tuple[np.ndarray
     At least one is held out when the fraction is positive. Raises ValueError when none is left to train on.
     """
     if not 0 <= held_out_fraction < 1:
-        raise ValueError(f"held_out_fraction: got {held_out_fraction}, expected at least 0 and below 1")
+        raise InputError(f"held_out_fraction: got {held_out_fraction}, expected at least 0 and below 1")
     held_out = int(np.ceil(n * held_out_fraction))
     if n - held_out < 1:
-        raise ValueError(f"held_out_fraction {held_out_fraction} of {n} episodes leaves none to train on; collect more")
+        raise InputError(f"held_out_fraction {held_out_fraction} of {n} episodes leaves none to train on; collect more")
     order = np.random.default_rng(seed).permutation(n)
     return np.sort(order[held_out:]), np.sort(order[:held_out])

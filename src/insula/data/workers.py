@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+from insula.errors import InputError
+
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 
@@ -15,7 +17,7 @@ def mapping_over(processes: int) -> Iterator[Map]:
     """A `map` over so many processes, results in order; this process itself where it is 1. They are spawned: a script
     must call this under `if __name__ == "__main__":`."""
     if processes < 1:
-        raise ValueError(f"processes: got {processes}, expected at least 1")
+        raise InputError(f"processes: got {processes}, expected at least 1")
     if processes == 1:
         yield map
         return

@@ -20,6 +20,7 @@ import numpy as np
 from rich.table import Table
 
 import insula.sim
+from insula.errors import InputError, NonFiniteError
 from insula.evaluate.intervals import Rate, wilson
 from insula.sim.seeds import EVALUATION, RANGES, refuse_seen
 from insula.sim.tabletop import ACTION_DIM
@@ -164,7 +165,7 @@ def evaluate(
     """
     seeds = check_seeds(episodes, first_seed, allow_any_seed, used_seeds)
     if execute < 1 or lanes < 1:
-        raise ValueError(f"execute is {execute} and lanes is {lanes}, expected at least 1 of each")
+        raise InputError(f"execute is {execute} and lanes is {lanes}, expected at least 1 of each")
     jobs = [(seed, swapped) for seed in seeds for swapped in ((False, True) if swap else (False,))]
     make = environment or (lambda: gymnasium.make(insula.sim.TABLETOP, image_size=image_size, disable_env_checker=True))
     started = time.perf_counter()
@@ -185,11 +186,11 @@ def evaluate(
 def check_seeds(episodes: int, first_seed: int, allow_any_seed: bool, used: Iterable[int]) -> range:
     """The seeds to evaluate on. Raises ValueError where they were meant, or used, for something else."""
     if episodes < 1:
-        raise ValueError(f"episodes: got {episodes}, expected at least 1")
+        raise InputError(f"episodes: got {episodes}, expected at least 1")
     seeds = range(first_seed, first_seed + episodes)
     if not allow_any_seed and not (seeds[0] in EVALUATION and seeds[-1] in EVALUATION):
         kept = [r.name for r in RANGES if r is not EVALUATION and (seeds[0] in r or seeds[-1] in r)]
-        raise ValueError(
+        raise InputError(
             f"first_seed: got {first_seed} for {episodes} episodes, expected seeds from {EVALUATION.start} to "
             f"{EVALUATION.stop - 1}" + (f"; these are kept for {' and '.join(kept)}" if kept else "")
         )
@@ -265,13 +266,13 @@ def _plan(policy: Acts, active: list[_Lane], rows: int, execute: int) -> np.ndar
     padded = observations + observations[:1] * (rows - len(observations))  # one batch size: one compiled program
     chunks = np.asarray(policy.act_batch(padded))
     if chunks.ndim != 3 or chunks.shape[0] != rows or chunks.shape[2] != ACTION_DIM:
-        raise ValueError(f"act_batch: got {list(chunks.shape)}, expected [{rows}, H, {ACTION_DIM}]")
+        raise InputError(f"act_batch: got {list(chunks.shape)}, expected [{rows}, H, {ACTION_DIM}]")
     if chunks.shape[1] < execute:
-        raise ValueError(f"execute: got {execute}, but chunks have only {chunks.shape[1]} steps; execute at most those")
+        raise InputError(f"execute: got {execute}, but chunks have only {chunks.shape[1]} steps; execute at most those")
     for lane, chunk in zip(active, chunks, strict=False):  # what fills the batch is not executed
         if not np.isfinite(chunk).all():
             row, column = np.argwhere(~np.isfinite(chunk))[0]
-            raise FloatingPointError(
+            raise NonFiniteError(
                 f"act_batch: action[{row}][{column}] is {chunk[row, column]} at step {lane.steps} of seed {lane.seed} "
                 f"({lane.task!r}), expected finite numbers; look at the weights of this checkpoint"
             )

@@ -5,6 +5,8 @@ import math
 from statistics import NormalDist
 from typing import Any
 
+from insula.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
@@ -29,9 +31,9 @@ def wilson(count: int, total: int, confidence: float = 0.95) -> Rate:
     Raises ValueError unless 0 ≤ count ≤ total, total ≥ 1 and 0 < confidence < 1.
     """
     if total < 1 or not 0 <= count <= total:
-        raise ValueError(f"rate: got {count} of {total}, expected 0 <= count <= total and at least one trial")
+        raise InputError(f"rate: got {count} of {total}, expected 0 <= count <= total and at least one trial")
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence: got {confidence}, expected a fraction between 0 and 1, such as 0.95")
+        raise InputError(f"confidence: got {confidence}, expected a fraction between 0 and 1, such as 0.95")
     z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
     rate = count / total
     centre = (rate + z2 / (2 * total)) / (1 + z2 / total)

@@ -9,7 +9,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from insula.errors import did_you_mean
+from insula.errors import InputError, did_you_mean
 from insula.evaluate.closed_loop import Recording
 
 FPS = 10
@@ -26,12 +26,12 @@ def write_video(path: str | Path, frames: np.ndarray, fps: int = FPS, scale: int
     path = Path(path)
     if path.suffix.lower() not in ENDINGS:
         hint = did_you_mean(path.suffix.lower(), ENDINGS)
-        raise ValueError(f"video {path}: ending {path.suffix!r}, expected one of {', '.join(ENDINGS)}{hint}")
+        raise InputError(f"video {path}: ending {path.suffix!r}, expected one of {', '.join(ENDINGS)}{hint}")
     frames = np.asarray(frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
-        raise ValueError(f"video {path}: got {frames.dtype}{list(frames.shape)}, expected uint8[T, h, w, 3], T >= 1")
+        raise InputError(f"video {path}: got {frames.dtype}{list(frames.shape)}, expected uint8[T, h, w, 3], T >= 1")
     if scale < 1 or fps < 1:
-        raise ValueError(f"video {path}: scale is {scale} and fps is {fps}, expected at least 1 of each")
+        raise InputError(f"video {path}: scale is {scale} and fps is {fps}, expected at least 1 of each")
     path.parent.mkdir(parents=True, exist_ok=True)
     write = _write_mp4 if path.suffix.lower() == ".mp4" else _write_gif
     write(path, frames.repeat(scale, axis=1).repeat(scale, axis=2), fps)
@@ -50,7 +50,7 @@ def reel(recordings: Iterable[Recording]) -> np.ndarray:
         end[:2], end[-2:], end[:, :2], end[:, -2:] = colour, colour, colour, colour
         parts += [recording.frames, np.repeat(end[None], HOLD, axis=0)]
     if not parts:
-        raise ValueError("no recording to show; evaluate with record=1 or more")
+        raise InputError("no recording to show; evaluate with record=1 or more")
     return np.concatenate(parts)
 
 

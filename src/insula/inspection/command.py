@@ -8,6 +8,7 @@ from rich.table import Table
 
 from insula import page
 from insula.certificate import Proof, write_certificate
+from insula.errors import InputError
 from insula.inspection.config import InspectConfig
 from insula.inspection.findings import Findings, Inspector
 from insula.inspection.influence import EFFECTS, Influence
@@ -49,7 +50,7 @@ def certify(found: Findings, file: Path) -> None:
     it can show nothing."""
     if not found.shows_insulation:
         lacks = "no action" if not found.has_actions else "no scored token"
-        raise ValueError(
+        raise InputError(
             f"{found.sample.where} has {lacks}, so it cannot show where gradients go; choose a robot's sample"
         )
     assert found.proof is not None and found.influence is not None

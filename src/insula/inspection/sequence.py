@@ -9,10 +9,11 @@ import numpy as np
 from insula.batch import Batch
 from insula.data.questions import QuestionSamples
 from insula.data.robot import Robot
+from insula.errors import TokenBudgetError
 from insula.model.backbone import column_masks
 from insula.model.config import Config
 from insula.tokens import masks
-from insula.tokens.sequence import FASTTokenizer, TokenBudgetError
+from insula.tokens.sequence import FASTTokenizer
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from insula.errors import FileError, InputError
 from insula.inspection.findings import Inspector
 from insula.inspection.page import render
 
@@ -44,7 +45,7 @@ def _whole(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"sample is {text[:40]!r}, expected a whole number") from None
+        raise InputError(f"sample is {text[:40]!r}, expected a whole number") from None
 
 
 def serve(inspector: Inspector, source: str | None, number: int, port: int) -> None:
@@ -53,7 +54,7 @@ def serve(inspector: Inspector, source: str | None, number: int, port: int) -> N
     try:
         listening = socket.create_server((HOST, port))
     except OSError as error:
-        raise OSError(f"port {port} of {HOST}: {error.strerror}; --port 0 takes a free one") from None
+        raise FileError(f"port {port} of {HOST}: {error.strerror}; --port 0 takes a free one") from None
     config = uvicorn.Config(app, log_level="warning", lifespan="off")
     print(f"http://{HOST}:{listening.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
     uvicorn.Server(config).run(sockets=[listening])

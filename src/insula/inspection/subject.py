@@ -11,8 +11,7 @@ from insula.assets import Assets, read_assets
 from insula.batch import Batch
 from insula.checkpoints.store import CheckpointStore
 from insula.data.mixture import Source
-from insula.data.schema import DatasetError
-from insula.errors import did_you_mean
+from insula.errors import DatasetError, InputError, MissingFileError, did_you_mean
 from insula.inspection.config import InspectConfig
 from insula.model import Params, abstract_params
 from insula.policy import load_model
@@ -55,19 +54,19 @@ class Subject:
         """Raises IndexError or ValueError for what does not exist."""
         name = source or next(iter(self.sources))
         if name not in self.sources:
-            raise ValueError(
+            raise InputError(
                 f"no source {name!r}{did_you_mean(name, self.sources)}; there are: {', '.join(self.sources)}"
             )
         samples = self.sources[name]
         if not 0 <= number < len(samples):
-            raise IndexError(f"sample {number} of {name!r} does not exist; it has 0 to {len(samples) - 1}")
+            raise InputError(f"sample {number} of {name!r} does not exist; it has 0 to {len(samples) - 1}")
         return Sample(samples.batch([number]), samples.where(number), name, number, samples)
 
 
 def open_subject(config: InspectConfig) -> Subject:
     """Raises ValueError, FileNotFoundError, CheckpointError or DatasetError, saying what to give instead."""
     if (config.run is None) == (config.data is None):
-        raise ValueError("give either --run RUN, or --data DATA with --preset")
+        raise InputError("give either --run RUN, or --data DATA with --preset")
     refuse_idle_flags(config)
     return _of_run(config) if config.run else _of_data(config)
 
@@ -87,7 +86,7 @@ def refuse_idle_flags(config: InspectConfig) -> None:
         for name in names:
             if getattr(config, name) != getattr(default, name):
                 flag = "--preset or --model" if name == "model" else f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} goes {goes}; drop one of them")
+                raise InputError(f"{flag} goes {goes}; drop one of them")
 
 
 def _of_run(config: InspectConfig) -> Subject:
@@ -96,7 +95,7 @@ def _of_run(config: InspectConfig) -> Subject:
     run, path = config.run, config.run / CONFIG_FILE
     if not path.is_file():
         near = f"; there is one in {run / 'run'}" if (run / "run" / path.name).is_file() else ""
-        raise FileNotFoundError(f"{run}: no {path.name} here{near}; expected what `insula train --run` wrote")
+        raise MissingFileError(f"{run}: no {path.name} here{near}; expected what `insula train --run` wrote")
     trained = dataclasses.replace(read_config(path), run=run)
     if config.tokens_only:
         with CheckpointStore(run / "checkpoints") as store:
@@ -117,7 +116,7 @@ def _of_data(config: InspectConfig) -> Subject:
     size = 4 * sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract_params(model)))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if not config.tokens_only and COPIES * size > memory:
-        raise ValueError(
+        raise InputError(
             f"measuring {model.name!r} ({size / 2**30:.1f} GiB of float32 parameters) takes about "
             f"{COPIES * size / 2**30:.0f} GiB, this machine has {memory / 2**30:.0f}; look at its sequence and masks "
             "with --tokens-only, or override sizes: --model.backbone.width, ..."

@@ -12,13 +12,13 @@ from insula.certificate import LOSSES, Proof
 from insula.data.images import encode_png
 from insula.data.samples import Samples
 from insula.data.values import dim_names
+from insula.errors import FASTRangeError
 from insula.inspection.findings import Findings
 from insula.inspection.measure import DRAWS, EXPECTED_DRAWS, LOOK_TIMES, TIMES, Measured
 from insula.inspection.sequence import Chunk, Columns, chunk, token_text
 from insula.inspection.variants import REASONS
 from insula.model.config import Config
 from insula.model.vision import resize
-from insula.tokens.fast import FASTRangeError
 
 
 def view(found: Findings, sources: dict[str, int] | None = None) -> dict[str, Any]:

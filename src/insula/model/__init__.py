@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from insula.errors import InputError
 from insula.model import backbone, expert, lora, vision
 from insula.model.config import Config
 from insula.model.weights import initialise, is_weight
@@ -50,7 +51,7 @@ def add_lora(params: Params, config: Config, rng: PRNGKeyArray) -> Params:
     """
     if config.lora is None or any(map(lora.is_lora, jax.tree.leaves(params, is_leaf=lora.is_lora))):
         there = "config has lora=None" if config.lora is None else "parameters are under LoRA already; merge them first"
-        raise ValueError(f"add_lora, config {config.name!r}: {there}")
+        raise InputError(f"add_lora, config {config.name!r}: {there}")
 
     def updates(weight: Any) -> Any:
         return dataclasses.replace(weight, base=None) if lora.is_lora(weight) else None

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-from insula.errors import did_you_mean
+from insula.errors import InputError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +55,15 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"lora: rank is {self.rank}, expected ≥ 1; for no LoRA at all set lora=None")
+            raise InputError(f"lora: rank is {self.rank}, expected ≥ 1; for no LoRA at all set lora=None")
         if self.alpha <= 0 or not math.isfinite(self.alpha):
-            raise ValueError(f"lora: alpha is {self.alpha}, expected > 0")
+            raise InputError(f"lora: alpha is {self.alpha}, expected > 0")
         for part in self.parts:
             if part not in LORA_PARTS:
                 near = did_you_mean(str(part), LORA_PARTS)
-                raise ValueError(f"lora: parts has {part!r}, expected any of {LORA_PARTS}{near}")
+                raise InputError(f"lora: parts has {part!r}, expected any of {LORA_PARTS}{near}")
         if not self.parts or len(set(self.parts)) < len(self.parts):
-            raise ValueError(f"lora: parts is {self.parts}, expected at least one, and each once")
+            raise InputError(f"lora: parts is {self.parts}, expected at least one, and each once")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,29 +123,29 @@ class Config:
         for field in ("depth", "num_heads", "num_kv_heads", "head_dim"):
             backbone, expert = getattr(self.backbone, field), getattr(self.expert, field)
             if backbone != expert:
-                raise ValueError(
+                raise InputError(
                     f"config {self.name!r}: backbone.{field} is {backbone}, expert.{field} is {expert}; "
                     "they share attention per layer, so both must be equal"
                 )
         if self.backbone.num_heads % self.backbone.num_kv_heads:
-            raise ValueError(
+            raise InputError(
                 f"config {self.name!r}: num_heads {self.backbone.num_heads} is no multiple of "
                 f"num_kv_heads {self.backbone.num_kv_heads}"
             )
         if len(self.vision.stem_widths) != len(self.vision.patch_sizes) - 1:
-            raise ValueError(
+            raise InputError(
                 f"config {self.name!r}: vision.stem_widths {self.vision.stem_widths} must have one entry "
                 f"fewer than vision.patch_sizes {self.vision.patch_sizes}"
             )
         if self.vision.image_size % math.prod(self.vision.patch_sizes):
-            raise ValueError(
+            raise InputError(
                 f"config {self.name!r}: vision.image_size {self.vision.image_size} is no multiple of the "
                 f"patch, {math.prod(self.vision.patch_sizes)} px"
             )
         if self.ki_fast_loss_weight < 0 or not math.isfinite(self.ki_fast_loss_weight):
-            raise ValueError(f"config {self.name!r}: ki_fast_loss_weight is {self.ki_fast_loss_weight}, expected ≥ 0")
+            raise InputError(f"config {self.name!r}: ki_fast_loss_weight is {self.ki_fast_loss_weight}, expected ≥ 0")
         if self.flow_samples < 1:
-            raise ValueError(f"config {self.name!r}: flow_samples is {self.flow_samples}, expected ≥ 1")
+            raise InputError(f"config {self.name!r}: flow_samples is {self.flow_samples}, expected ≥ 1")
         for field, known in (
             ("state_input", ("prompt", "token")),
             ("time_input", ("adarms", "mlp")),
@@ -155,14 +155,14 @@ class Config:
             value = getattr(self, field)
             if value not in known:
                 near = did_you_mean(str(value), known)
-                raise ValueError(f"config {self.name!r}: {field} is {value!r}, expected one of {known}{near}")
+                raise InputError(f"config {self.name!r}: {field} is {value!r}, expected one of {known}{near}")
         if self.knowledge_insulation and self.ki_fast_loss_weight == 0 and not self.freeze_backbone:
-            raise ValueError(
+            raise InputError(
                 f"config {self.name!r}: knowledge_insulation with ki_fast_loss_weight = 0 leaves the backbone "
                 "without any gradient; set a weight > 0, or freeze_backbone=True if that is what you want"
             )
         if self.freeze_backbone and self.lora and "backbone" in self.lora.parts:
-            raise ValueError(
+            raise InputError(
                 f"config {self.name!r}: freeze_backbone contradicts lora.parts {self.lora.parts}, which trains the "
                 "backbone's updates; drop one of them"
             )
@@ -219,7 +219,7 @@ PRESETS = {config.name: config for config in (TINY, PI05, PI0)}
 def preset(name: str) -> Config:
     """The named config. Raises KeyError with the nearest name where there is none."""
     if name not in PRESETS:
-        raise KeyError(f"no preset {name!r}{did_you_mean(name, PRESETS)}; known: {', '.join(PRESETS)}")
+        raise InputError(f"no preset {name!r}{did_you_mean(name, PRESETS)}; known: {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
@@ -238,13 +238,13 @@ def build(kind: type, raw: Any, where: str) -> Any:
     known = {field.name for field in dataclasses.fields(kind)}
     for name in raw:
         if name not in known:
-            raise ValueError(f"{where}: unknown field {name!r}{did_you_mean(name, known)}")
+            raise InputError(f"{where}: unknown field {name!r}{did_you_mean(name, known)}")
     needed = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
     if missing := sorted(needed - raw.keys()):
-        raise ValueError(f"{where}: no {', '.join(missing)}; expected the fields of {kind.__name__}")
+        raise InputError(f"{where}: no {', '.join(missing)}; expected the fields of {kind.__name__}")
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()})
 
 
 def _check_object(raw: Any, where: str) -> None:
     if not isinstance(raw, dict):
-        raise ValueError(f"{where}: got {raw!r}, expected an object of fields and values")
+        raise InputError(f"{where}: got {raw!r}, expected an object of fields and values")

@@ -6,6 +6,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
+from insula.errors import InputError
 from insula.model import layers
 from insula.model.attention import attend
 from insula.model.config import Config
@@ -85,7 +86,7 @@ def encode_images(
     of the config is missing."""
     missing = [name for name in config.cameras if name not in images]
     if missing:
-        raise KeyError(
+        raise InputError(
             f"observation has cameras {sorted(images)}, config {config.name!r} also expects {missing}; "
             "give a black image with image_mask False for a camera that is absent"
         )

@@ -10,6 +10,7 @@ import string
 from collections.abc import Sequence
 from pathlib import Path
 
+from insula.errors import FileError
 from insula.page.html import Html, tag, text
 
 HERE = Path(__file__).parent
@@ -32,7 +33,7 @@ def write(path: str | Path, page: str) -> Path:
     """Write it whole or not at all. Returns its path. Raises IsADirectoryError for a folder."""
     path = Path(path)
     if path.is_dir():
-        raise IsADirectoryError(f"{path}: a folder; name a file in it, such as {path / 'page.html'}")
+        raise FileError(f"{path}: a folder; name a file in it, such as {path / 'page.html'}")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(page, encoding="utf-8")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from insula import page
+from insula.errors import InputError
 from insula.evaluate.closed_loop import Recording
 from insula.page.html import Html, tag
 from insula.report import sections
@@ -91,7 +92,7 @@ def read_metrics(path: str | Path) -> tuple[dict[str, Any], ...]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number} is not JSON ({error})") from None
+            raise InputError(f"{path}: line {number} is not JSON ({error})") from None
     return tuple(rows)
 
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from itertools import product
 
+from insula.errors import InputError
+
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 _PATTERN = re.compile(r"put the (\w+) block in the (\w+) bowl")
 
@@ -17,7 +19,7 @@ def check_colour(colour: str, known: Sequence[str] = COLOURS, what: str = "colou
         return colour
     near = difflib.get_close_matches(str(colour), known, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ValueError(f"{what}: got {colour!r}, expected one of {', '.join(known)}{hint}")
+    raise InputError(f"{what}: got {colour!r}, expected one of {', '.join(known)}{hint}")
 
 
 def instruction(block: str, bowl: str) -> str:
@@ -29,7 +31,7 @@ def parse(text: str) -> tuple[str, str]:
     """(block colour, bowl colour) of an instruction. Raises ValueError when `text` is not of the grammar."""
     match = _PATTERN.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"instruction: got {text!r}, expected 'put the {{colour}} block in the {{colour}} bowl'")
+        raise InputError(f"instruction: got {text!r}, expected 'put the {{colour}} block in the {{colour}} bowl'")
     return check_colour(match[1], what="block colour"), check_colour(match[2], what="bowl colour")
 
 

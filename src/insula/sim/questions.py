@@ -33,6 +33,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from insula.errors import InputError
 from insula.sim.facts import Facts
 from insula.sim.instructions import COLOURS, instruction
 
@@ -211,7 +212,7 @@ KINDS = tuple(_ASKERS)
 def questions(facts: Facts, kind: str) -> Pairs:
     """Every (question, answer) of one kind that has a plain answer here. Raises ValueError for an unknown kind."""
     if kind not in _ASKERS:
-        raise ValueError(f"question kind: got {kind!r}, expected one of {', '.join(KINDS)}")
+        raise InputError(f"question kind: got {kind!r}, expected one of {', '.join(KINDS)}")
     return _ASKERS[kind](facts)
 
 
@@ -231,4 +232,4 @@ def ask(facts: Facts, rng: np.random.Generator, kind: str | None = None) -> tupl
         if pairs:
             question, answer = pairs[rng.integers(len(pairs))]
             return question, answer
-    raise ValueError(f"question kind {kind!r}: nothing of it has a plain answer in this scene; leave `kind` to chance")
+    raise InputError(f"question kind {kind!r}: nothing of it has a plain answer in this scene; leave `kind` to chance")

@@ -14,12 +14,10 @@ from typing import Any
 import mujoco
 import numpy as np
 
+from insula.errors import GLError
+
 BACKENDS = ("egl", "osmesa")
 PACKAGES = "libegl1 libgl1-mesa-dri libosmesa6"
-
-
-class GLError(RuntimeError):
-    """No off-screen OpenGL backend works here."""
 
 
 def _forget_pyopengl() -> None:

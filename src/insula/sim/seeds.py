@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
+from insula.errors import InputError
+
 
 @dataclass(frozen=True)
 class SeedRange:
@@ -29,7 +31,7 @@ class SeedRange:
     def take(self, count: int, offset: int = 0) -> range:
         """`count` seeds of this range, from `offset` on. Raises ValueError when they would leave the range."""
         if count < 0 or offset < 0 or offset + count > self.size:
-            raise ValueError(
+            raise InputError(
                 f"{self.name} seeds: asked for {count} from offset {offset}, but the range holds {self.size} "
                 f"({self.start} to {self.stop - 1}); beyond it lie seeds kept for another purpose"
             )
@@ -47,7 +49,7 @@ def refuse_overlap(ranges: Iterable[SeedRange]) -> None:
     ordered = sorted(ranges, key=lambda r: r.start)
     for left, right in pairwise(ordered):
         if left.stop > right.start:
-            raise ValueError(
+            raise InputError(
                 f"seed ranges overlap: {left.name} ends at {left.stop - 1}, {right.name} starts at {right.start}; "
                 f"a scene would be seen both ways. Shrink {left.name} to at most {right.start - left.start} seeds"
             )
@@ -57,7 +59,7 @@ def refuse_seen(seeds: Iterable[int], used: Iterable[int], purpose: str) -> None
     """Raises ValueError when any of `seeds` (meant for `purpose`) is in `used`."""
     shared = sorted(set(seeds) & set(used))
     if shared:
-        raise ValueError(f"{purpose}: {len(shared)} seeds were used before, first {shared[0]}; choose fresh ones")
+        raise InputError(f"{purpose}: {len(shared)} seeds were used before, first {shared[0]}; choose fresh ones")
 
 
 refuse_overlap(RANGES)

@@ -22,6 +22,7 @@ import mujoco
 import numpy as np
 from gymnasium import spaces
 
+from insula.errors import InputError
 from insula.sim.facts import Block, Bowl, Facts, Table, look
 from insula.sim.instructions import check_colour, instruction
 from insula.sim.rendering import Renderer
@@ -62,9 +63,9 @@ class TabletopEnv(gymnasium.Env):
 
     def __init__(self, image_size: int = 64, render_mode: str | None = None) -> None:
         if not isinstance(image_size, int) or not 16 <= image_size <= 1024:
-            raise ValueError(f"image_size: got {image_size!r}, expected an integer from 16 to 1024 (64 is usual)")
+            raise InputError(f"image_size: got {image_size!r}, expected an integer from 16 to 1024 (64 is usual)")
         if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"render_mode: got {render_mode!r}, expected None or 'rgb_array'")
+            raise InputError(f"render_mode: got {render_mode!r}, expected None or 'rgb_array'")
         self.image_size, self.render_mode = image_size, render_mode
         image = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         low = np.array([*(GRIPPER_LOW - 0.02), -YAW_LIMIT - 0.1, 0], np.float32)
@@ -97,7 +98,7 @@ class TabletopEnv(gymnasium.Env):
         layout = draw_layout(self.np_random)
         task = _choose_task(layout, swap=bool(options.pop("swap", False)), task=options.pop("task", None))
         if options:
-            raise ValueError(f"reset options: got {sorted(options)}, expected only 'swap' and 'task'")
+            raise InputError(f"reset options: got {sorted(options)}, expected only 'swap' and 'task'")
         self._pour(layout, task)
         return self._observe(), self._info(self.table())
 
@@ -219,20 +220,20 @@ def check_action(action: Any) -> np.ndarray:
     """`action` as float64 [7], clipped to [-1, 1]. Raises ValueError naming the wrong shape or the wrong entries."""
     array = np.asarray(action, dtype=np.float64)
     if array.shape != (ACTION_DIM,):
-        raise ValueError(
+        raise InputError(
             f"action: got shape {array.shape}, expected ({ACTION_DIM},): {', '.join(ACTION_NAMES)}"
             + ("; pass one step of a chunk at a time" if array.ndim == 2 else "")
         )
     if not np.isfinite(array).all():
         bad = [f"{name}={value}" for name, value in zip(ACTION_NAMES, array, strict=True) if not np.isfinite(value)]
-        raise ValueError(f"action: got {', '.join(bad)}, expected finite numbers in [-1, 1]")
+        raise InputError(f"action: got {', '.join(bad)}, expected finite numbers in [-1, 1]")
     return np.clip(array, -1, 1)
 
 
 def _choose_task(layout: Layout, swap: bool, task: Any) -> tuple[str, str]:
     if task is not None:
         if swap:
-            raise ValueError("reset options: got both 'swap' and 'task', expected one of them")
+            raise InputError("reset options: got both 'swap' and 'task', expected one of them")
         block, bowl = task
         check_colour(block, layout.block_colours, "task: block colour in this scene")
         return block, check_colour(bowl, layout.bowl_colours, "task: bowl colour in this scene")

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from insula.errors import did_you_mean
+from insula.errors import InputError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -72,5 +72,5 @@ DIALECTS = {dialect.name: dialect for dialect in _ALL}
 def dialect(name: str) -> Dialect:
     """The named dialect. Raises ValueError with the nearest name where there is none."""
     if name not in DIALECTS:
-        raise ValueError(f"no prompt dialect {name!r}{did_you_mean(name, DIALECTS)}; known: {', '.join(DIALECTS)}")
+        raise InputError(f"no prompt dialect {name!r}{did_you_mean(name, DIALECTS)}; known: {', '.join(DIALECTS)}")
     return DIALECTS[name]

@@ -20,6 +20,7 @@ import numpy as np
 from scipy.fft import dct, idct
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from insula.errors import FASTRangeError, InputError
 from insula.files import read_json, write_json
 
 CONFIG_FILE = "processor_config.json"
@@ -29,10 +30,6 @@ FAST_PLUS_MIN_TOKEN = -354
 pre-tokenizer keeps together. (Nearer to 0 it may split at every digit or comma: a third more tokens were measured.)"""
 SURROGATES = range(0xD800, 0xE000)
 LAST_SYMBOL = 0x10FFFF
-
-
-class FASTRangeError(ValueError):
-    """A coefficient of the chunk has no symbol in this codec."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,11 +65,11 @@ class FASTCodec:
         Raises ValueError for no chunks, NaN or infinity, a wrong rank, or a vocabulary smaller than the 256 bytes.
         """
         if vocab_size < 256:
-            raise ValueError(f"FASTCodec.fit: vocab_size is {vocab_size}, expected ≥ 256, the bytes every codec knows")
+            raise InputError(f"FASTCodec.fit: vocab_size is {vocab_size}, expected ≥ 256, the bytes every codec knows")
         if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"FASTCodec.fit: scale is {scale}, expected a finite number > 0")
+            raise InputError(f"FASTCodec.fit: scale is {scale}, expected a finite number > 0")
         if len(chunks) == 0:
-            raise ValueError("FASTCodec.fit: no chunks to fit on, expected [N, H, D] with N ≥ 1")
+            raise InputError("FASTCodec.fit: no chunks to fit on, expected [N, H, D] with N ≥ 1")
         coefficients = [_quantise(_checked(chunk, f"chunk {n}"), scale) for n, chunk in enumerate(chunks)]
         min_token = min(FAST_PLUS_MIN_TOKEN, 2 * int(min(c.min() for c in coefficients)))
         shapes = {c.shape for c in coefficients}
@@ -107,15 +104,15 @@ class FASTCodec:
         optional = {k: None if config.get(k) is None else _integer(config, k, config_path) for k in _OPTIONAL}
         tokenizer = read_tokenizer(tokenizer_path)
         if not scale > 0:
-            raise ValueError(f"{config_path}: scale is {scale}, expected a finite number > 0")
+            raise InputError(f"{config_path}: scale is {scale}, expected a finite number > 0")
         size = tokenizer.get_vocab_size()
         if size > vocab_size:
-            raise ValueError(f"{config_path}: vocab_size is {vocab_size}, but {TOKENIZER_FILE} has {size} entries")
+            raise InputError(f"{config_path}: vocab_size is {vocab_size}, but {TOKENIZER_FILE} has {size} entries")
         codec = cls(tokenizer, scale, min_token, vocab_size, **optional)
         try:
             codec._token_bytes  # noqa: B018 - computed now, so that a foreign alphabet is reported here
         except ValueError as error:
-            raise ValueError(f"{tokenizer_path}: {error}") from None
+            raise InputError(f"{tokenizer_path}: {error}") from None
         return codec
 
     def save(self, path: str | Path) -> None:
@@ -150,7 +147,7 @@ class FASTCodec:
         Raises ValueError where `horizon` or `action_dim` is not positive, TypeError where an id is no integer.
         """
         if horizon < 1 or action_dim < 1:
-            raise ValueError(f"FASTCodec.decode: horizon {horizon}, action_dim {action_dim}; expected both ≥ 1")
+            raise InputError(f"FASTCodec.decode: horizon {horizon}, action_dim {action_dim}; expected both ≥ 1")
         tokens = [index(i) for i in ids]
         for position, i in enumerate(tokens):
             if not 0 <= i < len(self._token_bytes):
@@ -178,7 +175,7 @@ class FASTCodec:
         first. An id may end within a coefficient, which then belongs to its neighbour as well. Raises ValueError for an
         id outside the vocabulary."""
         if outside := [i for i in ids if not 0 <= i < len(self._token_bytes)]:
-            raise ValueError(f"id {outside[0]} is outside the codec's {len(self._token_bytes)} entries")
+            raise InputError(f"id {outside[0]} is outside the codec's {len(self._token_bytes)} entries")
         found, done = [], 0
         for i in ids:
             begins = [byte & 0xC0 != 0x80 for byte in self._token_bytes[i]]  # UTF-8: the others continue a character
@@ -194,7 +191,7 @@ class FASTCodec:
         try:
             return [bytes(_BYTE_OF[symbol] for symbol in token_of[i]) for i in range(len(vocab))]
         except KeyError as error:
-            raise ValueError(f"not a byte-level tokenizer with contiguous ids: {error} is missing") from None
+            raise InputError(f"not a byte-level tokenizer with contiguous ids: {error} is missing") from None
 
     def _bytes(self, ids: list[int]) -> bytes:
         return b"".join([self._token_bytes[i] for i in ids])
@@ -207,13 +204,13 @@ def _checked(actions: Any, what: str) -> np.ndarray:
     """The chunk as an array of rank 2 with numbers throughout."""
     actions = np.asarray(actions)
     if actions.ndim != 2 or 0 in actions.shape:
-        raise ValueError(f"FASTCodec: {what} has shape {list(actions.shape)}, expected [H, D] with H, D ≥ 1")
+        raise InputError(f"FASTCodec: {what} has shape {list(actions.shape)}, expected [H, D] with H, D ≥ 1")
     if actions.dtype.kind not in "fiu":
-        raise ValueError(f"FASTCodec: {what} has dtype {actions.dtype}, expected real numbers")
+        raise InputError(f"FASTCodec: {what} has dtype {actions.dtype}, expected real numbers")
     finite = np.isfinite(actions)
     if not finite.all():
         step, dim = np.argwhere(~finite)[0].tolist()
-        raise ValueError(f"FASTCodec: {what}[{step}, {dim}] is {actions[step, dim]}, expected finite numbers")
+        raise InputError(f"FASTCodec: {what}[{step}, {dim}] is {actions[step, dim]}, expected finite numbers")
     return actions
 
 
@@ -259,7 +256,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_buffer(source)
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
+        raise InputError(f"{path}: not a tokenizer.json ({error})") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True
@@ -269,12 +266,12 @@ def read_tokenizer(path: Path) -> Tokenizer:
 def _number(config: dict[str, Any], key: str, path: Path) -> float:
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{path}: {key} is {value!r}, expected a finite number")
+        raise InputError(f"{path}: {key} is {value!r}, expected a finite number")
     return float(value)
 
 
 def _integer(config: dict[str, Any], key: str, path: Path) -> int:
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{path}: {key} is {value!r}, expected an integer")
+        raise InputError(f"{path}: {key} is {value!r}, expected an integer")
     return value

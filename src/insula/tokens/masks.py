@@ -20,6 +20,7 @@ The action expert reads the prefix and itself, never FAST (`visible_to_expert`),
 
 import jax.numpy as jnp
 
+from insula.errors import InputError
 from insula.shapes import Array, Bool, Int
 
 
@@ -29,7 +30,7 @@ def make_attn_mask(input_mask: Bool[Array, "B T"], ar_mask: Bool[Array, "B T"]) 
     Raises ValueError where the two masks differ in shape.
     """
     if input_mask.shape != ar_mask.shape:
-        raise ValueError(
+        raise InputError(
             f"make_attn_mask: input_mask is {input_mask.shape}, ar_mask {ar_mask.shape}; expected the same [B, T]"
         )
     block = jnp.cumsum(jnp.asarray(ar_mask, jnp.int32), axis=1)

@@ -17,7 +17,7 @@ from typing import SupportsIndex
 
 import numpy as np
 
-from insula.errors import did_you_mean
+from insula.errors import InputError, TokenBudgetError, did_you_mean
 from insula.files import read_json, write_json
 from insula.tokens import text as texts
 from insula.tokens.dialects import dialect as named_dialect
@@ -29,17 +29,6 @@ PALIGEMMA_FAST_LAST_ID = 257_152 - 1 - 128
 SETTINGS_FILE = "sequence.json"
 STATE_EDGES = np.linspace(-1, 1, 257)[1:-1]
 STOP = "|"
-
-
-class TokenBudgetError(ValueError):
-    """A part of a sample takes `length` tokens, more than its `limit`. Nothing is ever cut silently."""
-
-    def __init__(self, part: str, length: int, limit: int, remedy: str) -> None:
-        super().__init__(f"the {part} takes {length} tokens, the limit is {limit}; {remedy}")
-        self.part, self.length, self.limit, self.remedy = part, length, limit, remedy
-
-    def __reduce__(self) -> tuple:
-        return type(self), (self.part, self.length, self.limit, self.remedy)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,12 +64,12 @@ class FASTTokenizer:
         ids over a control token, or a text tokenizer in which "|" is not one token."""
         prompt_limit = max_token_len if max_prompt_len is None else max_prompt_len
         if not 0 < prompt_limit <= max_token_len:
-            raise ValueError(
+            raise InputError(
                 f"max_prompt_len is {max_prompt_len}, max_token_len {max_token_len}; expected 0 < prompt ≤ all"
             )
         stop = text.encode(STOP)
         if len(stop) != 1:
-            raise ValueError(f"the text tokenizer gives {len(stop)} tokens for {STOP!r}, expected 1: it ends an action")
+            raise InputError(f"the text tokenizer gives {len(stop)} tokens for {STOP!r}, expected 1: it ends an action")
         self.text, self.fast, self.dialect = text, fast, named_dialect(dialect)
         self.max_token_len, self.max_prompt_len, self.score_eos = max_token_len, max_prompt_len, score_eos
         self.stop_id = stop[0]
@@ -90,7 +79,7 @@ class FASTTokenizer:
         taken = {"BOS": text.bos_id, "EOS": text.eos_id, "padding": text.pad_id, STOP: self.stop_id}
         for name, token in taken.items():
             if first < 0 or first <= token <= self.fast_last_id:
-                raise ValueError(
+                raise InputError(
                     f"fast_last_id {self.fast_last_id} puts the {fast.vocab_size} FAST ids at {first} … "
                     f"{self.fast_last_id}; expected all ≥ 0 and clear of {name} at {token}"
                 )
@@ -154,10 +143,10 @@ class FASTTokenizer:
         settings = read_json(path / SETTINGS_FILE)
         for key in settings:
             if key not in _SETTINGS:
-                raise ValueError(f"{path / SETTINGS_FILE}: unknown setting {key!r}{did_you_mean(key, _SETTINGS)}")
+                raise InputError(f"{path / SETTINGS_FILE}: unknown setting {key!r}{did_you_mean(key, _SETTINGS)}")
         for key, kind in _SETTINGS.items():
             if type(settings.get(key)) not in kind:
-                raise ValueError(f"{path / SETTINGS_FILE}: {key} is {settings.get(key)!r}, expected {kind[0].__name__}")
+                raise InputError(f"{path / SETTINGS_FILE}: {key} is {settings.get(key)!r}, expected {kind[0].__name__}")
         return cls(texts.load(path / "text"), FASTCodec.load(path / "fast"), **settings)
 
     def _sequence(self, prefix: list[int], suffix: list[int], scored: list[bool], part: str) -> Tokenized:
@@ -198,9 +187,9 @@ def state_bins(state: np.ndarray) -> list[int]:
     """
     state = np.asarray(state)
     if state.ndim != 1 or state.dtype.kind not in "fiu":
-        raise ValueError(f"state is {state.dtype}{list(state.shape)}, expected real numbers [S]")
+        raise InputError(f"state is {state.dtype}{list(state.shape)}, expected real numbers [S]")
     finite = np.isfinite(state)
     if not finite.all():
         first = int(np.argmin(finite))
-        raise ValueError(f"state[{first}] is {state[first]}, expected finite numbers")
+        raise InputError(f"state[{first}] is {state[first]}, expected finite numbers")
     return np.digitize(state, STATE_EDGES).tolist()

@@ -14,6 +14,7 @@ from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 from tokenizers import AddedToken, Tokenizer
 
+from insula.errors import InputError, MissingFileError
 from insula.tokens.fast import TOKENIZER_FILE, read_tokenizer
 
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -69,10 +70,10 @@ def load(path: str | Path) -> TextTokenizer:
     if path.is_dir():
         found = [path / name for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE) if (path / name).is_file()]
         if not found:
-            raise FileNotFoundError(f"{path}: neither {TOKENIZER_FILE} nor {SENTENCEPIECE_FILE} in this directory")
+            raise MissingFileError(f"{path}: neither {TOKENIZER_FILE} nor {SENTENCEPIECE_FILE} in this directory")
         path = found[0]
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such text tokenizer; expected a tokenizer.json or a SentencePiece .model")
+        raise MissingFileError(f"{path}: no such text tokenizer; expected a tokenizer.json or a SentencePiece .model")
     if path.suffix == ".model":
         return SentencePieceText(path.read_bytes(), str(path))
     return JSONText(read_tokenizer(path), str(path))
@@ -117,7 +118,7 @@ class SentencePieceText:
         self.bos_id, self.eos_id, self.pad_id = self._pieces.bos_id(), self._pieces.eos_id(), self._pieces.pad_id()
         for name in CONTROL_NAMES:
             if getattr(self, name) < 0:
-                raise ValueError(f"{source}: this SentencePiece model has no {name}")
+                raise InputError(f"{source}: this SentencePiece model has no {name}")
         size = self._pieces.get_piece_size()
         complete = self._pieces.id_to_piece(self._pieces.piece_to_id(PALIGEMMA_TOKENS[0])) == PALIGEMMA_TOKENS[0]
         self._appended = {} if complete else {token: size + n for n, token in enumerate(PALIGEMMA_TOKENS)}
@@ -151,14 +152,14 @@ def _first_id(tokenizer: Tokenizer, names: tuple[str, ...], source: str) -> int:
         found = tokenizer.token_to_id(name)
         if found is not None:
             return found
-    raise ValueError(f"{source}: this tokenizer has none of {', '.join(names)}, but the sequence needs one")
+    raise InputError(f"{source}: this tokenizer has none of {', '.join(names)}, but the sequence needs one")
 
 
 def _inside(ids: Iterable[SupportsIndex], vocab_size: int) -> list[int]:
     tokens = [index(i) for i in ids]
     for position, i in enumerate(tokens):
         if not 0 <= i < vocab_size:
-            raise ValueError(f"id {i} at position {position} is outside the text vocabulary of {vocab_size} entries")
+            raise InputError(f"id {i} at position {position} is outside the text vocabulary of {vocab_size} entries")
     return tokens
 
 
@@ -166,10 +167,10 @@ def _sentencepiece(model: bytes, source: str) -> Any:
     try:
         import sentencepiece
     except ImportError:
-        raise ImportError(
+        raise InputError(
             f"{source}: reading a SentencePiece model needs its library: pip install 'insula[gemma]'"
         ) from None
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
-        raise ValueError(f"{source}: not a SentencePiece model ({error})") from None
+        raise InputError(f"{source}: not a SentencePiece model ({error})") from None

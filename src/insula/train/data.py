@@ -13,8 +13,8 @@ from insula.data.mixture import Mixture, Source
 from insula.data.questions import QuestionSamples, pictures
 from insula.data.robot import Robot
 from insula.data.samples import Samples, Sizes
-from insula.data.schema import DatasetError
 from insula.data.values import named_cameras, split
+from insula.errors import DatasetError, InputError
 from insula.files import read_json, write_json
 from insula.model.config import Config
 from insula.tokens import text
@@ -68,7 +68,7 @@ def _mapping(config: TrainConfig) -> Mapping:
     if config.resume and stored.is_file():
         return parse_mapping(read_json(stored), config.run, str(stored))
     if config.data is None:
-        raise ValueError("no data set; give --data, a LeRobot folder (insula collect makes one) or a .toml mapping")
+        raise InputError("no data set; give --data, a LeRobot folder (insula collect makes one) or a .toml mapping")
     return read_mapping(config.data, config.model.cameras)
 
 
@@ -92,7 +92,7 @@ def fit_assets(config: TrainConfig, data: RunData) -> Assets:
             for chunk in action_chunks(robot, robots[name], data.parts[name].train, limit)[0]
         ]
         if not chunks:
-            raise ValueError("FAST: no robot of the mapping has the loss 'fast', so nothing teaches the backbone")
+            raise InputError("FAST: no robot of the mapping has the loss 'fast', so nothing teaches the backbone")
         codec = FASTCodec.fit(chunks, config.fast_vocab, config.fast_scale)
     tokenizer = FASTTokenizer(
         text.load(config.text_tokenizer) if config.text_tokenizer else text.embedded(),
@@ -103,7 +103,7 @@ def fit_assets(config: TrainConfig, data: RunData) -> Assets:
         fast_last_id=config.fast_last_id,
     )
     if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(
+        raise InputError(
             f"text and FAST tokens need {tokenizer.vocab_size} entries, config {model.name!r} has "
             f"vocab_size {model.vocab_size}; raise it, or lower fast_vocab"
         )

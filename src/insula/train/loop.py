@@ -14,13 +14,10 @@ from typing import Any
 import jax
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from insula.errors import NonFiniteError
 from insula.train.step import TrainState
 
 Metrics = dict[str, float]
-
-
-class NonFiniteError(FloatingPointError):
-    """A metric became NaN or infinite; training stopped before any later checkpoint was written."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,10 +14,11 @@ from insula.certificate import CERTIFICATE_FILE, prover, write_certificate
 from insula.checkpoints.hub import local
 from insula.checkpoints.loading import load_params
 from insula.checkpoints.pretrained import load_pretrained
-from insula.checkpoints.store import CheckpointError, CheckpointStore
+from insula.checkpoints.store import CheckpointStore
 from insula.data.loader import Loader
 from insula.data.mapping import Mapping
 from insula.data.mixture import Mixture, Source, quarantined
+from insula.errors import CheckpointError, InputError
 from insula.files import write_json
 from insula.losses import compute_loss
 from insula.model import Params, add_lora, init_params
@@ -123,7 +124,7 @@ def start_params(config: TrainConfig, rng: PRNGKeyArray) -> Params:
     if lora is None:
         return params
     if "expert" in lora.parts and not trained_expert:
-        raise ValueError(
+        raise InputError(
             f"config {plain.name!r}: lora.parts {lora.parts} would freeze an expert that starts from random weights "
             "and gates of zero, so it could never learn; train it whole with lora.parts ('backbone',)"
         )
@@ -195,7 +196,7 @@ def _metrics_log(config: TrainConfig) -> MetricsLog:
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
-            raise ValueError("tensorboard=True needs the extra: pip install 'insula[tensorboard]'") from error
+            raise InputError("tensorboard=True needs the extra: pip install 'insula[tensorboard]'") from error
         writer = SummaryWriter(str(config.run / "tensorboard"))
     return MetricsLog(config.run / "metrics.jsonl", writer)
 

@@ -13,8 +13,9 @@ from insula.data.images import EncodedImages, EncodedVideo
 from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.lerobot.video import TOLERANCE
 from insula.data.lerobot.writer import LeRobotWriter, Values
-from insula.data.schema import BOOKKEEPING, DatasetError
+from insula.data.schema import BOOKKEEPING
 from insula.data.statistics import histogram
+from insula.errors import DatasetError
 
 SAMPLED_FRAMES = 64
 """Of a camera and episode, evenly spread: what its pixel statistics are made of."""

@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 from insula.data.images import decode_image
 from insula.data.lerobot.layout import Layout, Span, open_parquet, read_layout
 from insula.data.lerobot.video import TOLERANCE, VideoReader
-from insula.data.schema import BOOKKEEPING, DatasetError, Feature
+from insula.data.schema import BOOKKEEPING, Feature
+from insula.errors import DatasetError
 
 REMEDIES = {
     "metadata": "restore meta/ from the data set's source, or record again",

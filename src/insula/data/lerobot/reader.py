@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from insula.data.images import decode_image
 from insula.data.lerobot.layout import Clip, Episodes, open_parquet, read_layout
 from insula.data.lerobot.video import VideoReader
-from insula.data.schema import DatasetError, Feature, Info, pick
+from insula.data.schema import Feature, Info, pick
+from insula.errors import DatasetError, InputError
 
 GIB = 2**30
 ENCODED_BYTES = GIB // 4  # PNG bytes of recently read row groups, kept so that neighbours need no second read
@@ -183,7 +184,7 @@ class LeRobotDataset:
     def _check_indices(self, indices: np.ndarray) -> None:
         outside = indices[(indices < 0) | (indices >= len(self))]
         if len(outside):
-            raise IndexError(f"data set {self.root}: got frame {outside[0]}, expected 0 to {len(self) - 1}")
+            raise InputError(f"data set {self.root}: got frame {outside[0]}, expected 0 to {len(self) - 1}")
 
     def _frame_cache(self, key: str) -> tuple[np.ndarray, np.ndarray] | None:
         """(frames, which are decoded), or None when they do not fit. Untouched pages cost no memory."""

@@ -11,7 +11,7 @@ from typing import Any
 import av
 import numpy as np
 
-from insula.data.schema import DatasetError
+from insula.errors import DatasetError
 
 TOLERANCE = 1e-4
 """Seconds a frame may lie from where it is asked for (LeRobot's)."""

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 
 from insula.data.images import EncodedImages, EncodedVideo, encode_images
 from insula.data.lerobot.layout import VIDEO_PATH
-from insula.data.schema import BOOKKEEPING, DATA_PATH, EPISODES_PATH, VERSION, DatasetError, Feature, Info, pick
+from insula.data.schema import BOOKKEEPING, DATA_PATH, EPISODES_PATH, VERSION, Feature, Info, pick
 from insula.data.statistics import histogram_stats, numeric_stats
+from insula.errors import DatasetError, InputError
 from insula.files import write_json
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -247,15 +248,15 @@ class LeRobotWriter:
 def _checked_features(features: Mapping[str, Feature]) -> dict[str, Feature]:
     for name, feature in features.items():
         if name in BOOKKEEPING:
-            raise ValueError(f"feature {name!r} is filled in by the writer; leave it out")
+            raise InputError(f"feature {name!r} is filled in by the writer; leave it out")
         if not name or "/" in name:
-            raise ValueError(f"feature {name!r}: a name must not be empty nor contain '/'")
+            raise InputError(f"feature {name!r}: a name must not be empty nor contain '/'")
         if not feature.is_camera and len(feature.shape) != 1:
-            raise ValueError(f"feature {name!r}: got shape {feature.shape}, expected one axis; flatten it first")
+            raise InputError(f"feature {name!r}: got shape {feature.shape}, expected one axis; flatten it first")
         if feature.names is not None and not feature.is_camera and len(feature.names) != feature.shape[0]:
-            raise ValueError(f"feature {name!r}: {len(feature.names)} names for {feature.shape[0]} dimensions")
+            raise InputError(f"feature {name!r}: {len(feature.names)} names for {feature.shape[0]} dimensions")
     if not features:
-        raise ValueError("features: got none, expected at least one column")
+        raise InputError("features: got none, expected at least one column")
     return dict(features)
 
 

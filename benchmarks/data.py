@@ -25,22 +25,22 @@ import jax
 import numpy as np
 
 from insula.batch import Batch
-from insula.collect import collect, collect_questions
+from insula.collect.demonstrations import collect, collect_questions
 from insula.data.fitting import action_chunks, fit_stats, measure_fast
 from insula.data.lerobot import LeRobotWriter
+from insula.data.lerobot.info import Feature
 from insula.data.lerobot.video import VideoReader
 from insula.data.loader import Loader
 from insula.data.mapping import RobotData
 from insula.data.robot import Robot
-from insula.data.schema import Feature
 from insula.demo import MIXTURE
 from insula.model.config import TINY_BFLOAT16
 from insula.tokens.fast import FASTCodec
 from insula.train.config import TrainConfig
 from insula.train.data import fit_assets, open_data, training_mixture
-from insula.train.optimiser import make_optimiser
+from insula.train.optimizer import make_optimizer
 from insula.train.run import start_params
-from insula.train.step import make_train_step, start_state
+from insula.train.step import make_train_state, make_train_step
 
 FRAMES, HEIGHT, WIDTH, FPS = 1000, 480, 640, 30
 READS = 1000
@@ -127,9 +127,9 @@ def loader_table(rounds: int, steps: int, workers: int) -> None:
             mixture.batch(*order[step])
         warm = seconds_each(lambda: mixture.batch(*order[next(numbers)]), 100)
 
-        optimiser = make_optimiser(config.optimiser, config.model, 2500)
-        state = start_state(start_params(config, jax.random.key(0)), optimiser)
-        step = make_train_step(config.model, optimiser, 0.999, jax.random.key(1))
+        optimizer = make_optimizer(config.optimizer, config.model, 2500)
+        state = make_train_state(start_params(config, jax.random.key(0)), optimizer)
+        step = make_train_step(config.model, optimizer, 0.999, jax.random.key(1))
         one: Batch = mixture.batch(*order[0])
         state, _ = step(state, one)
 

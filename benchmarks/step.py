@@ -23,23 +23,26 @@ import jax.numpy as jnp
 
 from insula import flow
 from insula.batch import Batch, Observation
-from insula.losses import average, compute_loss, flow_loss
-from insula.model import Params, abstract_params, count_params, layers
+from insula.losses import compute_loss, flow_matching_loss, masked_mean
+from insula.model import layers
 from insula.model.attention import attend
 from insula.model.backbone import embed, run_backbone
-from insula.model.config import Config, TransformerConfig, VisionConfig, preset
-from insula.model.layers import affine
-from insula.testing import fake_batch, randomise
+from insula.model.config import ModelConfig, TransformerConfig, VisionConfig, preset
+from insula.model.layers import linear
+from insula.model.params import Params, abstract_params, count_params
+from insula.testing import fake_batch, randomize
 from insula.tokens import masks
 
 
-def two_passes(params: Params, config: Config, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+def two_passes(
+    params: Params, config: ModelConfig, batch: Batch, rng: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The literal form: the same loss, noise and times as `compute_loss` with one flow sample."""
     seen = batch.observation
     prefix = run_backbone(params.vision, params.backbone, config, seen, batch.ar_mask)
     logits = jnp.dot(
-        prefix.hidden.astype(config.compute_dtype),
-        params.backbone.embedding.astype(config.compute_dtype).T,
+        prefix.hidden.astype(config.compute.dtype),
+        params.backbone.embedding.astype(config.compute.dtype).T,
         preferred_element_type=jnp.float32,
     )
     images = config.num_image_tokens
@@ -60,18 +63,18 @@ def two_passes(params: Params, config: Config, batch: Batch, rng: jax.Array) -> 
     noise = jax.random.normal(noise_rng, (*draws, *batch.actions.shape[1:]))
     actions, mask = batch.actions[:, None], batch.action_mask[:, None]
     velocity = joint_pass(params, config, prompt, flow.add_noise(actions, noise, t), t)
-    error = average(flow_loss(velocity, flow.target_velocity(actions, noise), mask), mask)
-    return config.ki_fast_loss_weight * fast + error, {"fast": fast, "flow": error}
+    error = masked_mean(flow_matching_loss(velocity, flow.target_velocity(actions, noise), mask), mask)
+    return config.objective.ki_fast_loss_weight * fast + error, {"fast": fast, "flow": error}
 
 
-def joint_pass(params: Params, config: Config, seen: Observation, noisy: jax.Array, t: jax.Array) -> jax.Array:
+def joint_pass(params: Params, config: ModelConfig, seen: Observation, noisy: jax.Array, t: jax.Array) -> jax.Array:
     """Prefix and actions through both towers in lockstep, one masked softmax per layer; the prefix gets no gradient."""
-    dtype, expert = config.compute_dtype, params.expert
+    dtype, expert = config.compute.dtype, params.expert
     vision, backbone = jax.lax.stop_gradient((params.vision, params.backbone))
     x, real, _ = embed(vision, backbone, config, seen, None)
-    a = affine(noisy, expert.action_in, dtype)
-    c = jax.nn.silu(affine(layers.time_embedding(t, config.expert.width), expert.time_in, dtype))
-    c = jax.nn.silu(affine(c, expert.time_out, dtype))
+    a = linear(noisy, expert.action_in, dtype)
+    c = jax.nn.silu(linear(layers.time_embedding(t, config.expert.width), expert.time_in, dtype))
+    c = jax.nn.silu(linear(c, expert.time_out, dtype))
     real = jnp.pad(real, ((0, 0), (0, config.horizon)), constant_values=True)
     mask = masks.make_attn_mask(real, jnp.broadcast_to(jnp.arange(real.shape[1]) == x.shape[1], real.shape))
     positions = masks.positions(real)
@@ -79,24 +82,24 @@ def joint_pass(params: Params, config: Config, seen: Observation, noisy: jax.Arr
     def layer(carry: tuple, weights: tuple) -> tuple:
         (x, a), (p, s) = carry, weights
         y = layers.rms_norm(x, p.attention_norm)
-        z, gate = layers.ada_rms_norm(a, affine(c, s.attention_norm, dtype))
+        z, gate = layers.ada_rms_norm(a, linear(c, s.attention_norm, dtype))
         q, k, v = (
-            jnp.concatenate([layers.linear(y, w, dtype), layers.linear(z[:, 0], u, dtype)], axis=1)
+            jnp.concatenate([layers.matmul(y, w, dtype), layers.matmul(z[:, 0], u, dtype)], axis=1)
             for w, u in ((p.query, s.query), (p.key, s.key), (p.value, s.value))
         )
         out = attend(layers.rope(q, positions) * q.shape[-1] ** -0.5, layers.rope(k, positions), v, mask)
         x = x + layers.merge_heads(out[:, : x.shape[1]], p.out, dtype)
         a = a + gate * layers.merge_heads(out[:, None, x.shape[1] :], s.out, dtype)
         x = x + layers.geglu(layers.rms_norm(x, p.mlp_norm), p.gate, p.up, p.down, dtype)
-        z, gate = layers.ada_rms_norm(a, affine(c, s.mlp_norm, dtype))
+        z, gate = layers.ada_rms_norm(a, linear(c, s.mlp_norm, dtype))
         return (x, a + gate * layers.geglu(z, s.gate, s.up, s.down, dtype)), None
 
-    (_, a), _ = layers.walk(layer, (x, a), (backbone.layers, expert.layers), config.layers)
-    a, _ = layers.ada_rms_norm(a, affine(c, expert.norm, dtype))
-    return affine(a, expert.action_out, dtype)
+    (_, a), _ = layers.walk(layer, (x, a), (backbone.layers, expert.layers), config.compute.scan_layers)
+    a, _ = layers.ada_rms_norm(a, linear(c, expert.norm, dtype))
+    return linear(a, expert.action_out, dtype)
 
 
-def model_flops(config: Config, batch_size: int) -> float:
+def model_flops(config: ModelConfig, batch_size: int) -> float:
     """Of one step: 2 per multiply-add, the backward pass twice the forward. Element-wise work is not counted.
 
     tokens x matrix entries, for vision, backbone, expert and the scored rows of the vocabulary product, and for
@@ -123,8 +126,8 @@ def model_flops(config: Config, batch_size: int) -> float:
     chunk += 2 * config.horizon * config.action_dim * e.width
     reading = e.depth * 2 * actions * config.num_memory * heads
     chunk += e.depth * 2 * actions**2 * heads
-    per_sample = 3 * (len(config.cameras) * vision + backbone + config.flow_samples * chunk)
-    return 2.0 * batch_size * (per_sample + config.flow_samples * 2 * reading)
+    per_sample = 3 * (len(config.cameras) * vision + backbone + config.objective.flow_samples * chunk)
+    return 2.0 * batch_size * (per_sample + config.objective.flow_samples * 2 * reading)
 
 
 PRODUCT = 2048
@@ -144,16 +147,16 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def compare(title: str, forms: dict[str, tuple[Callable, Config]], batch_size: int, rounds: int) -> None:
+def compare(title: str, forms: dict[str, tuple[Callable, ModelConfig]], batch_size: int, rounds: int) -> None:
     """Compile each form, run them in turn, print one line each; ratios are against the first, paired by round."""
     config = next(iter(forms.values()))[1]
     key = jax.random.key(0)
-    params = jax.jit(lambda k: randomise(abstract_params(config), k))(key)
+    params = jax.jit(lambda k: randomize(abstract_params(config), k))(key)
     batch = jax.jit(lambda k: fake_batch(config, batch_size, k))(key)
     runs, memory, losses = {}, {}, {}
     for name, (loss, form) in forms.items():
 
-        def step(params: Params, batch: Batch, loss: Callable = loss, form: Config = form) -> Any:
+        def step(params: Params, batch: Batch, loss: Callable = loss, form: ModelConfig = form) -> Any:
             return jax.value_and_grad(loss, has_aux=True)(params, form, batch, key)
 
         compiled = jax.jit(step).lower(params, batch).compile()
@@ -161,7 +164,7 @@ def compare(title: str, forms: dict[str, tuple[Callable, Config]], batch_size: i
         runs[name] = lambda compiled=compiled: compiled(params, batch)
         (_, losses[name]), _ = runs[name]()
     times: dict[str, list[float]] = {name: [] for name in forms}
-    product, products = large_product(config.compute_dtype), []
+    product, products = large_product(config.compute.dtype), []
     for _ in range(rounds):
         products.append(seconds(product))
         for name, run in runs.items():
@@ -171,7 +174,7 @@ def compare(title: str, forms: dict[str, tuple[Callable, Config]], batch_size: i
     peak = 2 * PRODUCT**3 / statistics.median(products)
     print(
         f"\n{title}: {count_params(params) / 1e6:.1f} M parameters, vocabulary {config.vocab_size:,}, "
-        f"{tokens} positions, batch {batch_size}, {config.compute_dtype}, {rounds} rounds, "
+        f"{tokens} positions, batch {batch_size}, {config.compute.dtype}, {rounds} rounds, "
         f"{peak / 1e9:,.0f} GFLOP/s in large products"
     )
     print(f"{'form':34} {'ms':>8} {'ratio':>6} {'temp MiB':>9} {'of peak':>8}   fast    flow")
@@ -184,7 +187,7 @@ def compare(title: str, forms: dict[str, tuple[Callable, Config]], batch_size: i
         print(f"{name:34} {median * 1e3:8.1f} {ratio:6.2f} {memory[name]:9,.0f} {share:8.1%} {values}", flush=True)
 
 
-def large_vocabulary(config: Config) -> Config:
+def large_vocabulary(config: ModelConfig) -> ModelConfig:
     """564 positions as in two cameras of 256 patches with 52 text tokens, PaliGemma's vocabulary, small width."""
     transformer = TransformerConfig(width=256, depth=4, mlp_dim=1024, num_heads=4, num_kv_heads=1, head_dim=64)
     return dataclasses.replace(
@@ -213,15 +216,14 @@ def main() -> None:
     options = parser.parse_args()
 
     tiny = preset("tiny")
-    tiny = dataclasses.replace(tiny, compute_dtype=options.dtype or tiny.compute_dtype, flow_samples=1)
+    tiny = tiny.with_objective(flow_samples=1).with_compute(dtype=options.dtype or tiny.compute.dtype)
 
     if options.only in (None, "tiny"):
         forms = {"two passes, one-hot, all logits": (two_passes, tiny), "insula": (compute_loss, tiny)}
         compare("KI step, tiny", forms, options.batch_size, options.rounds)
     if options.only in (None, "samples"):
         forms = {
-            f"{k} flow sample{'s' * (k > 1)}": (compute_loss, dataclasses.replace(tiny, flow_samples=k))
-            for k in (1, 2, 4)
+            f"{k} flow sample{'s' * (k > 1)}": (compute_loss, tiny.with_objective(flow_samples=k)) for k in (1, 2, 4)
         }
         compare("flow samples per pass, tiny", forms, options.batch_size, options.rounds)
     if options.only in (None, "vocabulary"):
@@ -229,8 +231,8 @@ def main() -> None:
         forms = {
             "two passes, one-hot, all logits": (two_passes, large),
             "insula": (compute_loss, large),
-            "insula, vocab_chunk 16,072": (compute_loss, dataclasses.replace(large, vocab_chunk=16_072)),
-            "insula, 4 flow samples": (compute_loss, dataclasses.replace(large, flow_samples=4)),
+            "insula, vocab_chunk 16,072": (compute_loss, large.with_compute(vocab_chunk=16_072)),
+            "insula, 4 flow samples": (compute_loss, large.with_objective(flow_samples=4)),
         }
         compare("KI step, large vocabulary", forms, options.large_batch_size, max(3, options.rounds // 3))
 

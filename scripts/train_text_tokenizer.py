@@ -28,7 +28,7 @@ def names(text: str) -> list[str]:
     return [" ".join(name.split()) for name in text.split(",")]
 
 
-COLOURS = words("""
+COLORS = words("""
     red green blue yellow purple orange white black brown pink gray grey cyan silver
 """)
 THINGS = words("""
@@ -119,7 +119,7 @@ SUFFIXES = words("""
 def fill(template: str, rng: random.Random) -> str:
     """A template with every slot drawn."""
     nouns = PLURALS if rng.random() < 0.2 else THINGS
-    drawn = {"c": COLOURS, "d": COLOURS, "t": nouns, "u": THINGS, "v": THINGS, "n": NAMED, "p": PLACES, "q": PLACES}
+    drawn = {"c": COLORS, "d": COLORS, "t": nouns, "u": THINGS, "v": THINGS, "n": NAMED, "p": PLACES, "q": PLACES}
     return template.format(k=rng.randrange(10), **{slot: rng.choice(words) for slot, words in drawn.items()})
 
 
@@ -127,8 +127,8 @@ def corpus(rng: random.Random) -> list[str]:
     """What the tokenizer should write in few tokens, each as often as it matters."""
     lines = []
     for _ in range(6_000):
-        colours = rng.choice(COLOURS[:6]), rng.choice(COLOURS[:6])
-        lines.append(f"put the {colours[0]} block in the {colours[1]} bowl")
+        colors = rng.choice(COLORS[:6]), rng.choice(COLORS[:6])
+        lines.append(f"put the {colors[0]} block in the {colors[1]} bowl")
         task = fill(rng.choice(TASKS), rng)
         lines.append(rng.choice([task, task.capitalize() + "."]))
         question, answer = (fill(line, rng) for line in rng.choice(QUESTIONS))
@@ -136,7 +136,7 @@ def corpus(rng: random.Random) -> list[str]:
         lines.append(f"Task: {task}, State:;\nAction: ")
     for number in range(256):
         lines += [f" {number}"] * 1_000
-    for word in [*ENGLISH, *THINGS, *PLURALS, *COLOURS, *" ".join(NAMED + PLACES + TASKS).split()]:
+    for word in [*ENGLISH, *THINGS, *PLURALS, *COLORS, *" ".join(NAMED + PLACES + TASKS).split()]:
         if word.isalpha():
             lines += [f" {word}"] * 200 + [word, word.capitalize()] * 10
     for word in ENGLISH:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Before JAX is imported.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # initialising is many small programs
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # initializing is many small programs
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Programs that run a few times are compiled quickly rather than well: half of the suite's time was compilation.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")

@@ -8,23 +8,25 @@ import numpy as np
 from PIL import Image
 
 from insula.data.lerobot import LeRobotWriter
-from insula.data.schema import Feature, image_feature
+from insula.data.lerobot.info import Feature, image_feature
 from insula.model.config import TINY, TransformerConfig, VisionConfig
 from insula.train.config import TrainConfig
-from insula.train.optimiser import OptimiserConfig
+from insula.train.optimizer import OptimizerConfig
 
-SMALL = dataclasses.replace(
-    TINY,
-    name="small",
-    vision=VisionConfig(32, (16,), (), width=16, depth=1, mlp_dim=16, num_heads=2),
-    backbone=TransformerConfig(16, 1, 16, 2, 1, 8),
-    expert=TransformerConfig(16, 1, 16, 2, 1, 8),
-    horizon=6,
-    action_dim=4,
-    state_dim=5,
-    max_fast_len=40,
-    compute_dtype="float32",
-    flow_samples=1,
+SMALL = (
+    dataclasses.replace(
+        TINY,
+        name="small",
+        vision=VisionConfig(32, (16,), (), width=16, depth=1, mlp_dim=16, num_heads=2),
+        backbone=TransformerConfig(16, 1, 16, 2, 1, 8),
+        expert=TransformerConfig(16, 1, 16, 2, 1, 8),
+        horizon=6,
+        action_dim=4,
+        state_dim=5,
+        max_fast_len=40,
+    )
+    .with_objective(flow_samples=1)
+    .with_compute(dtype="float32")
 )
 MAPPING = """
 [robots.arm]
@@ -39,7 +41,7 @@ path = "cart"
 state = [{ column = "observation.state", dims = [2, 0] }]
 cameras = { front = "observation.images.front" }
 horizon = 4
-normalisation = "min_max"
+normalization = "min_max"
 
 [questions.scenes]
 path = "questions"
@@ -82,7 +84,7 @@ def settings(folder: Path, run: Path, **changes: object) -> TrainConfig:
         run=run,
         data=folder / "data.toml",
         model=SMALL,
-        optimiser=OptimiserConfig(warmup_steps=2),
+        optimizer=OptimizerConfig(warmup_steps=2),
         steps=4,
         batch_size=8,
         from_scratch=True,

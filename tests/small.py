@@ -12,46 +12,53 @@ import numpy as np
 
 from insula.batch import Batch
 from insula.losses import compute_loss
-from insula.model import Params, abstract_params
-from insula.model.backbone import Prefix, run_backbone
-from insula.model.config import TINY, Config, TransformerConfig, VisionConfig
+from insula.model.backbone import BackboneOutput, run_backbone
+from insula.model.config import TINY, ComputeConfig, ModelConfig, ObjectiveConfig, TransformerConfig, VisionConfig
 from insula.model.expert import run_expert
 from insula.model.insulation import Memory, insulate
-from insula.testing import fake_batch, randomise
+from insula.model.params import Params, abstract_params
+from insula.testing import fake_batch, randomize
 
 
 def transformer(width: int, kv_heads: int) -> TransformerConfig:
     return TransformerConfig(width=width, depth=2, mlp_dim=24, num_heads=4, num_kv_heads=kv_heads, head_dim=8)
 
 
-SMALL = dataclasses.replace(
-    TINY,
-    name="small",
-    vision=VisionConfig(image_size=16, patch_sizes=(8,), stem_widths=(), width=16, depth=1, mlp_dim=16, num_heads=2),
-    backbone=transformer(16, 2),
-    expert=transformer(12, 2),
-    vocab_size=48,
-    max_prompt_len=5,
-    max_fast_len=6,
-    horizon=4,
-    action_dim=3,
-    state_dim=2,
-    flow_samples=1,
-    compute_dtype="float32",
+SMALL = (
+    dataclasses.replace(
+        TINY,
+        name="small",
+        vision=VisionConfig(
+            image_size=16, patch_sizes=(8,), stem_widths=(), width=16, depth=1, mlp_dim=16, num_heads=2
+        ),
+        backbone=transformer(16, 2),
+        expert=transformer(12, 2),
+        vocab_size=48,
+        max_prompt_len=5,
+        max_fast_len=6,
+        horizon=4,
+        action_dim=3,
+        state_dim=2,
+    )
+    .with_objective(flow_samples=1)
+    .with_compute(dtype="float32")
 )
 """Grouped queries, 8 image tokens and up to 5 + 6 text tokens, chunks of 4 steps."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "grouped queries": {},
-    "one key head, scan": {"backbone": transformer(16, 1), "expert": transformer(12, 1), "layers": "scan"},
+    "one key head, scan": {
+        "backbone": transformer(16, 1),
+        "expert": transformer(12, 1),
+        "compute": ComputeConfig(scan_layers=True),
+    },
     "all key heads, state token, time as in π0, 3 flow samples, bfloat16": {
         "backbone": transformer(16, 4),
         "expert": transformer(12, 4),
         "state_input": "token",
         "time_input": "mlp",
-        "flow_samples": 3,
-        "compute_dtype": "bfloat16",
-        "vocab_chunk": 16,
+        "objective": ObjectiveConfig(flow_samples=3),
+        "compute": ComputeConfig(dtype="bfloat16", vocab_chunk=16),
     },
 }
 
@@ -61,24 +68,24 @@ jit: Callable = partial(jax.jit, compiler_options=HASTE)
 
 
 @functools.lru_cache
-def model(config: Config = SMALL, batch_size: int = 2, seed: int = 0) -> tuple[Params, Batch]:
+def model(config: ModelConfig = SMALL, batch_size: int = 2, seed: int = 0) -> tuple[Params, Batch]:
     """Parameters without a comfortable zero, and a batch."""
     key = jax.random.key(seed)
     make = jit(lambda k: fake_batch(config, batch_size, k))
-    return jit(lambda k: randomise(abstract_params(config), k))(key), make(jax.random.fold_in(key, 1))
+    return jit(lambda k: randomize(abstract_params(config), k))(key), make(jax.random.fold_in(key, 1))
 
 
 @functools.lru_cache
-def _loss(config: Config) -> Callable:
+def _loss(config: ModelConfig) -> Callable:
     return jit(lambda params, batch: compute_loss(params, config, batch, jax.random.key(7)))
 
 
-def loss(params: Params, config: Config, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+def loss(params: Params, config: ModelConfig, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
     return _loss(config)(params, batch)
 
 
 @functools.lru_cache
-def _gradients(config: Config) -> Callable:
+def _gradients(config: ModelConfig) -> Callable:
     @jit
     def run(params: Params, batch: Batch) -> dict[str, Params]:
         def losses(params: Params) -> dict[str, jax.Array]:
@@ -94,7 +101,7 @@ def _gradients(config: Config) -> Callable:
     return run
 
 
-def gradients(params: Params, config: Config, batch: Batch, afresh: bool = False) -> dict[str, Params]:
+def gradients(params: Params, config: ModelConfig, batch: Batch, afresh: bool = False) -> dict[str, Params]:
     """The gradients of "total", "flow" and "fast". `afresh` where the package was changed under our feet."""
     return (_gradients.__wrapped__ if afresh else _gradients)(config)(params, batch)
 
@@ -123,16 +130,16 @@ def difference(a: Any, b: Any) -> float:
 
 
 @functools.lru_cache
-def _prefix(config: Config) -> Callable:
+def _prefix(config: ModelConfig) -> Callable:
     return jit(lambda p, b: run_backbone(p.vision, p.backbone, config, b.observation, b.ar_mask))
 
 
-def prefix(params: Params, config: Config, batch: Batch) -> Prefix:
+def prefix(params: Params, config: ModelConfig, batch: Batch) -> BackboneOutput:
     """One backbone pass over all of the sequence."""
     return _prefix(config)(params, batch)
 
 
-def draws(config: Config, batch: Batch, samples: int = 1, seed: int = 3) -> tuple[jax.Array, jax.Array]:
+def draws(config: ModelConfig, batch: Batch, samples: int = 1, seed: int = 3) -> tuple[jax.Array, jax.Array]:
     """Noisy chunks [B, K, H, D] and a time of its own for each, [B, K]."""
     noise, time = jax.random.split(jax.random.key(seed))
     shape = (batch.actions.shape[0], samples)
@@ -140,12 +147,12 @@ def draws(config: Config, batch: Batch, samples: int = 1, seed: int = 3) -> tupl
 
 
 @functools.lru_cache
-def _velocity(config: Config) -> Callable:
+def _velocity(config: ModelConfig) -> Callable:
     return jit(lambda expert, *inputs: run_expert(expert, config, *inputs))
 
 
 def velocity(
-    params: Params, config: Config, batch: Batch, noisy: jax.Array, time: jax.Array, memory: Memory | None = None
+    params: Params, config: ModelConfig, batch: Batch, noisy: jax.Array, time: jax.Array, memory: Memory | None = None
 ) -> jax.Array:
     """What the expert answers to noisy chunks, from the batch's own memory unless another is given."""
     memory = memory or insulate(prefix(params, config, batch), config.num_memory)

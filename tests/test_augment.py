@@ -43,7 +43,7 @@ def test_only_pictures_change(batch: Batch) -> None:
 
 
 def edges(image: np.ndarray) -> np.ndarray:
-    """Where the square is, whatever its colours: pixels unlike the corner."""
+    """Where the square is, whatever its colors: pixels unlike the corner."""
     return np.abs(image.astype(int) - image[0, 0]).sum(-1) > 0
 
 

@@ -12,8 +12,8 @@ from insula import certificate as gradients
 from insula import losses
 from insula.certificate import EXPERT, judge, prove, write_certificate
 from insula.errors import InsulationError
-from insula.model import abstract_params
 from insula.model.config import TransformerConfig, preset
+from insula.model.params import abstract_params
 from insula.testing import fake_batch
 
 PARTS = ["vision", "embedding", "backbone layer 0", "backbone layer 1", "final norm", "expert", "action head"]
@@ -30,8 +30,10 @@ def small():
     vision = dataclasses.replace(
         tiny.vision, image_size=16, patch_sizes=(8,), stem_widths=(), width=16, depth=1, mlp_dim=16, num_heads=2
     )
-    config = dataclasses.replace(
-        tiny, vision=vision, backbone=transformer(), expert=transformer(), vocab_size=64, flow_samples=1, layers="scan"
+    config = (
+        dataclasses.replace(tiny, vision=vision, backbone=transformer(), expert=transformer(), vocab_size=64)
+        .with_objective(flow_samples=1)
+        .with_compute(scan_layers=True)
     )
     rng = np.random.default_rng(0)  # JAX's generator would take longer to compile than all else here
     params = jax.tree.map(lambda leaf: np.float32(0.25 * rng.normal(size=leaf.shape)), abstract_params(config))
@@ -76,7 +78,7 @@ def test_an_untrained_model_is_vacuous(small) -> None:
 
 def test_without_insulation_it_does_not_hold_however_well_it_would(small, proof) -> None:
     config, _, params, batch = small
-    joint = dataclasses.replace(config, knowledge_insulation=False)
+    joint = config.with_objective(knowledge_insulation=False)
     off = prove(params, joint, batch, jax.random.key(3))
     assert off.outcome == "off" and off.table == proof.table
     norm = f"norm {proof.table['vision']['flow_control']:.3g}"
@@ -85,7 +87,7 @@ def test_without_insulation_it_does_not_hold_however_well_it_would(small, proof)
     )
     with pytest.raises(InsulationError, match="off"):
         off.check()
-    frozen = dataclasses.replace(joint, freeze_backbone=True)
+    frozen = joint.with_objective(freeze_backbone=True)
     assert not frozen.flow_reaches_backbone and joint.flow_reaches_backbone
 
 
@@ -103,7 +105,7 @@ def test_a_leak_is_found(small, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_freezing_and_settings_do_not_make_the_zeros(small, proof) -> None:
     config, _, params, batch = small
     changes = {"freeze_backbone": True, "knowledge_insulation": False, "ki_fast_loss_weight": 0.0}
-    assert prove(params, dataclasses.replace(config, **changes), batch, jax.random.key(3)).table == proof.table
+    assert prove(params, config.with_objective(**changes), batch, jax.random.key(3)).table == proof.table
 
 
 def test_every_scheme_is_measured_on_the_same_model(small, proof, tmp_path) -> None:

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import insula.sim
-from insula.evaluate.closed_loop import ClosedLoop, Episode, Recording, evaluate, measure_latency
+import insula.worlds.tabletop
+from insula.evaluate.closed_loop import ClosedLoop, EpisodeResult, Recording, evaluate, measure_latency
 from insula.evaluate.intervals import wilson
-from insula.evaluate.video import reel, write_video
-from insula.sim import expert
-from insula.sim.seeds import DEMONSTRATIONS, EVALUATION
+from insula.evaluate.rollout_video import reel, write_video
+from insula.worlds.seeds import DEMONSTRATIONS, EVALUATION
 
 HORIZON, SCENES = 3, 5
 
@@ -27,7 +26,7 @@ class Privileged(gymnasium.ObservationWrapper):
 
 
 def privileged() -> gymnasium.Env:
-    return Privileged(gymnasium.make(insula.sim.TABLETOP, image_size=16, disable_env_checker=True))
+    return Privileged(gymnasium.make(insula.worlds.tabletop.TABLETOP, image_size=16, disable_env_checker=True))
 
 
 class ScriptedPolicy:
@@ -39,7 +38,7 @@ class ScriptedPolicy:
     def act(self, observation: dict[str, Any]) -> np.ndarray:
         truth = observation["truth"]
         task = truth.task if self.listens else truth._layout.task
-        return np.repeat(expert.act(truth.table(), task)[None], HORIZON, axis=0)
+        return np.repeat(demonstrator.act(truth.table(), task)[None], HORIZON, axis=0)
 
     def act_batch(self, observations: list[dict[str, Any]]) -> np.ndarray:
         self.batches.add(len(observations))
@@ -60,7 +59,7 @@ class Constant:
 
 
 def run(policy: Any, episodes: int = SCENES, **options: Any) -> ClosedLoop:
-    return evaluate(policy, episodes, execute=1, lanes=4, environment=privileged, **options)
+    return evaluate(policy, episodes, replan_steps=1, num_envs=4, environment=privileged, **options)
 
 
 @pytest.fixture(scope="module")
@@ -142,10 +141,10 @@ def test_executes_as_many_steps_as_told_before_looking_again() -> None:
             return super().act_batch(observations)
 
     calls = {}
-    for execute in (1, 3):
+    for replan_steps in (1, 3):
         policy = Counting(np.zeros((HORIZON, 7)))
-        evaluate(policy, 1, execute=execute, swap=False, environment=privileged)
-        calls[execute] = policy.calls
+        evaluate(policy, 1, replan_steps=replan_steps, swap=False, environment=privileged)
+        calls[replan_steps] = policy.calls
     assert calls == {1: 100, 3: 34}
 
 
@@ -173,17 +172,17 @@ def test_a_chunk_that_is_not_finite_is_refused(bad: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("chunk", "execute", "message"),
+    ("chunk", "replan_steps", "message"),
     [
         (np.zeros((2, 6)), 1, r"got \[2, 2, 6\], expected \[2, H, 7\]"),
         (np.zeros(7), 1, r"got \[2, 7\]"),
         (np.zeros((2, 7)), 3, "chunks have only 2 steps"),
-        (np.zeros((2, 7)), 0, "execute is 0"),
+        (np.zeros((2, 7)), 0, "replan_steps is 0"),
     ],
 )
-def test_chunks_that_do_not_fit_are_refused(chunk: np.ndarray, execute: int, message: str) -> None:
+def test_chunks_that_do_not_fit_are_refused(chunk: np.ndarray, replan_steps: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        evaluate(Constant(chunk), 1, execute=execute, environment=privileged)
+        evaluate(Constant(chunk), 1, replan_steps=replan_steps, environment=privileged)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +236,7 @@ def test_wilson_refuses(arguments: tuple) -> None:
 
 def recording(success: bool) -> Recording:
     ramp = np.linspace(0, 255, 6).astype(np.uint8)[:, None, None, None]
-    return Recording(Episode(1, False, success, False, 5, "put"), np.broadcast_to(ramp, (6, 17, 34, 3)).copy())
+    return Recording(EpisodeResult(1, False, success, False, 5, "put"), np.broadcast_to(ramp, (6, 17, 34, 3)).copy())
 
 
 def test_mp4_reads_back(tmp_path) -> None:
@@ -255,7 +254,7 @@ def test_gif_reads_back(tmp_path) -> None:
         assert image.n_frames == 6 and image.size == (102, 51) and image.info["duration"] == 200
 
 
-def test_a_reel_ends_each_episode_on_its_colour() -> None:
+def test_a_reel_ends_each_episode_on_its_color() -> None:
     frames = reel([recording(True), recording(False)])
     assert len(frames) == 2 * (6 + 8)
     (r, g, _), (r2, g2, _) = frames[13, 0, 0].tolist(), frames[-1, 0, 0].tolist()

@@ -7,11 +7,11 @@ import gymnasium
 import numpy as np
 import pytest
 
-from insula import collect as module
-from insula.collect import collect
+from insula.collect import demonstrations as module
+from insula.collect.demonstrations import collect
 from insula.data.lerobot import LeRobotDataset
-from insula.sim.expert import rollout
-from insula.sim.seeds import DEMONSTRATIONS, EVALUATION
+from insula.worlds.seeds import DEMONSTRATIONS, EVALUATION
+from insula.worlds.tabletop.demonstrator import rollout
 
 
 def contents(root: Path) -> dict[str, bytes]:

@@ -12,7 +12,6 @@ from small import SMALL, model
 from test_formats import equal, write
 
 from insula import convert as conversion
-from insula.assets import Assets, read_assets
 from insula.checkpoints import lerobot
 from insula.checkpoints.lerobot import LEROBOT, TOKENIZER
 from insula.checkpoints.loading import load_params
@@ -21,12 +20,13 @@ from insula.checkpoints.paligemma import HUGGING_FACE
 from insula.checkpoints.store import CheckpointStore
 from insula.checkpoints.writing import foreign_shapes
 from insula.convert import convert
-from insula.data import normalise
-from insula.data.normalise import NormStats
+from insula.data import normalize as normalize
+from insula.data.normalize import NormStats
 from insula.data.robot import Robot
 from insula.errors import CheckpointError
-from insula.model.config import PI05, PRESETS, Config, TransformerConfig, VisionConfig
+from insula.model.config import PI05, PRESETS, ModelConfig, TransformerConfig, VisionConfig
 from insula.policy import Policy
+from insula.runs.assets import Assets, read_assets
 from insula.tokens.fast import FASTCodec
 from insula.tokens.sequence import FASTTokenizer
 from insula.tokens.text import embedded
@@ -78,7 +78,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def weights_of(path: Path, config: Config = POLICY) -> object:
+def weights_of(path: Path, config: ModelConfig = POLICY) -> object:
     return load_params(path, config, jax.random.key(0))[0]
 
 
@@ -98,13 +98,13 @@ def test_out_to_a_robot_and_back(to: str, run: Path, tmp_path: Path) -> None:
     assert equal(weights_of(tmp_path / "there"), model(POLICY)[0])
     convert(tmp_path / "there", tmp_path / "back", "insula")
     assert equal(weights_of(tmp_path / "back"), model(POLICY)[0])
-    stats = normalise.load(tmp_path / "back" / "norm_stats.json")
+    stats = normalize.load(tmp_path / "back" / "norm_stats.json")
     for name, value in (("state", [1.0, 0.5]), ("actions", [0.3, 1, 0.25])):
         np.testing.assert_allclose(
-            stats[name].normalise(np.array(value)), STATS[name].normalise(np.array(value)), atol=1e-5
+            stats[name].normalize(np.array(value)), STATS[name].normalize(np.array(value)), atol=1e-5
         )
-        assert stats[name].normalise(np.array(value))[-1] == pytest.approx(0, abs=1e-3)  # a constant is 0 there too
-    constant = stats["actions"].unnormalise(np.array([0.0, 0.0, 0.9]))
+        assert stats[name].normalize(np.array(value))[-1] == pytest.approx(0, abs=1e-3)  # a constant is 0 there too
+    constant = stats["actions"].unnormalize(np.array([0.0, 0.0, 0.9]))
     assert constant[-1] == pytest.approx(0.25, abs=1e-5)
 
 
@@ -198,9 +198,9 @@ def test_another_tokenizer_is_refused(run: Path, tmp_path: Path, monkeypatch: py
 @pytest.mark.usefixtures("small_is_pi05")
 def test_statistics_must_come_from_somewhere(tmp_path: Path) -> None:
     source = write(OPENPI, POLICY, tmp_path / "source")
-    with pytest.raises(CheckpointError, match=r"no normalisation statistics.*--norm-stats"):
+    with pytest.raises(CheckpointError, match=r"no normalization statistics.*--norm-stats"):
         convert(source, tmp_path / "out", "lerobot")
-    normalise.save(tmp_path / "stats.json", STATS)
+    normalize.save(tmp_path / "stats.json", STATS)
     convert(source, tmp_path / "out", "lerobot", norm_stats=tmp_path / "stats.json")
     assert equal(weights_of(tmp_path / "out"), model(POLICY)[0])
 

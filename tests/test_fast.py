@@ -85,15 +85,15 @@ def test_low_frequencies_come_first(narrow: FASTCodec) -> None:
 def test_any_chunk_survives_to_half_a_quantum(chunk: np.ndarray) -> None:
     codec = FASTCodec.fit(np.zeros((2, 6, 7)), vocab_size=256)
     decoded = codec.decode(codec.encode(chunk), 6, 7)
-    quantised = np.around(dct(chunk, axis=0, norm="ortho") * 10) / 10
-    np.testing.assert_array_equal(decoded.actions, idct(quantised, axis=0, norm="ortho"))
+    quantized = np.around(dct(chunk, axis=0, norm="ortho") * 10) / 10
+    np.testing.assert_array_equal(decoded.actions, idct(quantized, axis=0, norm="ortho"))
 
 
 def test_an_unseen_coefficient_survives_a_narrow_corpus(narrow: FASTCodec) -> None:
     wide = np.random.default_rng(1).uniform(-2, 2, (6, 7))
-    quantised = np.around(dct(wide, axis=0, norm="ortho") * 10)
+    quantized = np.around(dct(wide, axis=0, norm="ortho") * 10)
     np.testing.assert_array_equal(
-        narrow.decode(narrow.encode(wide), 6, 7).actions, idct(quantised / 10, axis=0, norm="ortho")
+        narrow.decode(narrow.encode(wide), 6, 7).actions, idct(quantized / 10, axis=0, norm="ortho")
     )
 
 
@@ -184,7 +184,7 @@ def test_what_cannot_be_decoded_is_invalid_never_zeros(narrow: FASTCodec) -> Non
         narrow.decode(ids, 0, 7)
 
 
-def test_ids_of_the_vocabulary_that_were_never_learnt_are_invalid() -> None:
+def test_ids_of_the_vocabulary_that_were_never_learned_are_invalid() -> None:
     codec = FASTCodec.fit(np.zeros((2, 3, 2)), vocab_size=1024)
     assert "outside" in codec.decode([1000], 3, 2).invalid
 

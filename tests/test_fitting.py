@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from insula.data import fitting, normalise, quantiles
+from insula.data import fitting, normalize, quantiles
+from insula.data.chunks import chunk_indices, frames_of
 from insula.data.command import fit_fast, stats
 from insula.data.fitting import action_chunks, fit_stats, measure_fast
 from insula.data.lerobot import LeRobotDataset, LeRobotWriter
+from insula.data.lerobot.info import Feature
 from insula.data.mapping import Columns, RobotData
 from insula.data.robot import Robot
-from insula.data.schema import Feature
-from insula.data.values import chunk_indices, frames_of
 from insula.tokens.fast import FASTCodec
 
 HORIZON = 5
@@ -44,7 +44,7 @@ def calm() -> None:
     warnings.simplefilter("ignore")
 
 
-def fields(found: normalise.NormStats) -> dict[str, np.ndarray]:
+def fields(found: normalize.NormStats) -> dict[str, np.ndarray]:
     return {f.name: getattr(found, f.name) for f in dataclasses.fields(found) if f.name != "kind"}
 
 
@@ -70,22 +70,22 @@ def test_statistics_are_those_of_all_episodes(data: RobotData, processes: int) -
     dataset = LeRobotDataset(data.path)
     found = fit_stats(data, HORIZON, processes=processes)
     for name, column in (("state", "observation.state"), ("actions", "action")):
-        expected = normalise.fit(dataset.column(column))
+        expected = normalize.fit(dataset.column(column))
         for key, value in fields(expected).items():
             np.testing.assert_allclose(fields(found[name])[key], value, rtol=1e-9, atol=1e-12)
-    first = normalise.fit(dataset.column("action")[:20])
+    first = normalize.fit(dataset.column("action")[:20])
     assert not np.allclose(first.q99[:2], found["actions"].q99[:2])  # the first episode alone would not do
 
 
 def test_statistics_of_some_episodes(data: RobotData) -> None:
     dataset = LeRobotDataset(data.path)
     frames, _ = frames_of(dataset, np.array([0, 9]))
-    expected = normalise.fit(dataset.column("action")[frames])
+    expected = normalize.fit(dataset.column("action")[frames])
     np.testing.assert_allclose(fit_stats(data, HORIZON, [9, 0])["actions"].q01, expected.q01, rtol=1e-12)
 
 
 @pytest.mark.parametrize("at_once", [2**17, 60])
-def test_relative_actions_are_measured_as_they_are_learnt(
+def test_relative_actions_are_measured_as_they_are_learned(
     data: RobotData, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fitting, "ROWS_AT_ONCE", at_once)
@@ -94,7 +94,7 @@ def test_relative_actions_are_measured_as_they_are_learnt(
     index, is_pad = chunk_indices(frames, stop, HORIZON)
     chunks = dataset.column("action")[index]
     chunks[..., [0, 2]] -= dataset.column("observation.state")[frames][:, None, [0, 2]]
-    expected = normalise.fit(chunks[~is_pad])
+    expected = normalize.fit(chunks[~is_pad])
     found = fit_stats(dataclasses.replace(data, delta=(0, 2)), HORIZON)["actions"]
     for key, value in fields(expected).items():
         np.testing.assert_allclose(fields(found)[key], value, rtol=1e-5, atol=1e-6)
@@ -108,15 +108,15 @@ def test_columns_are_joined_in_order(data: RobotData) -> None:
 
 def test_a_robot_without_a_state(data: RobotData) -> None:
     found = fit_stats(dataclasses.replace(data, state=()), HORIZON)["state"]
-    assert found.dim == 0 and found.normalise(np.zeros((2, 0))).shape == (2, 0)
+    assert found.dim == 0 and found.normalize(np.zeros((2, 0))).shape == (2, 0)
 
 
 @pytest.mark.parametrize("kind", ["min_max", "mean_std", "none", "quantiles"])
-def test_every_kind_of_normalisation_comes_back(kind: str, tmp_path: Path) -> None:
+def test_every_kind_of_normalization_comes_back(kind: str, tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(3.0, 2.0, size=(500, 2))
-    found = normalise.fit(values, kind=kind)
-    scaled = found.normalise(values)
-    np.testing.assert_allclose(found.unnormalise(scaled), values, atol=1e-5)
+    found = normalize.fit(values, kind=kind)
+    scaled = found.normalize(values)
+    np.testing.assert_allclose(found.unnormalize(scaled), values, atol=1e-5)
     expected = {
         "min_max": lambda: (np.abs(scaled).max(), 1.0),
         "mean_std": lambda: (scaled.std(), 1.0),
@@ -124,12 +124,12 @@ def test_every_kind_of_normalisation_comes_back(kind: str, tmp_path: Path) -> No
         "quantiles": lambda: (np.quantile(scaled, 0.99, axis=0), 1.0),
     }
     np.testing.assert_allclose(*expected[kind](), rtol=1e-5)
-    normalise.save(tmp_path / "s.json", {"state": found})
-    again = normalise.load(tmp_path / "s.json")["state"]
-    assert again.kind == kind and np.array_equal(again.normalise(values), scaled)
+    normalize.save(tmp_path / "s.json", {"state": found})
+    again = normalize.load(tmp_path / "s.json")["state"]
+    assert again.kind == kind and np.array_equal(again.normalize(values), scaled)
     (tmp_path / "s.json").write_text((tmp_path / "s.json").read_text().replace(f'"{kind}"', '"quantile"'))
     with pytest.raises(ValueError, match="kind is 'quantile', expected one of quantiles"):
-        normalise.load(tmp_path / "s.json")
+        normalize.load(tmp_path / "s.json")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -139,7 +139,7 @@ def test_chunks_come_from_all_episodes_whoever_cuts_them(data: RobotData, proces
     dataset = LeRobotDataset(data.path)
     rows = np.linspace(0, len(dataset) - 1, 100).astype(int)
     index, _ = chunk_indices(rows, dataset.episodes.stop[dataset.episodes.of_frame(rows)], HORIZON)
-    expected = robot.stats["actions"].normalise(dataset.column("action")[index])
+    expected = robot.stats["actions"].normalize(dataset.column("action")[index])
     np.testing.assert_array_equal(chunks, np.clip(expected, -2, 2))
     assert clipped == pytest.approx((np.abs(expected) > 2).mean()) and clipped > 0
 
@@ -165,7 +165,7 @@ def test_a_codecs_report_counts_what_is_there() -> None:
 def test_the_commands_write_what_training_takes(data: RobotData, tmp_path: Path) -> None:
     text = stats(data.path, HORIZON, tmp_path / "norm_stats.json", limit=1000, processes=1)
     assert "constant: always 0" in text and "rarely moves" in text and "action[2]" in text and "%" in text
-    written = normalise.load(tmp_path / "norm_stats.json")
+    written = normalize.load(tmp_path / "norm_stats.json")
     np.testing.assert_array_equal(written["actions"].q99, fit_stats(data, HORIZON)["actions"].q99)
     (tmp_path / "data.toml").write_text(
         f'[robots.a]\npath = "{data.path}"\ncameras = {{}}\nstatistics = "norm_stats.json"\n'

@@ -9,7 +9,7 @@ import pytest
 from small import SMALL, difference, gradients, jit, largest, loss, model
 
 from insula import flow
-from insula.losses import average, flow_loss
+from insula.losses import flow_matching_loss, masked_mean
 
 
 def test_one_is_noise_and_zero_is_data() -> None:
@@ -59,14 +59,16 @@ def test_the_loss_scores_every_real_action_and_no_other() -> None:
     _, batch = model()
     batch = masked(batch)
     v, u = jax.random.normal(jax.random.key(0), (2, 2, SMALL.horizon, SMALL.action_dim))
-    per_step = flow_loss(v, u, batch.action_mask)
+    per_step = flow_matching_loss(v, u, batch.action_mask)
     assert per_step.shape == (2, SMALL.horizon) and np.all(per_step[:, -2:] == 0) and np.all(per_step[:, :-2] > 0)
     wanted = np.mean(np.square(np.asarray(v - u))[:, :-2, :-1])
-    assert float(average(per_step, batch.action_mask)) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(masked_mean(per_step, batch.action_mask)) == pytest.approx(float(wanted), rel=1e-5)
     everything = np.mean(np.square(np.asarray(v - u)))
     assert float(everything) != pytest.approx(float(wanted), rel=1e-2)
 
-    (gradient,) = jax.grad(lambda v: average(flow_loss(v, u, batch.action_mask), batch.action_mask))(v)[None]
+    (gradient,) = jax.grad(lambda v: masked_mean(flow_matching_loss(v, u, batch.action_mask), batch.action_mask))(v)[
+        None
+    ]
     assert np.array_equal(gradient != 0, batch.action_mask)
 
 

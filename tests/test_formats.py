@@ -18,15 +18,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from small import SMALL, model, transformer
 
-from insula.checkpoints.formats import FORMATS, INSULA, recognise
+from insula.checkpoints.formats import FORMATS, INSULA, recognize
 from insula.checkpoints.hub import local
-from insula.checkpoints.layout import Format, paths, resolve
 from insula.checkpoints.lerobot import LEROBOT
 from insula.checkpoints.loading import load_params, open_weights, settle
 from insula.checkpoints.openpi import OPENPI, OPENPI_TORCH
 from insula.checkpoints.paligemma import BIG_VISION, HUGGING_FACE
 from insula.checkpoints.pretrained import FOLDER, load_pretrained
 from insula.checkpoints.sources import open_source
+from insula.checkpoints.tensor_map import Format, paths, resolve
 from insula.checkpoints.writing import (
     foreign_shapes,
     foreign_tensors,
@@ -36,8 +36,8 @@ from insula.checkpoints.writing import (
     write_safetensors,
 )
 from insula.errors import CheckpointError
-from insula.model import Params, init_params, weight_table
-from insula.model.config import PI05, PRESETS, TINY, Config
+from insula.model.config import PI05, PRESETS, TINY, ModelConfig
+from insula.model.params import Params, init_params, weight_table
 
 TESTS = Path(__file__).parent
 PI0 = dataclasses.replace(SMALL, name="small-pi0", state_input="token", time_input="mlp")
@@ -47,7 +47,7 @@ HALF = (HUGGING_FACE, BIG_VISION)
 by_name: Callable = pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 
 
-def write(format: Format, config: Config, folder: Path, dtype: str = "float32") -> Path:
+def write(format: Format, config: ModelConfig, folder: Path, dtype: str = "float32") -> Path:
     """A random model in a foreign file."""
     read = from_params(model(config)[0])
     if format is OPENPI:
@@ -66,7 +66,7 @@ def fresh(format: Format) -> list[str]:
     return ["expert.*"] if format in HALF else []
 
 
-def load(path: Path, config: Config, format: Format | None = None, **options: object) -> Params:
+def load(path: Path, config: ModelConfig, format: Format | None = None, **options: object) -> Params:
     return load_params(path, config, jax.random.key(1), fresh(format) if format else [], **options)[0]
 
 
@@ -157,7 +157,7 @@ def test_pi0_has_its_own_names() -> None:
 
 @by_name
 @pytest.mark.parametrize("config", [SMALL, PI0, MHA], ids=lambda config: config.name)
-def test_import_export_import_is_bit_identical(format: Format, config: Config, tmp_path: Path) -> None:
+def test_import_export_import_is_bit_identical(format: Format, config: ModelConfig, tmp_path: Path) -> None:
     first = load(write(format, config, tmp_path / "a"), config, format)
     assert equal(first, model(config)[0], skip="expert." if format in HALF else "-")
     written = dict(foreign_tensors(format, config, from_params(first), "float32"))
@@ -272,9 +272,9 @@ def test_openpi_leaves_may_end_in_value(tmp_path: Path) -> None:
 
 
 @by_name
-def test_formats_are_recognised(format: Format, tmp_path: Path) -> None:
+def test_formats_are_recognized(format: Format, tmp_path: Path) -> None:
     path = write(format, SMALL, tmp_path)
-    assert recognise(open_source(path), SMALL) is format
+    assert recognize(open_source(path), SMALL) is format
 
 
 TWO_DEVICES = """
@@ -283,7 +283,7 @@ from pathlib import Path
 import jax
 from small import SMALL
 from insula.checkpoints.loading import load_params
-from insula.model import abstract_params
+from insula.model.params import abstract_params
 
 mesh = jax.make_mesh((2,), ("shard",), axis_types=(jax.sharding.AxisType.Auto,))
 
@@ -341,9 +341,9 @@ def test_a_leftover_tensor_is_named_and_must_be_asked_for(tmp_path: Path) -> Non
     tensors = load_file(write(LEROBOT, SMALL, tmp_path / "a") / "model.safetensors")
     tensors["model.value_head.weight"] = np.zeros((3, 3), np.float32)
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"left over \(1; .*--leave[\s\S]*model\.value_head\.weight"):
+    with pytest.raises(CheckpointError, match=r"left over \(1; .*--ignore[\s\S]*model\.value_head\.weight"):
         load(tmp_path, SMALL)
-    _, report = load_params(tmp_path, SMALL, jax.random.key(0), leave=["model.value_head.*"])
+    _, report = load_params(tmp_path, SMALL, jax.random.key(0), ignore=["model.value_head.*"])
     assert report.leftover == ["model.value_head.weight"]
     assert "model.value_head.weight" in report.summary()
 

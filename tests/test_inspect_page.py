@@ -85,7 +85,7 @@ def _is_ours(asked: str, page: str) -> bool:
 
 @pytest.fixture
 def server(inspector: Inspector) -> Iterator[str]:
-    running = uvicorn.Server(uvicorn.Config(application(inspector, "arm", 3), log_level="warning", lifespan="off"))
+    running = uvicorn.Server(uvicorn.ModelConfig(application(inspector, "arm", 3), log_level="warning", lifespan="off"))
     listening = socket.create_server((HOST, 0))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
     thread.start()
@@ -236,7 +236,7 @@ def test_light_dark_and_phone(
     ink, paper = page.evaluate(
         "(({ color, backgroundColor }) => [color, backgroundColor])(getComputedStyle(document.body))"
     )
-    light = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper)]
+    light = [sum(map(int, re.findall(r"\d+", color)[:3])) for color in (ink, paper)]
     assert (light[0] > light[1]) == (name == "dark")
     page.screenshot(path=tmp_path / f"{name}.png", full_page=True)
     assert (tmp_path / f"{name}.png").stat().st_size > 20_000

@@ -16,7 +16,8 @@ from insula import cli, losses
 from insula.batch import Batch
 from insula.certificate import read_certificate
 from insula.data.lerobot import LeRobotWriter
-from insula.data.schema import Feature, image_feature
+from insula.data.lerobot.info import Feature, image_feature
+from insula.decode.flow import sample_actions
 from insula.errors import DatasetError
 from insula.inspection.command import certify, inspect
 from insula.inspection.config import InspectConfig
@@ -24,8 +25,8 @@ from insula.inspection.findings import Findings, Inspector
 from insula.inspection.influence import AFTER, influence
 from insula.inspection.measure import LOOK_TIMES, TIMES, TOP
 from insula.inspection.page import render
-from insula.inspection.sequence import chunk, columns, is_question
 from insula.inspection.subject import Subject, open_subject
+from insula.inspection.token_columns import chunk, columns, is_question
 from insula.inspection.variants import CODE, ON, REASONS, model_mask, variants
 from insula.inspection.view import view
 from insula.losses import compute_loss
@@ -34,7 +35,6 @@ from insula.model.backbone import run_backbone
 from insula.model.config import PI05
 from insula.model.insulation import insulate
 from insula.page import write
-from insula.policy import sample_actions
 from insula.tokens import masks
 from insula.tokens.sequence import state_bins
 
@@ -69,7 +69,7 @@ def test_every_column_is_what_the_model_reads(found: Findings) -> None:
     params = found.subject.params
     assert params is not None
     prefix = run_backbone(params.vision, params.backbone, config, batch.observation, batch.ar_mask)
-    assert np.array_equal(seen.token_mask, prefix.input_mask[0]) and np.array_equal(seen.ar_mask, prefix.ar_mask[0])
+    assert np.array_equal(seen.token_mask, prefix.token_mask[0]) and np.array_equal(seen.ar_mask, prefix.ar_mask[0])
     memory = insulate(prefix, config.num_memory)
     assert np.array_equal(seen.visible[: config.num_memory], memory.mask[0])
     assert not seen.visible[config.num_memory :].any()
@@ -77,7 +77,7 @@ def test_every_column_is_what_the_model_reads(found: Findings) -> None:
     assert targets is not None
     assert (
         np.flatnonzero(seen.loss_mask).tolist()
-        == (np.asarray(targets.read)[0] + 1)[np.asarray(targets.used)[0]].tolist()
+        == (np.asarray(targets.positions)[0] + 1)[np.asarray(targets.valid)[0]].tolist()
     )
     assert seen.position.tolist() == np.maximum(np.cumsum(seen.token_mask) - 1, 0).tolist()
 
@@ -198,7 +198,7 @@ def test_the_drawn_mask_is_the_models_own(found: Findings) -> None:
     prefix = run_backbone(params.vision, params.backbone, config, batch.observation, batch.ar_mask)
     size = len(seen.id)
     mask = ON[ours.codes]
-    assert np.array_equal(mask[:size, :size], masks.make_attn_mask(prefix.input_mask, prefix.ar_mask)[0])
+    assert np.array_equal(mask[:size, :size], masks.make_attn_mask(prefix.token_mask, prefix.ar_mask)[0])
     memory = insulate(prefix, config.num_memory).mask[0]
     assert all(np.array_equal(row[: config.num_memory], memory) for row in mask[size:, :size])
     assert not mask[size:, config.num_memory : size].any() and not mask[:size, size:].any() and mask[size:, size:].all()
@@ -244,7 +244,7 @@ def test_token_scores_are_the_loss(found: Findings) -> None:
 def test_flow_scores_are_the_loss(found: Findings) -> None:
     params, batch = found.subject.params, on_device(found)
     assert found.measured is not None and params is not None
-    many = dataclasses.replace(found.subject.assets.config, flow_samples=64)
+    many = found.subject.assets.config.with_objective(flow_samples=64)
     _, metrics = compute_loss(params, many, batch, jax.random.key(0))
     flow = found.measured.flow
     assert float(flow.loss) == pytest.approx(float(metrics["flow"]), rel=1e-4)
@@ -256,7 +256,7 @@ def test_flow_scores_are_the_loss(found: Findings) -> None:
 
 
 def test_the_policys_chunk_is_what_it_would_serve(found: Findings, inspector: Inspector) -> None:
-    """From the prompt alone, tokenised without actions: the FAST tokens of the sample are not there to be read."""
+    """From the prompt alone, tokenized without actions: the FAST tokens of the sample are not there to be read."""
     subject, batch = found.subject, on_device(found)
     config, params = subject.assets.config, subject.params
     assert params is not None and found.measured is not None
@@ -304,9 +304,9 @@ def the_answer_in_sight(monkeypatch: pytest.MonkeyPatch) -> None:
     """FAST tokens visible to the expert."""
     insulate = insulation.insulate
 
-    def leaky(prefix: backbone.Prefix, columns: int, stop: bool = True) -> insulation.Memory:
+    def leaky(prefix: backbone.BackboneOutput, columns: int, stop: bool = True) -> insulation.Memory:
         memory = insulate(prefix, columns, stop)
-        return dataclasses.replace(memory, mask=prefix.input_mask[:, :columns])
+        return dataclasses.replace(memory, mask=prefix.token_mask[:, :columns])
 
     for place in ("insula.inspection.influence", "insula.inspection.measure", "insula.losses"):
         monkeypatch.setattr(f"{place}.insulate", leaky)
@@ -347,7 +347,7 @@ def test_a_leaky_model_names_the_path_and_exits_with_1(
 
 
 def test_a_model_without_insulation_is_no_pass(mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    joint = dataclasses.replace(SMALL, knowledge_insulation=False)
+    joint = SMALL.with_objective(knowledge_insulation=False)
     config = InspectConfig(data=mixture, model=joint, out=tmp_path / "page.html", certificate=tmp_path / "c.json")
     assert not inspect(config)
     finding = "knowledge_insulation is off: the flow loss reaches vision, norm "
@@ -482,8 +482,8 @@ def test_what_a_user_can_mend(mixture: Path, found: Findings, tmp_path: Path) ->
     [
         ('{"a":', "train.json: not JSON"),
         ("[]", "train.json: holds a JSON list, expected an object"),
-        ("{}", "train.json: no 'run', 'model', 'optimiser'; found nothing"),
-        ('{"run": "r", "model": 3, "optimiser": {}}', "train.json: model: got 3, expected an object"),
+        ("{}", "train.json: no 'run', 'model', 'optimizer'; found nothing"),
+        ('{"run": "r", "model": 3, "optimizer": {}}', "train.json: model: got 3, expected an object"),
     ],
 )
 def test_a_damaged_run_is_named(content: str, message: str, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_no_gradient_crosses(variant: str) -> None:
     assert all(np.any(leaf != 0) for leaf in by_leaf(flow.expert).values())
     assert all(np.any(leaf != 0) for leaf in by_leaf((fast.vision, fast.backbone)).values())
 
-    leak = gradients(params, dataclasses.replace(config, **LEAKY), batch)["flow"]
+    leak = gradients(params, config.with_objective(**LEAKY), batch)["flow"]
     for name, leaf in by_leaf(leak).items():
         last = name.split(".")[-1]
         if name in UNREAD:
@@ -60,7 +60,7 @@ def test_no_gradient_crosses(variant: str) -> None:
             assert np.all(leaf[-1] == 0), name
             leaf = leaf[:-1]
         assert np.any(leaf != 0), name
-    assert difference(leak.expert, flow.expert) < (0.1 if config.compute_dtype == "bfloat16" else CLOSE) * largest(
+    assert difference(leak.expert, flow.expert) < (0.1 if config.compute.dtype == "bfloat16" else CLOSE) * largest(
         flow.expert
     )
 
@@ -68,7 +68,7 @@ def test_no_gradient_crosses(variant: str) -> None:
 def test_stopping_at_the_embeddings_is_not_enough(small, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every layer makes keys and values with its own weights, so all transformer weights keep their full gradient."""
     params, batch = small
-    leaky = dataclasses.replace(SMALL, **LEAKY)
+    leaky = SMALL.with_objective(**LEAKY)
     leak = gradients(params, leaky, batch)["flow"]
 
     embed = backbone_module.embed
@@ -81,7 +81,7 @@ def test_stopping_at_the_embeddings_is_not_enough(small, monkeypatch: pytest.Mon
 
 def test_freezing_stops_the_token_loss_too(small) -> None:
     params, batch = small
-    frozen = dataclasses.replace(SMALL, freeze_backbone=True, ki_fast_loss_weight=0.0)
+    frozen = SMALL.with_objective(freeze_backbone=True, ki_fast_loss_weight=0.0)
     total = gradients(params, frozen, batch)["total"]
     assert largest(total.vision) == largest(total.backbone) == 0.0 < largest(total.expert)
     control = gradients(params, SMALL, batch)["total"]
@@ -112,7 +112,7 @@ def test_the_expert_does_not_see_fast_tokens(small) -> None:
 
     def leaky(case):  # all columns, FAST tokens among them
         read = prefix(params, SMALL, case)
-        everything = dataclasses.replace(insulate(read, read.input_mask.shape[1]), mask=read.input_mask)
+        everything = dataclasses.replace(insulate(read, read.token_mask.shape[1]), mask=read.token_mask)
         return velocity(params, SMALL, case, noisy, time, everything)
 
     assert difference(leaky(changed), leaky(batch)) > FAR
@@ -156,11 +156,11 @@ def test_training_and_serving_share_the_prefix(variant: str) -> None:
 def test_total_is_flow_and_weighted_fast(small) -> None:
     """The expert's gradient does not depend on the weight of the token loss; the backbone's does."""
     params, batch = small
-    light, heavy = (dataclasses.replace(SMALL, ki_fast_loss_weight=weight) for weight in (0.1, 10.0))
+    light, heavy = (SMALL.with_objective(ki_fast_loss_weight=weight) for weight in (0.1, 10.0))
     for config in (light, heavy):
         total, metrics = loss(params, config, batch)
         assert float(total) == pytest.approx(
-            float(metrics["flow"] + config.ki_fast_loss_weight * metrics["fast"]), rel=1e-6
+            float(metrics["flow"] + config.objective.ki_fast_loss_weight * metrics["fast"]), rel=1e-6
         )
     a, b = (gradients(params, config, batch)["total"] for config in (light, heavy))
     assert difference(a.expert, b.expert) == 0.0 < largest(a.expert)
@@ -169,7 +169,7 @@ def test_total_is_flow_and_weighted_fast(small) -> None:
 
 def test_an_absent_camera_is_absent(small) -> None:
     params, batch = small
-    config = dataclasses.replace(SMALL, **LEAKY)  # whatever could leak from its pixels
+    config = SMALL.with_objective(**LEAKY)  # whatever could leak from its pixels
     name = config.cameras[-1]
     images = {**batch.observation.images, name: 255 - batch.observation.images[name]}
     for present in (False, True):
@@ -201,9 +201,9 @@ def test_order_size_and_time_of_a_batch_do_not_matter() -> None:
 
 def test_a_backbone_without_any_gradient_is_refused() -> None:
     with pytest.raises(ValueError, match=r"ki_fast_loss_weight = 0.*freeze_backbone"):
-        dataclasses.replace(SMALL, ki_fast_loss_weight=0.0)
+        SMALL.with_objective(ki_fast_loss_weight=0.0)
     for allowed in ({"freeze_backbone": True}, LEAKY):
-        assert dataclasses.replace(SMALL, ki_fast_loss_weight=0.0, **allowed).ki_fast_loss_weight == 0
+        assert SMALL.with_objective(**allowed, ki_fast_loss_weight=0.0).objective.ki_fast_loss_weight == 0
 
 
 # One softmax over prefix and suffix, layer by layer in lockstep: written from the papers, not from the package.

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from insula.data.lerobot import LeRobotDataset, LeRobotWriter
-from insula.data.schema import Feature, image_feature
+from insula.data.lerobot.info import Feature, image_feature
 from insula.errors import DatasetError
 
 LENGTHS, H, W = (5, 7, 4), 6, 8

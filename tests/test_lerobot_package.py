@@ -14,9 +14,9 @@ import av
 import numpy as np
 import pytest
 
+from insula.data.chunks import chunk_indices
 from insula.data.lerobot import LeRobotDataset, LeRobotWriter
-from insula.data.schema import Feature, image_feature
-from insula.data.values import chunk_indices
+from insula.data.lerobot.info import Feature, image_feature
 
 torch = pytest.importorskip("torch", reason="install the extra: parity")
 pytest.importorskip("datasets", reason="install the extra: parity")  # before the stand-in, which it would look for

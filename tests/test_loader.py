@@ -7,16 +7,16 @@ import threading
 import numpy as np
 import pytest
 
-from insula.data import normalise
+from insula.data import normalize as normalize
+from insula.data.chunks import chunk_indices, split
 from insula.data.fitting import action_chunks, fit_stats
 from insula.data.lerobot import LeRobotDataset, LeRobotWriter
+from insula.data.lerobot.info import Feature, image_feature
 from insula.data.loader import Loader
 from insula.data.mapping import Columns, RobotData
 from insula.data.mixture import Mixture, Order
 from insula.data.robot import Robot
 from insula.data.samples import Samples, Sizes
-from insula.data.schema import Feature, image_feature
-from insula.data.values import chunk_indices, split
 from insula.errors import DatasetError
 from insula.tokens import text
 from insula.tokens.fast import FASTCodec
@@ -91,11 +91,11 @@ def test_a_batch_holds_exactly_the_frames_values(dataset, samples, robot):
     np.testing.assert_array_equal(observation.images["front"], dataset.images(key, rows))
     assert observation.images["front"].dtype == np.uint8 and observation.image_mask["front"].tolist() == [True] * 5
     np.testing.assert_array_equal(
-        observation.state, robot.stats["state"].normalise(dataset.column("observation.state")[rows])
+        observation.state, robot.stats["state"].normalize(dataset.column("observation.state")[rows])
     )
     actions = dataset.column("action")
-    np.testing.assert_allclose(robot.stats["actions"].unnormalise(batch.actions[0]), actions[0:6], atol=1e-5)
-    np.testing.assert_allclose(robot.stats["actions"].unnormalise(batch.actions[1]), actions[[8] * 6], atol=1e-5)
+    np.testing.assert_allclose(robot.stats["actions"].unnormalize(batch.actions[0]), actions[0:6], atol=1e-5)
+    np.testing.assert_allclose(robot.stats["actions"].unnormalize(batch.actions[1]), actions[[8] * 6], atol=1e-5)
     assert batch.action_is_pad.sum(1).tolist() == [0, 5, 2, 5, 0]
     assert batch.action_dim_mask.all() and batch.action_dim_mask.shape == (5, 2)
     assert batch.actions.dtype == observation.state.dtype == np.float32 and observation.tokens.dtype == np.int32
@@ -130,14 +130,14 @@ def test_some_episodes_only(data, dataset, robot, tokenizer):
     np.testing.assert_array_equal(found, dataset.column("action")[9:13].max(0))
 
 
-def test_chunks_to_fit_on_are_those_that_are_tokenised(data, robot, samples):
+def test_chunks_to_fit_on_are_those_that_are_tokenized(data, robot, samples):
     chunks, clipped = action_chunks(data, robot)
     np.testing.assert_array_equal(chunks, samples.batch(ALL).actions)
     assert clipped == 0 and action_chunks(data, robot, limit=7)[0].shape == (7, HORIZON, 2)
 
 
 def test_outliers_are_clipped_and_counted(data, tokenizer, robot):
-    narrow = robot.stats | {"actions": normalise.NormStats(*(np.array([v, v]) for v in (0.0, 1.0, -0.1, 0.1)))}
+    narrow = robot.stats | {"actions": normalize.NormStats(*(np.array([v, v]) for v in (0.0, 1.0, -0.1, 0.1)))}
     clipped = dataclasses.replace(robot, stats=narrow)
     assert np.abs(Samples(data, clipped, tokenizer, SIZES).batch(ALL).actions).max() == clipped.clip
     assert 0 < action_chunks(data, clipped)[1] < 1
@@ -159,7 +159,7 @@ def test_an_overlong_sample_is_an_error_naming_it(data, dataset, robot, codec, l
     tight = FASTTokenizer(text.embedded(), codec, max_token_len=int(lengths.max()) - 1)
     episode, step = dataset.episodes.locate(int(lengths.argmax()))
     with pytest.raises(DatasetError, match=f"episode {episode}, frame {step} .*tokens, the limit is .*drop_token_loss"):
-        Samples(data, robot, tight, SIZES).tokenise_ahead()
+        Samples(data, robot, tight, SIZES).tokenize_ahead()
 
 
 def test_an_overlong_sample_keeps_its_flow_loss_when_asked(data, robot, codec, samples, lengths, caplog):
@@ -167,7 +167,7 @@ def test_an_overlong_sample_keeps_its_flow_loss_when_asked(data, robot, codec, s
     tight = FASTTokenizer(text.embedded(), codec, max_token_len=limit)
     kept = Samples(data, robot, tight, SIZES, on_overflow="drop_token_loss")
     with caplog.at_level(logging.WARNING):
-        kept.tokenise_ahead()
+        kept.tokenize_ahead()
     over = lengths > limit
     assert 0 < kept.dropped == over.sum() < len(samples) and f"{over.sum()} of 25 samples" in caplog.text
     found, whole = kept.batch(ALL), samples.batch(ALL)
@@ -181,7 +181,7 @@ def test_an_overlong_sample_keeps_its_flow_loss_when_asked(data, robot, codec, s
 def test_an_overlong_prompt_is_always_an_error(data, robot, codec):
     tight = FASTTokenizer(text.embedded(), codec, max_token_len=90, max_prompt_len=6)
     with pytest.raises(DatasetError, match=r"episode 0, frame 0 .*the prompt takes"):
-        Samples(data, robot, tight, SIZES, on_overflow="drop_token_loss").tokenise_ahead()
+        Samples(data, robot, tight, SIZES, on_overflow="drop_token_loss").tokenize_ahead()
 
 
 @pytest.mark.parametrize(

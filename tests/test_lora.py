@@ -12,23 +12,25 @@ import numpy as np
 import pytest
 from small import CLOSE, FAR, SMALL, VARIANTS, by_leaf, difference, gradients, jit, largest, loss, model
 
-from insula.assets import read_assets
 from insula.certificate import EXPERT, prove
 from insula.checkpoints.pretrained import load_pretrained
 from insula.checkpoints.store import CheckpointStore
-from insula.collect import collect
+from insula.collect.demonstrations import collect
 from insula.convert import convert
+from insula.decode.flow import sample_actions
 from insula.errors import CheckpointError
 from insula.losses import compute_loss
-from insula.model import Params, abstract_params, add_lora, layers, weight_table
-from insula.model.config import TINY, Config, LoraConfig, TransformerConfig, VisionConfig, config_from_dict
+from insula.model import layers
+from insula.model.config import TINY, LoraConfig, ModelConfig, TransformerConfig, VisionConfig, config_from_dict
 from insula.model.lora import INPUT_AXES, LoRA, is_lora, merge
-from insula.policy import Policy, sample_actions
+from insula.model.params import Params, abstract_params, add_lora, weight_table
+from insula.policy import Policy
+from insula.runs.assets import read_assets
 from insula.train import run as training
 from insula.train.config import TrainConfig
 from insula.train.loop import Every
-from insula.train.optimiser import OptimiserConfig, make_optimiser
-from insula.train.step import make_train_step, start_state
+from insula.train.optimizer import OptimizerConfig, make_optimizer
+from insula.train.step import make_train_state, make_train_step
 
 BOTH = LoraConfig(rank=3, alpha=6.0, parts=("backbone", "expert"))
 ON_BACKBONE = dataclasses.replace(BOTH, parts=("backbone",))
@@ -71,7 +73,7 @@ def test_a_product_is_that_of_the_merged_matrix(dtype: str) -> None:
     layer = jax.tree.map(lambda leaf: leaf[0], model(UNDER)[0].backbone.layers)
     merged = jax.tree.map(lambda leaf: leaf[0], merge(model(UNDER)[0]).backbone.layers)
     x = jax.random.normal(jax.random.key(2), (3, 5, 16))
-    heads = layers.linear(x, layer.query, dtype)
+    heads = layers.matmul(x, layer.query, dtype)
     assert heads.shape == (3, 5, 4, 8)
     for multiply, y, name in ((layers.linear, x, "query"), (layers.merge_heads, heads, "out")):
         weight = getattr(layer, name)
@@ -100,7 +102,7 @@ def test_fresh_updates_change_nothing(variant: str) -> None:
     assert difference((control["flow"], control["fast"]), (after["flow"], after["fast"])) > FAR
 
 
-def actions(params: Params, config: Config, batch) -> jax.Array:
+def actions(params: Params, config: ModelConfig, batch) -> jax.Array:
     noise = jax.random.normal(jax.random.key(9), (2, config.horizon, config.action_dim))
     prompt = dataclasses.replace(
         batch.observation,
@@ -145,7 +147,7 @@ def test_no_gradient_crosses(variant: str) -> None:
     assert is_zero(updates(fast.expert))
     assert all(np.any(leaf) for leaf in (updates(flow.expert) | updates(fast.backbone)).values())
 
-    leak = gradients(params, dataclasses.replace(config, knowledge_insulation=False), batch)["flow"]
+    leak = gradients(params, config.with_objective(knowledge_insulation=False), batch)["flow"]
     assert largest(leak.vision) > 0
     for name, leaf in updates(leak.backbone).items():
         assert np.any(leaf[:-1]), name  # of the last layer, only keys and values are read
@@ -172,7 +174,7 @@ def test_only_updates_of_a_part_under_lora_learn() -> None:
 def test_frozen_matrices_cost_no_gradient() -> None:
     """Floating-point operations of one loss and its gradient."""
 
-    def flops(config: Config, params: Params, batch) -> float:
+    def flops(config: ModelConfig, params: Params, batch) -> float:
         step = jit(jax.grad(lambda p: compute_loss(p, config, batch, jax.random.key(0))[0]))
         return step.lower(params).compile().cost_analysis()["flops"]
 
@@ -182,7 +184,7 @@ def test_frozen_matrices_cost_no_gradient() -> None:
 
 def test_the_proof_is_of_insulation_not_of_freezing() -> None:
     """Embedding and norms are frozen under LoRA; the token loss reaches them in the table all the same."""
-    config = dataclasses.replace(UNDER, layers="scan")
+    config = UNDER.with_compute(scan_layers=True)
     params, batch = model(config)
     proof = prove(params, config, batch, jax.random.key(3)).check()
     assert all(row["fast"] > 0 for part, row in proof.table.items() if part not in EXPERT)
@@ -191,18 +193,18 @@ def test_the_proof_is_of_insulation_not_of_freezing() -> None:
 def test_training_moves_updates_and_keeps_moments_for_them_alone() -> None:
     config = dataclasses.replace(SMALL, lora=ON_BACKBONE)
     params, batch = model(config)
-    settings = OptimiserConfig(warmup_steps=1, ema_decay=0.9)
-    optimiser = make_optimiser(settings, config, 10)
-    state = start_state(jax.tree.map(jnp.copy, params), optimiser)
-    moments = by_leaf(state.optimiser)
+    settings = OptimizerConfig(warmup_steps=1, ema_decay=0.9)
+    optimizer = make_optimizer(settings, config, 10)
+    state = make_train_state(jax.tree.map(jnp.copy, params), optimizer)
+    moments = by_leaf(state.optimizer)
     learning = updates(params.backbone) | by_leaf((params.vision, params.expert))
     held = [leaf for leaf in moments.values() if leaf.ndim]
     assert sum(leaf.size for leaf in held) == 2 * sum(leaf.size for leaf in learning.values())
 
-    step = jit(make_train_step(config, optimiser, settings.ema_decay, jax.random.key(1)))
+    step = jit(make_train_step(config, optimizer, settings.ema_decay, jax.random.key(1)))
     for _ in range(3):
         state, _ = step(state, batch)
-    for tree in (state.params, state.average):
+    for tree in (state.params, state.ema_params):
         before, after = by_leaf(params), by_leaf(tree)
         frozen = {f"backbone.{name}" for name in rest(params.backbone)}
         assert {name for name in before if np.array_equal(before[name], after[name])} == frozen
@@ -220,7 +222,7 @@ def test_pretrained_weights_are_the_bases() -> None:
 
 
 def test_lora_on_a_fresh_expert_is_refused_as_it_could_not_learn() -> None:
-    """Gates of zero, frozen, hide a and b from the flow loss. Control: randomised gates."""
+    """Gates of zero, frozen, hide a and b from the flow loss. Control: randomized gates."""
     with pytest.raises(ValueError, match=r"expert that starts from random weights.*lora.parts \('backbone',\)"):
         training.start_params(TrainConfig(run=Path("r"), model=UNDER, from_scratch=True), jax.random.key(0))
     params, batch = model(UNDER)
@@ -260,8 +262,8 @@ def test_bad_settings_are_refused(changes: dict, message: str) -> None:
 
 def test_freezing_contradicts_lora_on_the_backbone() -> None:
     with pytest.raises(ValueError, match=r"freeze_backbone contradicts lora\.parts"):
-        dataclasses.replace(SMALL, lora=ON_BACKBONE, freeze_backbone=True)
-    allowed = dataclasses.replace(SMALL, lora=LoraConfig(parts=("expert",)), freeze_backbone=True)
+        dataclasses.replace(SMALL, lora=ON_BACKBONE).with_objective(freeze_backbone=True)
+    allowed = dataclasses.replace(SMALL, lora=LoraConfig(parts=("expert",))).with_objective(freeze_backbone=True)
     params, batch = model(allowed)
     total = gradients(params, allowed, batch)["total"]
     assert largest((total.vision, total.backbone)) == 0.0 and not is_zero(updates(total.expert))
@@ -294,7 +296,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
             max_fast_len=40,
             lora=ON_BACKBONE,
         ),
-        optimiser=OptimiserConfig(warmup_steps=1),
+        optimizer=OptimizerConfig(warmup_steps=1),
         steps=4,
         batch_size=2,
         from_scratch=True,

@@ -7,8 +7,8 @@ import lerobot_files
 import pytest
 
 from insula.data.describe import describe, pair_cameras
+from insula.data.lerobot.info import Feature, Info, image_feature
 from insula.data.mapping import Columns, Mapping, RobotData, parse_mapping, read_mapping, to_json
-from insula.data.schema import Feature, Info, image_feature
 from insula.errors import DatasetError
 
 CAMERAS = ("front", "wrist")
@@ -21,7 +21,7 @@ actions = ["action"]
 weight = 3
 horizon = 8
 delta = [0, 1]
-normalisation = "mean_std"
+normalization = "mean_std"
 statistics = "norm_stats.json"
 instruction = "language"
 losses = ["flow"]
@@ -49,7 +49,7 @@ def test_every_setting_is_read(tmp_path: Path) -> None:
         weight=3,
         horizon=8,
         delta=(0, 1),
-        normalisation="mean_std",
+        normalization="mean_std",
         statistics=tmp_path / "norm_stats.json",
         instruction="language",
         losses=("flow",),

@@ -64,7 +64,7 @@ def test_each_sample_has_its_own() -> None:
 
 
 def test_wrong_shapes_are_refused(unchecked: None) -> None:
-    with pytest.raises(ValueError, match=r"input_mask is \(1, 3\), ar_mask \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"token_mask is \(1, 3\), ar_mask \(1, 2\)"):
         masks.make_attn_mask(row("1 1 1"), row("0 0"))
 
 

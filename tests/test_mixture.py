@@ -17,17 +17,18 @@ from mixtures import MAPPING, SMALL, settings, write_mixture
 
 from insula.checkpoints.store import CheckpointStore
 from insula.data.lerobot import LeRobotWriter
+from insula.data.lerobot.info import Feature
 from insula.data.loader import Loader
 from insula.data.mixture import Mixture, Order, quarantined
-from insula.data.schema import Feature
+from insula.decode.flow import sample_actions
 from insula.errors import DatasetError
 from insula.losses import compute_loss
-from insula.model import abstract_params
-from insula.policy import Policy, sample_actions
-from insula.testing import randomise
+from insula.model.params import abstract_params
+from insula.policy import Policy
+from insula.testing import randomize
 from insula.train.config import TrainConfig
 from insula.train.data import fit_assets, held_out_sources, open_data, training_mixture
-from insula.train.run import held_out_losses, train
+from insula.train.run import make_held_out_losses, train
 from insula.train.step import TrainState
 
 
@@ -99,11 +100,11 @@ def test_delta_actions_are_relative_and_come_back(made: SimpleNamespace) -> None
     source, robot = made.mixture.sources["arm"], made.assets.robots["arm"]
     frame = source.frames[0]
     state, actions = source.state[frame], source.actions[frame : frame + 6]
-    chunk = robot.normalise_actions(actions, state)
-    learnt = robot.stats["actions"].unnormalise(chunk)
-    np.testing.assert_allclose(learnt[:, :2], actions[:, :2] - state[:2], atol=1e-4)
-    np.testing.assert_allclose(learnt[:, 2], actions[:, 2], atol=1e-4)
-    np.testing.assert_allclose(robot.unnormalise_actions(chunk, state), actions, atol=1e-4)
+    chunk = robot.normalize_actions(actions, state)
+    learned = robot.stats["actions"].unnormalize(chunk)
+    np.testing.assert_allclose(learned[:, :2], actions[:, :2] - state[:2], atol=1e-4)
+    np.testing.assert_allclose(learned[:, 2], actions[:, 2], atol=1e-4)
+    np.testing.assert_allclose(robot.unnormalize_actions(chunk, state), actions, atol=1e-4)
     clipped = np.clip(chunk, -robot.clip, robot.clip)
     np.testing.assert_allclose(row_of(made, "arm").actions[0, :, :3], clipped, atol=1e-6)
 
@@ -111,7 +112,7 @@ def test_delta_actions_are_relative_and_come_back(made: SimpleNamespace) -> None
 @pytest.fixture(scope="module")
 def mixed(made: SimpleNamespace) -> SimpleNamespace:
     """Parameters without a comfortable zero, a batch of all sources, and the losses' gradients."""
-    params = randomise(abstract_params(SMALL), jax.random.key(0))
+    params = randomize(abstract_params(SMALL), jax.random.key(0))
     order = made.mixture.order(8, 0)[0]
     batch = made.mixture.batch(*order)
     assert set(order[0].tolist()) == {0, 1, 2}
@@ -280,8 +281,8 @@ def test_a_bad_sample_among_the_held_out_ones(folder: Path, made: SimpleNamespac
     path.write_bytes(b"")
     config = dataclasses.replace(made.config, run=tmp_path, on_bad_sample="quarantine")
     try:
-        look = held_out_losses(config, made.data.mapping, {"scenes": unseen["scenes"]}, jax.random.key(0))
-        params = randomise(abstract_params(SMALL), jax.random.key(0))
+        look = make_held_out_losses(config, made.data.mapping, {"scenes": unseen["scenes"]}, jax.random.key(0))
+        params = randomize(abstract_params(SMALL), jax.random.key(0))
         found = look(TrainState(np.zeros((), np.int32), params, params, ()))
     finally:
         path.write_bytes(whole)

@@ -11,9 +11,9 @@ from small import CLOSE, SMALL, VARIANTS, by_leaf, difference, draws, gradients,
 
 import insula
 from insula.losses import compute_loss
-from insula.model import abstract_params, count_params, init_params, weight_table
 from insula.model.attention import attend_with_memory, memory_weights
 from insula.model.config import PI0, PI05, PRESETS, config_from_dict, preset
+from insula.model.params import abstract_params, count_params, init_params, weight_table
 from insula.model.vision import encode_images
 from insula.model.weights import is_weight
 from insula.testing import fake_batch
@@ -107,7 +107,7 @@ def test_pi05_builds_abstractly() -> None:
     total, metrics = jax.eval_shape(lambda p, b: compute_loss(p, PI05, b, key), abstract_params(PI05), batch)
     assert total.shape == metrics["flow"].shape == metrics["fast"].shape == ()
     assert PI05.num_image_tokens == 768 and PI05.num_memory == 968
-    assert PI05.vocab_size % PI05.vocab_chunk == 0
+    assert PI05.vocab_size % PI05.compute.vocab_chunk == 0
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -127,7 +127,7 @@ def test_fresh_parameters_match_the_table() -> None:
         by_leaf(params).items(), jax.tree.leaves(weight_table(config), is_leaf=is_weight), strict=True
     ):
         assert leaf.shape == weight.shape and leaf.dtype == np.float32, name
-        assert np.any(leaf) == (weight.start != "zeros"), name
+        assert np.any(leaf) == (weight.init != "zeros"), name
     assert difference(params, make(0)) == 0.0 < difference(params, make(1))
     assert insula.init_params is init_params
 
@@ -135,7 +135,7 @@ def test_fresh_parameters_match_the_table() -> None:
 def test_scan_is_the_unrolled_stack() -> None:
     """Losses and gradients. Control: other parameters."""
     params, batch = model()
-    scan = dataclasses.replace(SMALL, layers="scan")
+    scan = SMALL.with_compute(scan_layers=True)
     (_, a), (_, b) = (loss(params, config, batch) for config in (SMALL, scan))
     assert difference((a["flow"], a["fast"]), (b["flow"], b["fast"])) < CLOSE
     wanted, found = (gradients(params, config, batch)["total"] for config in (SMALL, scan))
@@ -147,7 +147,7 @@ def test_scan_is_the_unrolled_stack() -> None:
 def test_bfloat16_products_are_close() -> None:
     """They read 8 bits of mantissa and accumulate in float32; parameters, gradients and losses stay float32."""
     params, batch = model()
-    low = dataclasses.replace(SMALL, compute_dtype="bfloat16")
+    low = SMALL.with_compute(dtype="bfloat16")
     (total, a), (low_total, b) = (loss(params, config, batch) for config in (SMALL, low))
     assert total.dtype == low_total.dtype == jnp.float32
     for name in ("flow", "fast"):
@@ -213,13 +213,31 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
     ("changes", "message"),
     [
         ({"expert": VARIANTS["one key head, scan"]["expert"]}, "backbone.num_kv_heads is 2, expert.num_kv_heads is 1"),
-        ({"flow_samples": 0}, "flow_samples is 0"),
-        ({"ki_fast_loss_weight": float("nan")}, "ki_fast_loss_weight is nan"),
-        ({"ki_fast_loss_weight": -1.0}, "ki_fast_loss_weight is -1.0"),
-        ({"layers": "unroled"}, "did you mean 'unrolled'"),
-        ({"compute_dtype": "float16"}, "compute_dtype is 'float16'"),
+        ({"state_input": "tokn"}, "did you mean 'token'"),
     ],
 )
 def test_contradictions_are_refused(changes: dict, message: str, unchecked: None) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMALL, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"flow_samples": 0}, "flow_samples is 0"),
+        ({"ki_fast_loss_weight": float("nan")}, "ki_fast_loss_weight is nan"),
+        ({"ki_fast_loss_weight": -1.0}, "ki_fast_loss_weight is -1.0"),
+    ],
+)
+def test_impossible_objectives_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SMALL.with_objective(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"dtype": "float16"}, "dtype is 'float16'"), ({"vocab_chunk": 0}, "vocab_chunk is 0")],
+)
+def test_impossible_compute_settings_are_refused(changes: dict, message: str, unchecked: None) -> None:
+    with pytest.raises(ValueError, match=message):
+        SMALL.with_compute(**changes)

@@ -19,13 +19,13 @@ from small import SMALL, jit
 from insula import flow
 from insula.batch import Observation
 from insula.checkpoints.loading import load_params
-from insula.losses import average, flow_loss
-from insula.model import Params
+from insula.decode.flow import read_prefix, sample_actions
+from insula.losses import flow_matching_loss, masked_mean
 from insula.model.backbone import embed, run_layers
-from insula.model.config import Config, TransformerConfig, VisionConfig
+from insula.model.config import ModelConfig, TransformerConfig, VisionConfig
 from insula.model.expert import run_expert
+from insula.model.params import Params
 from insula.model.vision import encode_images
-from insula.policy import read_prefix, sample_actions
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch = pytest.importorskip("torch")
@@ -44,7 +44,7 @@ CASES = {
 }
 
 
-def config_of(cameras: int, heads: dict[str, int], patch: int, grid: int, vision: tuple[int, int]) -> Config:
+def config_of(cameras: int, heads: dict[str, int], patch: int, grid: int, vision: tuple[int, int]) -> ModelConfig:
     width, vision_heads = vision
     return dataclasses.replace(
         SMALL,
@@ -62,7 +62,7 @@ def config_of(cameras: int, heads: dict[str, int], patch: int, grid: int, vision
     )
 
 
-def theirs_of(config: Config) -> dict[str, Any]:
+def theirs_of(config: ModelConfig) -> dict[str, Any]:
     """The same sizes as PaliGemma's config wants them."""
     v, t = config.vision, config.backbone
     return {
@@ -95,7 +95,7 @@ def gemma(c: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def randomised(model: Any) -> Any:
+def randomized(model: Any) -> Any:
     """Every parameter drawn anew, norms and offsets too."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -106,14 +106,14 @@ def randomised(model: Any) -> Any:
 
 
 @functools.lru_cache
-def paligemma(case: str) -> tuple[Any, Config]:
+def paligemma(case: str) -> tuple[Any, ModelConfig]:
     config = config_of(*CASES[case])
     theirs = transformers.PaliGemmaConfig(**theirs_of(config), attn_implementation="eager")
-    return randomised(transformers.PaliGemmaForConditionalGeneration(theirs)), config
+    return randomized(transformers.PaliGemmaForConditionalGeneration(theirs)), config
 
 
 @pytest.fixture(params=CASES)
-def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Params, Config]:
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Params, ModelConfig]:
     """Their model, ours from the file they wrote, and the config."""
     theirs, config = paligemma(request.param)
     theirs.save_pretrained(tmp_path)
@@ -127,7 +127,7 @@ def close(ours: Any, theirs: Any) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-def observation(config: Config, suffix: bool) -> tuple[Observation, jax.Array]:
+def observation(config: ModelConfig, suffix: bool) -> tuple[Observation, jax.Array]:
     """Images, and each sample's prompt (then its suffix), padded on the right; and ar_mask [B, L]."""
     rng = np.random.default_rng(1)
     size, length = config.vision.image_size, config.max_token_len if suffix else config.max_prompt_len
@@ -143,13 +143,13 @@ def observation(config: Config, suffix: bool) -> tuple[Observation, jax.Array]:
     return jax.tree.map(jnp.asarray, (seen, (column >= prompt) & (column < end)))
 
 
-def pixels(seen: Observation, config: Config) -> Any:
+def pixels(seen: Observation, config: ModelConfig) -> Any:
     """[B, cameras, 3, h, w] in [−1, 1]."""
     stacked = np.stack([np.asarray(seen.images[name]) for name in config.cameras], axis=1)
     return torch.from_numpy(stacked.astype(np.float32) / 127.5 - 1).permute(0, 1, 4, 2, 3)
 
 
-def ids(seen: Observation, config: Config) -> tuple[Any, Any]:
+def ids(seen: Observation, config: ModelConfig) -> tuple[Any, Any]:
     """input_ids and attention_mask [B, T], image tokens first."""
     images = np.full((BATCH, config.num_image_tokens), VOCABULARY)
     tokens = np.concatenate([images, np.asarray(seen.tokens)], axis=1)
@@ -157,7 +157,7 @@ def ids(seen: Observation, config: Config) -> tuple[Any, Any]:
     return torch.from_numpy(tokens).long(), torch.from_numpy(real).long()
 
 
-def test_siglip_and_projector(pair: tuple[Any, Params, Config]) -> None:
+def test_siglip_and_projector(pair: tuple[Any, Params, ModelConfig]) -> None:
     theirs, params, config = pair
     seen, _ = observation(config, suffix=False)
     run = jit(lambda vision: encode_images(vision, config, seen.images))
@@ -170,7 +170,7 @@ def test_siglip_and_projector(pair: tuple[Any, Params, Config]) -> None:
 
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "bidirectional"])
-def test_gemma(pair: tuple[Any, Params, Config], bidirectional: bool) -> None:
+def test_gemma(pair: tuple[Any, Params, ModelConfig], bidirectional: bool) -> None:
     theirs, params, config = pair
     rng = np.random.default_rng(2)
     x = rng.normal(size=(BATCH, 9, config.backbone.width)).astype(np.float32)
@@ -184,7 +184,7 @@ def test_gemma(pair: tuple[Any, Params, Config], bidirectional: bool) -> None:
     assert close(run(params.backbone, ~causal)[real], expected.last_hidden_state[real]) > 1e-2
 
 
-def test_paligemma_logits_and_gradients(pair: tuple[Any, Params, Config]) -> None:
+def test_paligemma_logits_and_gradients(pair: tuple[Any, Params, ModelConfig]) -> None:
     """Prefix bidirectional, suffix causal, padding; and the gradient of the suffix's cross-entropy with respect to the
     embeddings of images and tokens."""
     theirs, params, config = pair
@@ -204,12 +204,12 @@ def test_paligemma_logits_and_gradients(pair: tuple[Any, Params, Config]) -> Non
     expected_loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
     (expected_gradient,) = torch.autograd.grad(expected_loss, both)
 
-    x, input_mask, block = jit(lambda p: embed(p.vision, p.backbone, config, seen, ar))(params)
-    assert close(x[np.asarray(input_mask)], both[attention == 1]) <= RELATIVE
+    x, token_mask, block = jit(lambda p: embed(p.vision, p.backbone, config, seen, ar))(params)
+    assert close(x[np.asarray(token_mask)], both[attention == 1]) <= RELATIVE
     right, scored = np.maximum(labels.numpy(), 0), labels.numpy() != -100
 
     def loss(x: jax.Array, backbone: Any) -> tuple[jax.Array, jax.Array]:
-        out = run_layers(backbone, config, x, input_mask, block).hidden @ backbone.embedding.T
+        out = run_layers(backbone, config, x, token_mask, block).hidden @ backbone.embedding.T
         own = jnp.take_along_axis(jax.nn.log_softmax(out[:, :-1]), right[..., None], axis=-1)[..., 0]
         return -jnp.sum(own * scored) / scored.sum(), out
 
@@ -231,7 +231,7 @@ def test_paligemma_logits_and_gradients(pair: tuple[Any, Params, Config]) -> Non
 
 
 @pytest.fixture(params=["two images, two key heads", "one image, one key head"])
-def pi0(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Params, Config]:
+def pi0(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Params, ModelConfig]:
     config = dataclasses.replace(config_of(*CASES[request.param]), state_input="token", time_input="mlp")
     theirs = transformers.PI0Config(
         vlm_config=theirs_of(config) | {"model_type": "paligemma"},
@@ -241,12 +241,12 @@ def pi0(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Params, Co
         max_action_dim=config.action_dim,
         attn_implementation="eager",
     )
-    model = randomised(transformers.PI0ForConditionalGeneration(theirs))
+    model = randomized(transformers.PI0ForConditionalGeneration(theirs))
     model.save_pretrained(tmp_path)
     return model, load_params(tmp_path, config, jax.random.key(0))[0], config
 
 
-def inputs(seen: Observation, config: Config) -> dict[str, Any]:
+def inputs(seen: Observation, config: ModelConfig) -> dict[str, Any]:
     tokens, attention = ids(seen, config)
     return {
         "state": torch.from_numpy(np.array(seen.state)),
@@ -257,7 +257,7 @@ def inputs(seen: Observation, config: Config) -> dict[str, Any]:
     }
 
 
-def test_pi0_flow_loss(pi0: tuple[Any, Params, Config]) -> None:
+def test_pi0_flow_loss(pi0: tuple[Any, Params, ModelConfig]) -> None:
     """For the same noise and a time of its own for each sample."""
     theirs, params, config = pi0
     seen, _ = observation(config, suffix=False)
@@ -270,7 +270,7 @@ def test_pi0_flow_loss(pi0: tuple[Any, Params, Config]) -> None:
         noisy = flow.add_noise(actions, noise, time)
         velocity = run_expert(params.expert, config, memory, seen.state, noisy[:, None], time[:, None])
         mask = jnp.ones((BATCH, 1, config.horizon, config.action_dim), bool)
-        return average(flow_loss(velocity, flow.target_velocity(actions, noise)[:, None], mask), mask)
+        return masked_mean(flow_matching_loss(velocity, flow.target_velocity(actions, noise)[:, None], mask), mask)
 
     with torch.no_grad():
         given = {"actions": torch.from_numpy(actions), "noise": torch.from_numpy(noise)}
@@ -282,7 +282,7 @@ def test_pi0_flow_loss(pi0: tuple[Any, Params, Config]) -> None:
     assert close(run(changed, actions, noise, time), expected) > 1e-3
 
 
-def test_pi0_samples(pi0: tuple[Any, Params, Config]) -> None:
+def test_pi0_samples(pi0: tuple[Any, Params, ModelConfig]) -> None:
     """Ten Euler steps from the same noise."""
     theirs, params, config = pi0
     seen, _ = observation(config, suffix=False)

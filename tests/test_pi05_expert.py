@@ -14,8 +14,8 @@ import pytest
 from small import SMALL, by_leaf, jit, model, transformer
 
 from insula import flow
-from insula.losses import average, flow_loss
-from insula.model.config import Config
+from insula.losses import flow_matching_loss, masked_mean
+from insula.model.config import ModelConfig
 from insula.model.expert import run_expert
 from insula.model.insulation import Memory
 
@@ -64,7 +64,7 @@ def modulate(x: np.ndarray, w: Weights, name: str, condition: np.ndarray) -> tup
 
 
 def velocity(
-    w: Weights, config: Config, keys: np.ndarray, values: np.ndarray, length: int, x: np.ndarray, t: float
+    w: Weights, config: ModelConfig, keys: np.ndarray, values: np.ndarray, length: int, x: np.ndarray, t: float
 ) -> np.ndarray:
     """One sample: keys, values [depth, M, G, E], of which `length` columns are visible; x [H, D]."""
     c = config.expert
@@ -93,7 +93,7 @@ def velocity(
 
 @pytest.fixture(params=CONFIGS)
 def setting(request: pytest.FixtureRequest, np_rng: np.random.Generator):
-    """Config, our expert and memory, and the same as float64 NumPy."""
+    """ModelConfig, our expert and memory, and the same as float64 NumPy."""
     config = CONFIGS[request.param]
     expert = model(config)[0].expert
     c = config.expert
@@ -105,7 +105,9 @@ def setting(request: pytest.FixtureRequest, np_rng: np.random.Generator):
     return config, expert, memory, weights, noisy
 
 
-def expected_velocity(config: Config, weights: dict, memory: Memory, x: np.ndarray, time: np.ndarray) -> np.ndarray:
+def expected_velocity(
+    config: ModelConfig, weights: dict, memory: Memory, x: np.ndarray, time: np.ndarray
+) -> np.ndarray:
     keys, values = (np.asarray(leaf, np.float64) for leaf in (memory.keys, memory.values))
     rows = [velocity(weights, config, keys[:, i], values[:, i], LENGTHS[i], x[i], time[i]) for i in range(2)]
     return np.stack(rows)
@@ -125,7 +127,7 @@ def test_velocity_and_flow_loss(setting, np_rng: np.random.Generator) -> None:
         noisy = flow.add_noise(actions, noise, time)
         out = run_expert(expert, config, memory, state, noisy[:, None], time[:, None])[:, 0]
         mask = jnp.ones(out.shape, bool)
-        return out, average(flow_loss(out, flow.target_velocity(actions, noise), mask), mask)
+        return out, masked_mean(flow_matching_loss(out, flow.target_velocity(actions, noise), mask), mask)
 
     ours = jit(run)
     t = time[:, None, None].astype(np.float64)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from small import SMALL, by_leaf
 
-from insula import pretrain as pretraining
 from insula.checkpoints.loading import load_params
 from insula.model.config import TINY
-from insula.pretrain import PretrainConfig, pretrain, question_tokenizer
-from insula.sim.seeds import PRETRAINING
+from insula.pretrain import run as pretraining
+from insula.pretrain.run import PretrainConfig, pretrain, question_tokenizer
 from insula.train.loop import Every
-from insula.train.optimiser import OptimiserConfig
+from insula.train.optimizer import OptimizerConfig
+from insula.worlds.seeds import PRETRAINING
 
 MODEL = dataclasses.replace(
     SMALL,
@@ -38,11 +38,11 @@ def settings(out: Path) -> PretrainConfig:
         steps=6,
         batch_size=4,
         checkpoint_every=2,
-        optimiser=OptimiserConfig(warmup_steps=1),
+        optimizer=OptimizerConfig(warmup_steps=1),
     )
 
 
-def learnt(out: Path) -> dict[str, np.ndarray]:
+def learned(out: Path) -> dict[str, np.ndarray]:
     params, _ = load_params(out / "backbone.safetensors", MODEL, jax.random.key(0), ["expert.*"])
     return by_leaf({"vision": params.vision, "backbone": params.backbone})
 
@@ -79,7 +79,7 @@ def test_interrupted_and_started_again_equals_uninterrupted(
     assert not (tmp_path / "backbone.safetensors").exists()
     pretrain(settings(tmp_path), question_tokenizer(MODEL))
 
-    whole, resumed = learnt(finished), learnt(tmp_path)
+    whole, resumed = learned(finished), learned(tmp_path)
     assert all(np.array_equal(whole[name], resumed[name]) for name in whole)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) == 6 and steps.count(3) == 1

@@ -17,7 +17,7 @@ from insula.data.questions import QuestionSamples, pictures
 from insula.data.samples import Sizes
 from insula.errors import DatasetError
 from insula.model.config import TINY
-from insula.pretrain import question_tokenizer
+from insula.pretrain.run import question_tokenizer
 from insula.tokens.sequence import FASTTokenizer
 
 SIZES = Sizes(6, 5, 7, {"front": (16, 16), "wrist": (16, 16)})

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from insula.evaluate.closed_loop import ClosedLoop, Episode, Recording
+from insula.evaluate.closed_loop import ClosedLoop, EpisodeResult, Recording
 from insula.page.html import Html, tag, text
 from insula.report import Report, charts, machine, read_metrics, render, versions, write_report
 
@@ -30,7 +30,7 @@ def recording(index: int, success: bool, task: str = "put the red block in the b
             disc = (x - 0.2 - 0.025 * t) ** 2 + (y - 0.4 - 0.1 * camera) ** 2 < 0.02
             frame[:, camera * size : (camera + 1) * size] = np.where(disc[..., None], (200, 40, 40), (180, 185, 190))
     frames += rng.integers(0, 8, frames.shape, np.uint8)
-    return Recording(Episode(1_000_000 + index, index % 2 == 1, success, not success, 24, task), frames)
+    return Recording(EpisodeResult(1_000_000 + index, index % 2 == 1, success, not success, 24, task), frames)
 
 
 def full(recordings: int = 6, **changes: Any) -> Report:
@@ -40,7 +40,7 @@ def full(recordings: int = 6, **changes: Any) -> Report:
     rows = [(i, s) for i in range(100) for s in (False, True)]
     won = rng.random(200) < 0.8
     episodes = tuple(
-        Episode(
+        EpisodeResult(
             1_000_000 + i, s, bool(w), not w and bool(i % 2), 31 if w else 100, "put the red block in the blue bowl"
         )
         for (i, s), w in zip(rows, won, strict=True)
@@ -49,7 +49,7 @@ def full(recordings: int = 6, **changes: Any) -> Report:
     steps = range(20, 3001, 20)
     training = [{"step": s, "flow": 0.1 + 20 / s, "fast": 1 + 90 / s, "token_accuracy": 1 - 9 / (s + 9)} for s in steps]
     held = [{"step": t["step"]} | {f"held_out/{k}": 0.9 * v for k, v in t.items()} for t in training[24::25]]
-    kinds = ("block", "bowl", "colours", "count", "gripper", "holding", "side")
+    kinds = ("block", "bowl", "colors", "count", "gripper", "holding", "side")
     known = {
         "before": {"accuracy": dict.fromkeys(kinds, 0.97), "location_error": 1.2, "answered": 1600},
         "after": {"accuracy": dict.fromkeys(kinds, 0.88) | {"count": 0.99}, "location_error": 2.9, "answered": 1600},
@@ -154,7 +154,7 @@ def test_it_stays_small_whatever_is_recorded() -> None:
 
 def test_light_dark_and_phone(page: str) -> None:
     assert "prefers-color-scheme: dark" in page and "width=device-width" in page
-    assert not any(colour in page for colour in charts.THEME)  # every line of the charts follows the theme
+    assert not any(color in page for color in charts.THEME)  # every line of the charts follows the theme
     assert "var(--held)" in page and "prefers-reduced-motion" in page
 
 

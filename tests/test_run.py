@@ -10,19 +10,20 @@ import numpy as np
 import pytest
 
 from insula import losses
-from insula.assets import read_assets
-from insula.certificate import CERTIFICATE_FILE, read_certificate
+from insula.certificate import read_certificate
 from insula.checkpoints.store import CheckpointStore
-from insula.collect import collect
+from insula.collect.demonstrations import collect
 from insula.convert import convert
 from insula.errors import CheckpointError, DatasetError, InsulationError
-from insula.model import abstract_params
-from insula.model.config import TINY, Config, TransformerConfig, VisionConfig
+from insula.model.config import TINY, ModelConfig, TransformerConfig, VisionConfig
+from insula.model.params import abstract_params
 from insula.policy import Policy
+from insula.runs.assets import read_assets
+from insula.runs.folder import CERTIFICATE_FILE
 from insula.train import run as training
 from insula.train.config import TrainConfig
 from insula.train.loop import Every
-from insula.train.optimiser import OptimiserConfig
+from insula.train.optimizer import OptimizerConfig
 
 SMALL = dataclasses.replace(
     TINY,
@@ -45,7 +46,7 @@ def settings(data: Path | None, run: Path, **changes: object) -> TrainConfig:
         run=run,
         data=data,
         model=SMALL,
-        optimiser=OptimiserConfig(warmup_steps=2),
+        optimizer=OptimizerConfig(warmup_steps=2),
         steps=STEPS,
         batch_size=4,
         from_scratch=True,
@@ -70,7 +71,7 @@ def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def final_params(run: Path, config: Config) -> list[np.ndarray]:
+def final_params(run: Path, config: ModelConfig) -> list[np.ndarray]:
     with CheckpointStore(run / "checkpoints") as store:
         return [np.asarray(leaf) for leaf in jax.tree.leaves(store.restore("params", abstract_params(config)))]
 
@@ -135,7 +136,7 @@ def observation(task: str = "put the red block in the blue bowl") -> dict:
 def test_serving_tokens_are_the_prefix_of_training(finished: Path) -> None:
     policy = Policy.load(finished)
     seen = policy.observe([observation()])
-    state = policy.robot.stats["state"].normalise(observation()["state"])
+    state = policy.robot.stats["state"].normalize(observation()["state"])
     trained = policy.assets.tokenizer.tokenize(observation()["task"], state, np.zeros((6, 7)))
     prefix = trained.tokens[trained.token_mask & ~trained.ar_mask]
     assert np.array_equal(seen.tokens[0][seen.token_mask[0]], prefix)
@@ -197,7 +198,7 @@ def test_assets_round_trip(finished: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_starts_from_a_checkpoint(data: Path, finished: Path, tmp_path: Path) -> None:
-    """Its weights, its tokenizers; what is initialised afresh is asked for and recorded."""
+    """Its weights, its tokenizers; what is initialized afresh is asked for and recorded."""
     convert(finished, tmp_path / "weights", "insula")
     tokenizers = read_assets(tmp_path / "weights").tokenizer
     config = settings(
@@ -244,7 +245,7 @@ def test_every_checkpoint_certifies_its_own_insulation(finished: Path) -> None:
 
 
 def test_a_run_without_insulation_says_so(data: Path, tmp_path: Path) -> None:
-    model = dataclasses.replace(SMALL, knowledge_insulation=False)
+    model = SMALL.with_objective(knowledge_insulation=False)
     config = settings(data, tmp_path / "joint", model=model, steps=2, certify=True)
     assert training.train(config, quiet=True)
     with CheckpointStore(config.run / "checkpoints") as store:

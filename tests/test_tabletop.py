@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-import insula.sim
-from insula.sim import expert, rendering, seeds
-from insula.sim.instructions import COLOURS, all_instructions, instruction, parse
-from insula.sim.scene import BOWL_RADIUS, GRIPPER_HIGH, GRIPPER_LOW
-from insula.sim.tabletop import FINGER_TRAVEL, MAX_STEP, TabletopEnv
+import insula.worlds.tabletop
+from insula.worlds import seeds
+from insula.worlds.tabletop import demonstrator, rendering
+from insula.worlds.tabletop.environment import FINGER_TRAVEL, MAX_STEP, TabletopEnv
+from insula.worlds.tabletop.instructions import COLORS, all_instructions, instruction, parse
+from insula.worlds.tabletop.scene import BOWL_RADIUS, GRIPPER_HIGH, GRIPPER_LOW
 
 
 @pytest.fixture(scope="module")
 def env():
-    made = gymnasium.make(insula.sim.TABLETOP, disable_env_checker=True)
+    made = gymnasium.make(insula.worlds.tabletop.TABLETOP, disable_env_checker=True)
     yield made
     made.close()
 
@@ -25,15 +26,15 @@ def drive(env, task, seed=0, options=None):
     """Let the expert do `task`, whatever the instruction was; info at the end."""
     _, info = env.reset(seed=seed, options=options)
     for _ in range(60):
-        _, _, done, _, info = env.step(expert.act(env.unwrapped.table(), task))
+        _, _, done, _, info = env.step(demonstrator.act(env.unwrapped.table(), task))
         if done:
             break
     return info
 
 
 def others(table, task):
-    block = next(b.colour for b in table.blocks if b.colour != task[0])
-    return block, next(b.colour for b in table.bowls if b.colour != task[1])
+    block = next(b.color for b in table.blocks if b.color != task[0])
+    return block, next(b.color for b in table.bowls if b.color != task[1])
 
 
 # --- scenes ---------------------------------------------------------------------------------------------------------
@@ -69,16 +70,16 @@ def test_swap_keeps_the_scene_and_changes_block_and_bowl(env, seed):
     (block, bowl), (other_block, other_bowl) = parse(plain["task"]), parse(swapped["task"])
     assert block != other_block and bowl != other_bowl
     facts = env.unwrapped.facts().table
-    assert other_block in {b.colour for b in facts.blocks} and other_bowl in {b.colour for b in facts.bowls}
+    assert other_block in {b.color for b in facts.blocks} and other_bowl in {b.color for b in facts.bowls}
 
 
-def test_task_option_asks_for_a_pair_and_refuses_absent_colours(env):
+def test_task_option_asks_for_a_pair_and_refuses_absent_colors(env):
     env.reset(seed=5)
     table = env.unwrapped.table()
     pair = others(table, env.unwrapped.task)
     assert env.reset(seed=5, options={"task": pair})[0]["task"] == instruction(*pair)
-    absent = next(c for c in COLOURS if c not in {b.colour for b in table.blocks})
-    with pytest.raises(ValueError, match=f"block colour in this scene: got '{absent}'"):
+    absent = next(c for c in COLORS if c not in {b.color for b in table.blocks})
+    with pytest.raises(ValueError, match=f"block color in this scene: got '{absent}'"):
         env.reset(seed=5, options={"task": (absent, pair[1])})
     with pytest.raises(ValueError, match="both 'swap' and 'task'"):
         env.reset(seed=5, options={"task": pair, "swap": True})
@@ -86,11 +87,11 @@ def test_task_option_asks_for_a_pair_and_refuses_absent_colours(env):
         env.reset(seed=5, options={"swop": True})
 
 
-def test_colours_are_distinct_and_nothing_overlaps(env):
+def test_colors_are_distinct_and_nothing_overlaps(env):
     for seed in range(50):
         env.reset(seed=seed)
         table = env.unwrapped.table()
-        assert len({b.colour for b in table.blocks}) == 3 and len({b.colour for b in table.bowls}) == 2
+        assert len({b.color for b in table.blocks}) == 3 and len({b.color for b in table.bowls}) == 2
         spots = [b.position[:2] for b in table.blocks]
         gaps = [np.hypot(*(a - b)) for i, a in enumerate(spots) for b in spots[:i]]
         assert min(gaps) > 0.08
@@ -118,15 +119,15 @@ def test_gymnasium_accepts_it():
     made.close()
 
 
-def test_randomise_covers_heights_grasps_and_bowls(env):
+def test_randomize_covers_heights_grasps_and_bowls(env):
     env.reset(seed=0)
     rng, tables = np.random.default_rng(0), []
     for _ in range(120):
-        observation = env.unwrapped.randomise(rng)
+        observation = env.unwrapped.randomize(rng)
         assert env.observation_space.contains(observation)
         tables.append(env.unwrapped.table())
     held = [t for t in tables if t.held]
-    resting = [t for t in tables if any(t.container(b.colour) for b in t.blocks)]
+    resting = [t for t in tables if any(t.container(b.color) for b in t.blocks)]
     heights = np.array([t.gripper[2] for t in tables])
     assert 0.12 < len(held) / 120 < 0.4 and 0.12 < len(resting) / 120 < 0.4
     assert heights.min() < 0.04 and heights.max() > 0.16
@@ -213,7 +214,7 @@ def test_a_held_block_over_its_bowl_is_no_success_yet(env):
     for _ in range(60):
         table = tabletop.table()
         above = np.hypot(*(table.gripper - table.bowl(tabletop.task[1]).position)[:2]) < BOWL_RADIUS
-        _, _, done, _, info = env.step(expert.act(table, tabletop.task))
+        _, _, done, _, info = env.step(demonstrator.act(table, tabletop.task))
         if above and info["held"] == tabletop.task[0]:
             seen += 1
             assert not info["success"]
@@ -224,7 +225,7 @@ def test_a_held_block_over_its_bowl_is_no_success_yet(env):
 
 def test_time_limit_truncates(env):
     env.reset(seed=0)
-    ends = [env.step(np.zeros(7))[2:4] for _ in range(insula.sim.MAX_EPISODE_STEPS)]
+    ends = [env.step(np.zeros(7))[2:4] for _ in range(insula.worlds.tabletop.MAX_EPISODE_STEPS)]
     assert ends[-1] == (False, True) and not any(done for done, late in ends[:-1] if late)
 
 
@@ -234,14 +235,14 @@ def test_time_limit_truncates(env):
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_expert_solves_unseen_scenes(env, noise):
     rng = np.random.default_rng(0)
-    episodes = [expert.rollout(env, rng, noise, seed=seed) for seed in seeds.EVALUATION.take(12)]
+    episodes = [demonstrator.rollout(env, rng, noise, seed=seed) for seed in seeds.EVALUATION.take(12)]
     assert sum(e.success for e in episodes) >= 11
     assert np.mean([len(e.labels) for e in episodes]) < 45
 
 
 def test_dart_executes_noise_and_records_the_clean_action(env):
-    noisy = expert.rollout(env, np.random.default_rng(0), 0.3, seed=2)
-    clean = expert.rollout(env, np.random.default_rng(0), 0.0, seed=2)
+    noisy = demonstrator.rollout(env, np.random.default_rng(0), 0.3, seed=2)
+    clean = demonstrator.rollout(env, np.random.default_rng(0), 0.0, seed=2)
     assert np.array_equal(clean.labels, clean.executed)
     assert np.abs(noisy.labels - noisy.executed)[:, [0, 1, 2, 5]].max() > 0.1
     assert np.array_equal(noisy.labels[:, [3, 4, 6]], noisy.executed[:, [3, 4, 6]])
@@ -251,8 +252,8 @@ def test_dart_executes_noise_and_records_the_clean_action(env):
 def test_expert_label_is_bounded_anywhere(env):
     tabletop, rng = env.unwrapped, np.random.default_rng(4)
     for _ in range(40):
-        tabletop.randomise(rng)
-        label = expert.act(tabletop.table(), tabletop.task)
+        tabletop.randomize(rng)
+        label = demonstrator.act(tabletop.table(), tabletop.task)
         assert np.isfinite(label).all() and np.abs(label).max() <= 1
 
 
@@ -260,9 +261,9 @@ def test_expert_recovers_from_anywhere(env):
     env.reset(seed=0)
     tabletop, rng, solved = env.unwrapped, np.random.default_rng(1), 0
     for _ in range(10):
-        tabletop.randomise(rng)
+        tabletop.randomize(rng)
         for _ in range(80):
-            if env.unwrapped.step(expert.act(tabletop.table(), tabletop.task))[2]:
+            if env.unwrapped.step(demonstrator.act(tabletop.table(), tabletop.task))[2]:
                 solved += 1
                 break
     assert solved >= 8

@@ -18,7 +18,7 @@ from insula.tokens.text import PALIGEMMA_TOKENS, TextTokenizer, embedded, load
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "Task: put the red block in the blue bowl, State: 12 200 34 128 255;\nAction: "
-COLOURS = ["red", "green", "blue", "yellow", "purple", "orange"]
+COLORS = ["red", "green", "blue", "yellow", "purple", "orange"]
 WORDS = """
     put pick place move push pull open close turn stack take lift grasp release the a in on to of from and or left
     right top bottom front behind block blocks bowl bowls cube cup plate drawer basket gripper robot table camera wrist
@@ -54,7 +54,7 @@ def train_sentencepiece(path: Path, symbols: list[str]) -> Path:
         pytest.skip("sentencepiece is not installed")
     import sentencepiece
 
-    lines = [f"put the {one} block in the {other} bowl | 0 1 2" for one in COLOURS for other in COLOURS]
+    lines = [f"put the {one} block in the {other} bowl | 0 1 2" for one in COLORS for other in COLORS]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
@@ -87,7 +87,7 @@ def test_the_embedded_tokenizer_has_its_shape() -> None:
 
 
 def test_bins_and_robot_words_are_one_token_each() -> None:
-    for word in [*map(str, range(256)), *COLOURS, *WORDS.split()]:
+    for word in [*map(str, range(256)), *COLORS, *WORDS.split()]:
         assert len(embedded().encode(f" {word}")) == 1, word
 
 

@@ -10,9 +10,10 @@ import pytest
 from small import SMALL, difference, gradients, jit, largest, loss, model, prefix, replace_observation, transformer
 
 from insula.batch import Batch
-from insula.losses import cross_entropy, language_loss
-from insula.model import abstract_params
-from insula.testing import fake_batch, randomise
+from insula.losses import language_loss
+from insula.model.cross_entropy import cross_entropy
+from insula.model.params import abstract_params
+from insula.testing import fake_batch, randomize
 
 IMAGES = SMALL.num_image_tokens
 
@@ -42,9 +43,9 @@ def test_random_strings_cannot_be_learned() -> None:
     config = dataclasses.replace(
         SMALL, backbone=transformer(16, 2), vocab_size=8, max_prompt_len=1, max_fast_len=6, cameras=("front",)
     )
-    params = jit(lambda key: randomise(abstract_params(config), key))(jax.random.key(0))
+    params = jit(lambda key: randomize(abstract_params(config), key))(jax.random.key(0))
     params = jax.tree.map(lambda leaf: 0.5 * leaf, params)
-    optimiser = optax.adam(1e-2)
+    optimizer = optax.adam(1e-2)
     like = jit(lambda key: fake_batch(config, batch_size, key))(jax.random.key(1))
     real = jnp.ones((batch_size, config.max_token_len), bool)
     fast = real.at[:, 0].set(False)
@@ -57,11 +58,11 @@ def test_random_strings_cannot_be_learned() -> None:
             batch = dataclasses.replace(like, ar_mask=ar_mask, loss_mask=fast)
             batch = replace_observation(batch, tokens=tokens, token_mask=real, image_mask=absent)
             value, gradient = jax.value_and_grad(lambda p: language_loss(p, config, batch, key)[0])(params)
-            updates, state = optimiser.update(gradient, state)
+            updates, state = optimizer.update(gradient, state)
             return (optax.apply_updates(params, updates), state), value
 
         keys = jax.random.split(jax.random.key(2), steps)
-        return jax.lax.scan(step, (params, optimiser.init(params)), keys)[1]
+        return jax.lax.scan(step, (params, optimizer.init(params)), keys)[1]
 
     run = jit(train)
     causal, copied = (np.asarray(run(mask))[-50:].mean() for mask in (fast, jnp.zeros_like(fast)))
@@ -98,7 +99,7 @@ def test_it_scores_exactly_the_mask() -> None:
 
 
 def test_nothing_to_score_is_zero() -> None:
-    """No tokenised prompt, or no scored token: 0, finite gradients, and the flow loss as ever."""
+    """No tokenized prompt, or no scored token: 0, finite gradients, and the flow loss as ever."""
     params, batch = model()
     assert largest(gradients(params, SMALL, batch)["fast"]) > 0
     unscored = dataclasses.replace(batch, loss_mask=jnp.zeros_like(batch.loss_mask))

@@ -1,4 +1,4 @@
-"""One update, many updates, and what survives an interruption: optimisers per part, checkpoints, the loop."""
+"""One update, many updates, and what survives an interruption: optimizers per part, checkpoints, the loop."""
 
 import dataclasses
 import json
@@ -16,21 +16,21 @@ from small import SMALL, by_leaf, difference, jit, largest, model
 
 from insula.checkpoints.store import CheckpointStore
 from insula.errors import CheckpointError, NonFiniteError
-from insula.model import Params
+from insula.model.params import Params
 from insula.train.loop import Every, MetricsLog, fit
-from insula.train.optimiser import OptimiserConfig, make_optimiser
-from insula.train.step import TrainState, make_train_step, start_state
+from insula.train.optimizer import OptimizerConfig, make_optimizer
+from insula.train.step import TrainState, make_train_state, make_train_step
 
-SETTINGS = OptimiserConfig(warmup_steps=1, ema_decay=0.9)
+SETTINGS = OptimizerConfig(warmup_steps=1, ema_decay=0.9)
 
 
-def training(**changes: object):
+def training(**objective: object):
     """A step function, and a state to start from."""
-    config = dataclasses.replace(SMALL, **changes)
+    config = SMALL.with_objective(**objective)
     params, batch = model(config)
-    optimiser = make_optimiser(SETTINGS, config, 10)
-    step = jit(make_train_step(config, optimiser, SETTINGS.ema_decay, jax.random.key(1)))
-    return step, lambda: start_state(jax.tree.map(jnp.copy, params), optimiser), batch
+    optimizer = make_optimizer(SETTINGS, config, 10)
+    step = jit(make_train_step(config, optimizer, SETTINGS.ema_decay, jax.random.key(1)))
+    return step, lambda: make_train_state(jax.tree.map(jnp.copy, params), optimizer), batch
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_the_average_follows_the_parameters(usual) -> None:
         state, _ = step(state, batch)
         decay = min(SETTINGS.ema_decay, (1 + n) / (10 + n))
         average = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * np.asarray(p), average, state.params)
-    assert difference(state.average, average) < 1e-6 < difference(state.average, state.params)
+    assert difference(state.ema_params, average) < 1e-6 < difference(state.ema_params, state.params)
 
 
 def test_two_runs_are_the_same(usual) -> None:
@@ -82,26 +82,26 @@ def test_two_runs_are_the_same(usual) -> None:
     assert difference(first, second) == 0.0 < difference(first.params, run(step, start(), batch, 4).params)
 
 
-def updates_for(optimiser, gradient: Params, params: Params, steps: int = 2) -> Params:
+def updates_for(optimizer, gradient: Params, params: Params, steps: int = 2) -> Params:
     @jit
     def go(gradient, params):
-        state = optimiser.init(params)
+        state = optimizer.init(params)
         for _ in range(steps):
-            updates, state = optimiser.update(gradient, state, params)
+            updates, state = optimizer.update(gradient, state, params)
         return updates
 
     return go(gradient, params)
 
 
 def test_a_huge_backbone_gradient_does_not_throttle_the_expert() -> None:
-    """Clipping and optimiser per part. Control: one clipping for all parts does throttle it."""
+    """Clipping and optimizer per part. Control: one clipping for all parts does throttle it."""
     params, _ = model()
     gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e-3), params)
     huge = dataclasses.replace(gradient, backbone=jax.tree.map(lambda leaf: 1e6 * leaf, gradient.backbone))
-    ours = make_optimiser(dataclasses.replace(SETTINGS, warmup_steps=0), SMALL, 10)
+    ours = make_optimizer(dataclasses.replace(SETTINGS, warmup_steps=0), SMALL, 10)
     a, b = (updates_for(ours, g, params) for g in (gradient, huge))
     assert difference(a.expert, b.expert) == 0.0 < largest(a.expert)
-    # SGD shows what Adam's normalisation would hide.
+    # SGD shows what Adam's normalization would hide.
     shared = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0))
     a, b = (updates_for(shared, g, params) for g in (gradient, huge))
     assert largest(b.expert) < 1e-3 * largest(a.expert)
@@ -113,14 +113,14 @@ def test_a_part_is_clipped_by_its_own_norm() -> None:
     small_gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1.0), params)
 
     def second_update(clip: float):
-        optimiser = make_optimiser(
+        optimizer = make_optimizer(
             dataclasses.replace(SETTINGS, clip_norm=clip, warmup_steps=0, weight_decay=0.0), SMALL, 10
         )
 
         @jit
         def go(gradient, params):
-            _, state = optimiser.update(gradient, optimiser.init(params), params)
-            return optimiser.update(jax.tree.map(lambda leaf: 100 * leaf, gradient), state, params)[0]
+            _, state = optimizer.update(gradient, optimizer.init(params), params)
+            return optimizer.update(jax.tree.map(lambda leaf: 100 * leaf, gradient), state, params)[0]
 
         return go(small_gradient, params)
 
@@ -132,8 +132,8 @@ def test_weight_decay_moves_matrices_only() -> None:
     deep = dataclasses.replace(SMALL.backbone, depth=10)
     config = dataclasses.replace(SMALL, backbone=deep, expert=dataclasses.replace(SMALL.expert, depth=10))
     params, _ = model(config)
-    optimiser = make_optimiser(dataclasses.replace(SETTINGS, warmup_steps=0), config, 10)
-    updates = by_leaf(updates_for(optimiser, jax.tree.map(jnp.zeros_like, params), params))
+    optimizer = make_optimizer(dataclasses.replace(SETTINGS, warmup_steps=0), config, 10)
+    updates = by_leaf(updates_for(optimizer, jax.tree.map(jnp.zeros_like, params), params))
     still = {name for name, update in updates.items() if not update.any()}
     vectors = {name for name in updates if "norm" in name or name.endswith("bias") or name == "vision.position"}
     assert still == vectors and len(vectors) < len(updates)
@@ -146,7 +146,7 @@ def saved(usual, tmp_path_factory: pytest.TempPathFactory):
     state = run(step, start(), batch, 2)
     directory = tmp_path_factory.mktemp("run") / "checkpoints"
     with CheckpointStore(directory) as store:
-        store.save(2, state.average, state, lambda path: (path / "note.txt").write_text("all that travels") and None)
+        store.save(2, state.ema_params, state, lambda path: (path / "note.txt").write_text("all that travels") and None)
     return directory, state
 
 
@@ -156,7 +156,7 @@ def test_a_restored_run_continues_bit_for_bit(usual, saved) -> None:
     with CheckpointStore(directory) as store:
         assert store.latest() == 2 and (store.assets() / "note.txt").read_text() == "all that travels"
         restored = store.restore("train_state", start())
-        assert difference(store.restore("params", start().params), state.average) == 0.0
+        assert difference(store.restore("params", start().params), state.ema_params) == 0.0
     assert difference(restored, state) == 0.0
     assert difference(run(step, restored, batch, 2), run(step, start(), batch, 4)) == 0.0
 

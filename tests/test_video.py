@@ -17,7 +17,7 @@ from insula.errors import DatasetError
 WRITERS = {"v2.1": v21, "v3.0": v30}
 NUMBERS = [(e, i) for e, n in enumerate(LENGTHS) for i in range(n)]
 PICTURES = np.stack([picture(e, i) for e, i in NUMBERS])
-CODEC_ERROR = 4  # grey levels; neighbouring frames differ by 12
+CODEC_ERROR = 4  # grey levels; neighboring frames differ by 12
 
 
 @pytest.fixture(params=[(v, c) for v in WRITERS for c in ("libx264", "libsvtav1")], ids=lambda p: " ".join(p))
@@ -38,7 +38,7 @@ def test_every_frame_is_the_one_asked_for(root: Path, cache_bytes: int) -> None:
     assert off(dataset.images(CAMERA, order), order) < CODEC_ERROR
     again = [3, 3, 0, 20]
     assert off(dataset.images(CAMERA, again), again) < CODEC_ERROR
-    assert off(dataset.images(CAMERA, order), (order + 1) % len(order)) > CODEC_ERROR  # the control: neighbours
+    assert off(dataset.images(CAMERA, order), (order + 1) % len(order)) > CODEC_ERROR  # the control: neighbors
 
 
 @pytest.mark.parametrize("video", [True, False])

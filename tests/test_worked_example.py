@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from insula.losses import average, compute_loss, flow_loss, scored_tokens
-from insula.model import init_params
+from insula.losses import compute_loss, flow_matching_loss, masked_mean, scored_tokens
 from insula.model.backbone import run_backbone
 from insula.model.config import TINY, TransformerConfig, VisionConfig
-from insula.testing import fake_batch, randomise
+from insula.model.params import init_params
+from insula.testing import fake_batch, randomize
 from insula.tokens.masks import make_attn_mask, visible_to_expert
 
 PROMPT, FAST, IMAGES = 4, 48, 512
@@ -26,14 +26,12 @@ CONFIG = dataclasses.replace(
     max_fast_len=FAST,
     horizon=16,
     action_dim=8,
-    ki_fast_loss_weight=0.3,
-    flow_samples=1,
-)
+).with_objective(ki_fast_loss_weight=0.3, flow_samples=1)
 
 
 @pytest.fixture(scope="module")
 def example():
-    params = randomise(init_params(CONFIG, jax.random.key(0)), jax.random.key(1))
+    params = randomize(init_params(CONFIG, jax.random.key(0)), jax.random.key(1))
     batch = fake_batch(CONFIG, 2, jax.random.key(2))
     suffix = jnp.broadcast_to(jnp.arange(PROMPT + FAST) >= PROMPT, (2, PROMPT + FAST))
     observation = dataclasses.replace(batch.observation, token_mask=jnp.ones_like(suffix))
@@ -43,15 +41,17 @@ def example():
 def test_token_loss_scores_exactly_the_last_48_of_564(example) -> None:
     params, batch = example
     targets = scored_tokens(batch, CONFIG)
-    assert targets.used.all() and targets.label.shape == (2, 48)
-    np.testing.assert_array_equal(targets.label, batch.observation.tokens[:, -48:])
-    np.testing.assert_array_equal(targets.read[0], np.arange(515, 563))  # each is predicted by the position before it
+    assert targets.valid.all() and targets.labels.shape == (2, 48)
+    np.testing.assert_array_equal(targets.labels, batch.observation.tokens[:, -48:])
+    np.testing.assert_array_equal(
+        targets.positions[0], np.arange(515, 563)
+    )  # each is predicted by the position before it
 
     def hidden(read: np.ndarray | None) -> np.ndarray:
         return run_backbone(params.vision, params.backbone, CONFIG, batch.observation, batch.ar_mask, read).hidden
 
     assert hidden(None).shape[1] == 564
-    np.testing.assert_allclose(hidden(targets.read), hidden(None)[:, 515:563], atol=1e-5)
+    np.testing.assert_allclose(hidden(targets.positions), hidden(None)[:, 515:563], atol=1e-5)
 
 
 def test_losses_and_their_sum(example) -> None:
@@ -62,12 +62,12 @@ def test_losses_and_their_sum(example) -> None:
 
     error = jax.random.normal(jax.random.key(4), (2, 16, 8))
     real = jnp.ones((2, 16, 8), bool)
-    per_step = flow_loss(error, jnp.zeros_like(error), real)
+    per_step = flow_matching_loss(error, jnp.zeros_like(error), real)
     assert per_step.shape == (2, 16)
-    np.testing.assert_allclose(average(per_step, real), np.square(error).mean(), rtol=1e-5)
+    np.testing.assert_allclose(masked_mean(per_step, real), np.square(error).mean(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("nothing", ["no tokenised prompt", "no scored token"])
+@pytest.mark.parametrize("nothing", ["no tokenized prompt", "no scored token"])
 def test_nothing_to_score_is_zero_and_finite(example, nothing: str) -> None:
     params, batch = example
     if nothing == "no scored token":

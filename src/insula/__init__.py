@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from insula import testing as testing
     from insula.losses import compute_loss as compute_loss
-    from insula.model import Params as Params
-    from insula.model import init_params as init_params
-    from insula.model.config import Config as Config
+    from insula.model.config import ModelConfig as ModelConfig
     from insula.model.config import preset as preset
+    from insula.model.params import Params as Params
+    from insula.model.params import init_params as init_params
     from insula.policy import Policy as Policy
     from insula.tokens.fast import FASTCodec as FASTCodec
     from insula.tokens.masks import make_attn_mask as make_attn_mask
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 __version__ = version("insula")
 
 _HOME = {
-    "Config": "insula.model.config",
+    "ModelConfig": "insula.model.config",
     "FASTCodec": "insula.tokens.fast",
     "FASTTokenizer": "insula.tokens.sequence",
-    "Params": "insula.model",
+    "Params": "insula.model.params",
     "Policy": "insula.policy",
     "compute_loss": "insula.losses",
-    "init_params": "insula.model",
+    "init_params": "insula.model.params",
     "make_attn_mask": "insula.tokens.masks",
     "preset": "insula.model.config",
 }

@@ -23,7 +23,7 @@ from insula.shapes import AnyArray, Bool, Float, Int, UInt8
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Observation:
-    """Model inputs. Images are uint8 and become floats on the device; `tokens` is None without a tokenised prompt."""
+    """Model inputs. Images are uint8 and become floats on the device; `tokens` is None without a tokenized prompt."""
 
     images: dict[str, UInt8[AnyArray, "B h w 3"]]
     image_mask: dict[str, Bool[AnyArray, "B"]]
@@ -35,7 +35,7 @@ class Observation:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """An observation with its targets: FAST tokens inside `observation.tokens`, and the normalised action chunk."""
+    """An observation with its targets: FAST tokens inside `observation.tokens`, and the normalized action chunk."""
 
     observation: Observation
     actions: Float[AnyArray, "B H D"]

@@ -30,13 +30,12 @@ from insula.batch import Batch
 from insula.errors import InsulationError
 from insula.files import read_json, write_json
 from insula.losses import compute_loss, expert_loss
-from insula.model import Params
 from insula.model.backbone import embed, run_layers
-from insula.model.config import Config
+from insula.model.config import ModelConfig
 from insula.model.insulation import freeze, insulate
+from insula.model.params import Params
 from insula.shapes import Array, PRNGKeyArray
 
-CERTIFICATE_FILE = "certificate.json"
 LOSSES = ("flow", "fast")
 Scheme = Literal["insulated", "joint", "embeddings", "frozen"]
 """insulated: the gradient stops at the keys and values the expert reads. joint: nowhere. embeddings: at the prefix'
@@ -93,19 +92,19 @@ def require(outcome: str, findings: Sequence[str]) -> None:
 Prover = Callable[[Params, Batch, PRNGKeyArray], Proof]
 
 
-def prover(config: Config, schemes: tuple[Scheme, ...] = PROOF) -> Prover:
-    """A function that measures and judges, compiled once. Give it trained or randomised parameters; fresh ones come out
+def make_prover(config: ModelConfig, schemes: tuple[Scheme, ...] = PROOF) -> Prover:
+    """A function that measures and judges, compiled once. Give it trained or randomized parameters; fresh ones come out
     as "vacuous". It measures in float32, whatever the config computes in. `freeze_backbone` and the freezing of what
     LoRA leaves alone are lifted in all schemes but "frozen": zeros are to come from insulation. So is
     `knowledge_insulation=False`, but then a proof that holds is "off"."""
-    free = dataclasses.replace(
-        config,
-        freeze_backbone=False,
-        lora=None,
-        ki_fast_loss_weight=config.ki_fast_loss_weight or 1.0,
-        knowledge_insulation=True,
-        compute_dtype="float32",
-        layers="scan",
+    free = (
+        dataclasses.replace(config, lora=None)
+        .with_objective(
+            freeze_backbone=False,
+            ki_fast_loss_weight=config.objective.ki_fast_loss_weight or 1.0,
+            knowledge_insulation=True,
+        )
+        .with_compute(dtype="float32", scan_layers=True)
     )
     measures = {scheme: _measure(free, scheme) for scheme in schemes}
 
@@ -121,7 +120,7 @@ def prover(config: Config, schemes: tuple[Scheme, ...] = PROOF) -> Prover:
         order = sorted(columns, key=lambda name: not name.startswith("flow"))
         table = {part: {name: columns[name][part] for name in order} for part in part_names(config)}
         outcome, findings = judge(table)
-        if outcome == "holds" and config.flow_reaches_backbone:
+        if outcome == "holds" and config.objective.flow_reaches_backbone:
             reached = f"vision, norm {table['vision']['flow_control']:.3g}, and all of the backbone"
             outcome, findings = "off", (f"knowledge_insulation is off: the flow loss reaches {reached}",)
         return Proof(table, outcome, findings, cosine)
@@ -130,10 +129,10 @@ def prover(config: Config, schemes: tuple[Scheme, ...] = PROOF) -> Prover:
 
 
 def prove(
-    params: Params, config: Config, batch: Batch, rng: PRNGKeyArray, schemes: tuple[Scheme, ...] = PROOF
+    params: Params, config: ModelConfig, batch: Batch, rng: PRNGKeyArray, schemes: tuple[Scheme, ...] = PROOF
 ) -> Proof:
-    """`prover` for once."""
-    return prover(config, schemes)(params, batch, rng)
+    """`make_prover` for once."""
+    return make_prover(config, schemes)(params, batch, rng)
 
 
 def judge(table: GradientTable) -> tuple[Outcome, tuple[str, ...]]:
@@ -159,18 +158,17 @@ def _must_reach(part: str, column: str) -> bool:
     return column in ("fast", "fast_control") or (column == "flow_control" and part != FINAL_NORM)
 
 
-def part_names(config: Config) -> tuple[str, ...]:
+def part_names(config: ModelConfig) -> tuple[str, ...]:
     """Rows of the table, from pixels to actions."""
     layers = (f"backbone layer {i}" for i in range(config.backbone.depth))
     return ("vision", "embedding", *layers, FINAL_NORM, *EXPERT)
 
 
-def write_certificate(path: Path, proof: Proof, config: Config, about: dict[str, Any]) -> None:
+def write_certificate(path: Path, proof: Proof, config: ModelConfig, about: dict[str, Any]) -> None:
     """The proof, what the run was trained with, and `about`: step, samples, seed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    trained_with = {
-        name: getattr(config, name) for name in ("knowledge_insulation", "ki_fast_loss_weight", "freeze_backbone")
-    }
+    names = ("knowledge_insulation", "ki_fast_loss_weight", "freeze_backbone")
+    trained_with = {name: getattr(config.objective, name) for name in names}
     written = {"insula": version("insula"), "model": config.name, **about, "trained_with": trained_with}
     write_json(path, written | proof.to_json())
 
@@ -180,13 +178,15 @@ def read_certificate(path: Path) -> dict[str, Any]:
     return read_json(path, "outcome", "findings", "table")
 
 
-def _measure(config: Config, scheme: Scheme) -> Callable[[Params, Batch, PRNGKeyArray], dict[str, dict[str, Array]]]:
+def _measure(
+    config: ModelConfig, scheme: Scheme
+) -> Callable[[Params, Batch, PRNGKeyArray], dict[str, dict[str, Array]]]:
     """`[loss][part]` norms and `["cosine"][part]`, from one forward pass and one backward pass for each loss."""
     changes: dict[Scheme, dict[str, bool]] = {
         "joint": {"knowledge_insulation": False},
         "frozen": {"knowledge_insulation": False, "freeze_backbone": True},
     }
-    config = dataclasses.replace(config, **changes.get(scheme, {}))  # type: ignore[arg-type]
+    config = config.with_objective(**changes.get(scheme, {}))
 
     def losses(params: Params, batch: Batch, rng: PRNGKeyArray) -> dict[str, Array]:
         if scheme == "embeddings":
@@ -219,15 +219,15 @@ def compiled_quickly(function: Callable) -> Callable:
     return jax.jit(function, compiler_options=options)
 
 
-def _flow_stopped_at_embeddings(params: Params, config: Config, batch: Batch, rng: PRNGKeyArray) -> Array:
+def _flow_stopped_at_embeddings(params: Params, config: ModelConfig, batch: Batch, rng: PRNGKeyArray) -> Array:
     """The mistake: no gradient into vision and embedding, all of it into every layer of the backbone."""
-    x, input_mask, block = embed(params.vision, params.backbone, config, batch.observation, batch.ar_mask)
-    prefix = run_layers(params.backbone, config, freeze(x), input_mask, block)
+    x, token_mask, block = embed(params.vision, params.backbone, config, batch.observation, batch.ar_mask)
+    prefix = run_layers(params.backbone, config, freeze(x), token_mask, block)
     memory = insulate(prefix, config.num_memory, stop=False)
     return expert_loss(params.expert, config, memory, batch, rng)
 
 
-def _parts(gradient: Params, config: Config) -> dict[str, Any]:
+def _parts(gradient: Params, config: ModelConfig) -> dict[str, Any]:
     backbone = gradient.backbone
     layers = [jax.tree.map(lambda leaf, i=i: leaf[i], backbone.layers) for i in range(config.backbone.depth)]
     expert = {field.name: getattr(gradient.expert, field.name) for field in dataclasses.fields(gradient.expert)}

@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from insula.model.config import Config
+    from insula.model.config import ModelConfig
 
 T = TypeVar("T")
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -73,7 +73,7 @@ def collect(out: Path, episodes: int = 400, first_seed: int = 0, noise: float = 
         noise: DART noise on the executed moves; the clean action is recorded.
         overwrite: Replace what is in `out`.
     """
-    from insula.collect import collect as run
+    from insula.collect.demonstrations import collect as run
 
     done = run(out, episodes, first_seed, noise, overwrite=overwrite)
     print(f"{len(done.seeds)} demonstrations, {done.frames} frames, {len(done.discarded)} discarded: {done.root}")
@@ -88,7 +88,7 @@ def questions(out: Path, scenes: int = 1500, each: int = 8, overwrite: bool = Fa
         each: Questions about each.
         overwrite: Replace what is in `out`.
     """
-    from insula.collect import collect_questions
+    from insula.collect.demonstrations import collect_questions
 
     print(f"{collect_questions(out, scenes, each, overwrite=overwrite)} questions about {scenes} scenes: {out}")
 
@@ -102,8 +102,8 @@ def pretrain(out: Path, steps: int | None = None, scenes: int | None = None, see
         scenes: Rendered scenes; the shipped backbone's number unless given.
         seed: Of initial weights and sampling.
     """
-    from insula.pretrain import PretrainConfig, question_tokenizer
-    from insula.pretrain import pretrain as run
+    from insula.pretrain.run import PretrainConfig, question_tokenizer
+    from insula.pretrain.run import pretrain as run
 
     config = PretrainConfig(out, seed=seed)
     config = dataclasses.replace(config, steps=steps or config.steps, scenes=scenes or config.scenes)
@@ -118,7 +118,7 @@ def evaluate(
     run: tyro.conf.Positional[Path],
     episodes: int = 100,
     first_seed: int | None = None,
-    execute: int = 2,
+    replan_steps: int = 2,
     json: Path | None = None,
     video: Path | None = None,
     robot: str | None = None,
@@ -129,14 +129,14 @@ def evaluate(
         run: Folder that `insula train` wrote.
         episodes: Scenes; each is tried with its instruction and with another one.
         first_seed: Scenes count up from here; the first evaluation seed unless given.
-        execute: Steps of each chunk to execute before the policy looks again.
+        replan_steps: Steps of each chunk to execute before the policy looks again.
         json: Write the results to this file.
         video: Write the first episodes to this .mp4 or .gif.
         robot: Which one to act for, where the run was trained on several.
     """
     from insula.evaluate.command import evaluate_run
 
-    print(evaluate_run(run, episodes, first_seed, execute, json, video, robot))
+    print(evaluate_run(run, episodes, first_seed, replan_steps, json, video, robot))
 
 
 def inspect(*arguments: str) -> None:
@@ -154,8 +154,8 @@ def train(*arguments: str) -> None:
     from insula.train.config import TrainConfig
     from insula.train.run import train as run
 
-    def default(model: "Config") -> TrainConfig:
-        return TrainConfig(run=tyro.MISSING, model=dataclasses.replace(model, compute_dtype="bfloat16"))
+    def default(model: "ModelConfig") -> TrainConfig:
+        return TrainConfig(run=tyro.MISSING, model=model.with_compute(dtype="bfloat16"))
 
     config = _parsed("train", train.__doc__, arguments, default)
     complete = run(config)
@@ -164,7 +164,7 @@ def train(*arguments: str) -> None:
     sys.exit(0 if complete else 130)
 
 
-def _parsed(command: str, about: str | None, arguments: Sequence[str], default: "Callable[[Config], T]") -> T:
+def _parsed(command: str, about: str | None, arguments: Sequence[str], default: "Callable[[ModelConfig], T]") -> T:
     """Flags over `default` of the model that --preset names, in any order, before or after model.lora:lora-config."""
     from insula.model.config import preset
 
@@ -184,25 +184,25 @@ def convert(
     to: Literal["insula", "lerobot", "openpi"],
     preset: str = "pi05",
     dtype: Literal["float32", "bfloat16"] = "float32",
-    leave: tuple[str, ...] = (),
+    ignore: tuple[str, ...] = (),
     norm_stats: Path | None = None,
     robot: str | None = None,
 ) -> None:
     """Turn a run or a checkpoint (ours, PaliGemma, openpi, LeRobot PI05) into another format, array by array.
 
     Args:
-        source: A run, a directory, a .safetensors or a .npz file, or hf://organisation/name.
+        source: A run, a directory, a .safetensors or a .npz file, or hf://organization/name.
         destination: A new directory.
         to: What to write.
         preset: What a source that carries no config is: pi05, pi0, ...
         dtype: Of the weights written.
-        leave: Patterns of tensors in the source that may be left over.
+        ignore: Patterns of tensors in the source that may be left over.
         norm_stats: openpi's norm_stats.json, where the source has no statistics.
         robot: Whose statistics to write, where the run was trained on several.
     """
     from insula.convert import convert as run
 
-    print(run(source, destination, to, preset, dtype, leave, norm_stats, robot).summary())
+    print(run(source, destination, to, preset, dtype, ignore, norm_stats, robot).summary())
 
 
 def data(*arguments: str) -> None:

@@ -6,24 +6,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from insula.assets import CONFIG_FILE, TOKENIZER_FOLDER, Assets, read_assets, write_config
 from insula.checkpoints import lerobot
 from insula.checkpoints.formats import INSULA
 from insula.checkpoints.hub import local
-from insula.checkpoints.layout import paths
-from insula.checkpoints.loading import Report, open_weights, settle
+from insula.checkpoints.loading import LoadReport, open_weights, settle
 from insula.checkpoints.openpi import OPENPI
 from insula.checkpoints.sources import SAFETENSORS
 from insula.checkpoints.store import CheckpointStore
+from insula.checkpoints.tensor_map import paths
 from insula.checkpoints.writing import Read, from_params, require_names, write_orbax, write_safetensors
-from insula.data import normalise
-from insula.data.normalise import NormStats
+from insula.data import normalize as normalize
+from insula.data.normalize import NormStats
 from insula.data.robot import STATS_FILE
 from insula.errors import CheckpointError, FileError
 from insula.files import read_json
-from insula.model import abstract_params
-from insula.model.config import PI05, Config, config_from_dict, preset
+from insula.model.config import PI05, ModelConfig, config_from_dict, preset
 from insula.model.lora import merge
+from insula.model.params import abstract_params
+from insula.runs.assets import Assets, read_assets, write_config
+from insula.runs.folder import CHECKPOINTS_FOLDER, MODEL_FILE, TOKENIZER_FOLDER
 
 log = logging.getLogger(__name__)
 Target = Literal["insula", "lerobot", "openpi"]
@@ -35,9 +36,9 @@ class Model:
     """A model before it is written: its config, how to read its weights, and what travels with them, where there is
     any."""
 
-    config: Config
+    config: ModelConfig
     read: Read
-    report: Report
+    report: LoadReport
     stats: Stats | None = None
     assets: Assets | None = None
 
@@ -48,10 +49,10 @@ def convert(
     to: Target,
     preset_name: str = "pi05",
     dtype: Literal["float32", "bfloat16"] = "float32",
-    leave: Sequence[str] = (),
+    ignore: Sequence[str] = (),
     norm_stats: Path | None = None,
     robot: str | None = None,
-) -> Report:
+) -> LoadReport:
     """Write `source` to the new directory `destination`, one array at a time.
 
     `preset_name` says what a source without a config is; `robot` whose statistics LeRobot or openpi get, where the
@@ -60,9 +61,9 @@ def convert(
     """
     if destination.exists() and any(destination.iterdir() if destination.is_dir() else [destination]):
         raise FileError(f"{destination} is not empty; choose a new directory")
-    model = open_model(source, preset_name, leave)
+    model = open_model(source, preset_name, ignore)
     if norm_stats is not None:
-        model = dataclasses.replace(model, stats=normalise.load(norm_stats))
+        model = dataclasses.replace(model, stats=normalize.load(norm_stats))
     if to == "insula":
         _write_insula(destination, model, dtype)
     else:
@@ -79,31 +80,31 @@ def convert(
             write_orbax(destination / "params", format, model.config, model.read, dtype)
             folder = destination / "assets" / "insula"
             folder.mkdir(parents=True)
-            normalise.save(folder / STATS_FILE, _openpi_stats(stats))
+            normalize.save(folder / STATS_FILE, _openpi_stats(stats))
     return model.report
 
 
-def open_model(source: Path, preset_name: str, leave: Sequence[str] = ()) -> Model:
+def open_model(source: Path, preset_name: str, ignore: Sequence[str] = ()) -> Model:
     """A run, our own weights, or a foreign checkpoint. Nothing may be missing; what is left over must be named."""
     source = local(source)
-    if (source / "checkpoints").is_dir():
+    if (source / CHECKPOINTS_FOLDER).is_dir():
         return _open_run(source)
     config, assets = _config(source, preset_name), None
     if (source / TOKENIZER_FOLDER).is_dir():
         assets = read_assets(source)
     reader = open_weights(source, config)
     stats = None if assets else _find_stats(source)
-    return Model(config, reader.read, settle(reader, leave=leave), stats, assets)
+    return Model(config, reader.read, settle(reader, ignore=ignore), stats, assets)
 
 
 def _open_run(run: Path) -> Model:
-    with CheckpointStore(run / "checkpoints") as store:
+    with CheckpointStore(run / CHECKPOINTS_FOLDER) as store:
         assets = read_assets(store.assets())
         params = store.restore("params", abstract_params(assets.config))
     if assets.config.lora is not None:
         params = merge(params)
         assets = dataclasses.replace(assets, config=dataclasses.replace(assets.config, lora=None))
-    report = Report(str(run), "a run", {path: [path] for path in paths(params)}, [], [])
+    report = LoadReport(str(run), "a run", {path: [path] for path in paths(params)}, [], [])
     return Model(assets.config, from_params(params), report, assets=assets)
 
 
@@ -121,8 +122,8 @@ def _for_robot(model: Model, name: str | None, to: Target) -> Model:
     return model if model.stats is not None else dataclasses.replace(model, stats=robot.stats)
 
 
-def _config(source: Path, preset_name: str) -> Config:
-    path = source / CONFIG_FILE
+def _config(source: Path, preset_name: str) -> ModelConfig:
+    path = source / MODEL_FILE
     if not path.is_file():
         return preset(preset_name)
     raw = read_json(path)
@@ -132,7 +133,7 @@ def _config(source: Path, preset_name: str) -> Config:
 
 
 def _find_stats(source: Path) -> Stats | None:
-    """Ours, openpi's `assets/<name>/norm_stats.json`, or LeRobot's normaliser."""
+    """Ours, openpi's `assets/<name>/norm_stats.json`, or LeRobot's normalizer."""
     found = [source / STATS_FILE, *sorted((source / "assets").glob(f"*/{STATS_FILE}"))]
     files = [path for path in found if path.is_file()]
     if len(files) > 1:
@@ -140,7 +141,7 @@ def _find_stats(source: Path) -> Stats | None:
             f"{source} holds statistics of {len(files)} robots; choose one with --norm-stats: {files}"
         )
     if files:
-        return normalise.load(files[0])
+        return normalize.load(files[0])
     bounds = lerobot.read_bounds(source)
     if bounds is None:
         return None
@@ -149,7 +150,7 @@ def _find_stats(source: Path) -> Stats | None:
 
 def _checked_stats(model: Model, source: Path, to: Target) -> Stats:
     if model.stats is None:
-        raise CheckpointError(f"{source} has no normalisation statistics, which {to} needs; give --norm-stats FILE")
+        raise CheckpointError(f"{source} has no normalization statistics, which {to} needs; give --norm-stats FILE")
     for name, width in (("state", model.config.state_dim), ("actions", model.config.action_dim)):
         if name not in model.stats or model.stats[name].dim > width:
             got = model.stats[name].dim if name in model.stats else "none"
@@ -163,7 +164,7 @@ def _refuse_other_text(model: Model, to: Target) -> None:
     text, dialect = model.assets.tokenizer.text, model.assets.tokenizer.dialect.name
     if text.vocab_size != PI05.vocab_size or dialect != "pi05":
         raise CheckpointError(
-            f"{to} tokenises with PaliGemma's {PI05.vocab_size:,} entries in the dialect 'pi05'; this policy was "
+            f"{to} tokenizes with PaliGemma's {PI05.vocab_size:,} entries in the dialect 'pi05'; this policy was "
             f"trained with {text.vocab_size:,} in {dialect!r}, so its prompts would mean something else there"
         )
 
@@ -181,5 +182,5 @@ def _write_insula(destination: Path, model: Model, dtype: str) -> None:
     else:
         write_config(destination, model.config)
         if model.stats is not None:
-            normalise.save(destination / STATS_FILE, model.stats)
+            normalize.save(destination / STATS_FILE, model.stats)
     write_safetensors(destination / SAFETENSORS, INSULA, model.config, model.read, dtype)

@@ -17,25 +17,26 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from insula.certificate import CERTIFICATE_FILE, read_certificate, require
+from insula.certificate import read_certificate, require
 from insula.checkpoints.pretrained import load_pretrained
 from insula.checkpoints.store import CheckpointStore
-from insula.collect import collect, collect_questions
+from insula.collect.demonstrations import collect, collect_questions
+from insula.collect.scenes import render_scenes
 from insula.data.fitting import measure_fast
 from insula.data.mapping import read_mapping
 from insula.data.samples import Samples
 from insula.errors import InputError
 from insula.evaluate.closed_loop import ClosedLoop, evaluate
 from insula.evaluate.knowledge import measure_knowledge
-from insula.evaluate.video import reel, write_video
+from insula.evaluate.rollout_video import reel, write_video
 from insula.files import read_json, write_json
 from insula.policy import Policy
 from insula.report import Report, machine, read_metrics, versions, write_report
-from insula.scenes import render_scenes
-from insula.sim.seeds import PRETRAINING
-from insula.train.config import CONFIG_FILE, TrainConfig, to_dict
+from insula.runs.folder import CERTIFICATE_FILE, CHECKPOINTS_FOLDER, METRICS_FILE, SETTINGS_FILE
+from insula.train.config import TrainConfig, to_dict
 from insula.train.data import held_out_sources, open_data
 from insula.train.run import train
+from insula.worlds.seeds import PRETRAINING
 
 console = Console(stderr=True)
 
@@ -98,7 +99,7 @@ def demo(out: Path, settings: DemoSettings, seed: int) -> Path:
         evaluate_every=settings.evaluate_every,
         fast_vocab=512,  # few and coarse: these tokens teach the backbone, the flow draws the fine line
         fast_scale=5.0,
-        resume=(out / "run" / CONFIG_FILE).is_file(),
+        resume=(out / "run" / SETTINGS_FILE).is_file(),
     )
     stages.do("train", lambda: _train(config))
     policy = Policy.load(out / "run", seed=seed)
@@ -110,7 +111,7 @@ def demo(out: Path, settings: DemoSettings, seed: int) -> Path:
     report = Report(
         closed_loop=closed_loop.to_json(),
         recordings=closed_loop.recordings,
-        metrics=read_metrics(out / "run" / "metrics.jsonl"),
+        metrics=read_metrics(out / "run" / METRICS_FILE),
         knowledge=knowledge,
         question_share=_question_share(out / MIXTURE_FILE),
         insulation=proof,
@@ -205,7 +206,7 @@ def _closed_loop(policy: Policy, settings: DemoSettings, data: Path) -> ClosedLo
 
 def _certificate(config: TrainConfig) -> dict[str, Any]:
     """What the newest checkpoint says of its insulation. Raises InsulationError unless it holds."""
-    with CheckpointStore(config.run / "checkpoints") as store:
+    with CheckpointStore(config.run / CHECKPOINTS_FOLDER) as store:
         found = read_certificate(store.assets() / CERTIFICATE_FILE)
     require(found["outcome"], found["findings"])
     return found
@@ -222,5 +223,5 @@ def _fast(policy: Policy, config: TrainConfig) -> dict[str, float]:
         "tokens per chunk, median": report.tokens["p50"],
         "tokens per chunk, largest": report.tokens["max"],
         'limit, with "|" and EOS': float(report.budget),
-        "reconstruction error (normalised, rms)": report.reconstruction_error,
+        "reconstruction error (normalized, rms)": report.reconstruction_error,
     }

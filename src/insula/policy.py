@@ -4,72 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from insula import flow
-from insula.assets import TOKENIZER_FOLDER, Assets, read_assets
 from insula.batch import Observation
-from insula.checkpoints.loading import load_params
-from insula.checkpoints.sources import SAFETENSORS
-from insula.checkpoints.store import CheckpointStore
 from insula.data.samples import pad
-from insula.errors import CheckpointError, InputError, NonFiniteError
-from insula.model import Params, abstract_params
-from insula.model.backbone import run_backbone
-from insula.model.config import Config
-from insula.model.expert import run_expert
-from insula.model.insulation import Memory, insulate
-from insula.shapes import AnyArray, Array, Bool, Float, PRNGKeyArray
-
-FLOW_STEPS = 10
-
-
-def sample_actions(
-    params: Params,
-    config: Config,
-    observation: Observation,
-    noise: Float[Array, "B H D"],
-    steps: int = FLOW_STEPS,
-    real: Bool[AnyArray, "H D"] | None = None,
-) -> Float[Array, "B H D"]:
-    """Normalised chunks: the prefix is read once, then the expert alone takes `steps` Euler steps from t = 1 to 0.
-
-    `real` marks the values this robot has, all by default. The others go straight to 0, as the expert saw them do in
-    training: t · noise. (It is not asked for their velocity, on which it was never scored.)
-    """
-    memory = read_prefix(params, config, observation)
-
-    def velocity(x: Array, time: Array) -> Array:
-        found = run_expert(params.expert, config, memory, observation.state, x[:, None], time[:, None])[:, 0]
-        return found if real is None else jnp.where(real, found, noise)
-
-    return flow.integrate(velocity, noise, steps)
-
-
-def read_prefix(params: Params, config: Config, observation: Observation) -> Memory:
-    """The same path as in training, with no FAST suffix."""
-    prefix = run_backbone(params.vision, params.backbone, config, observation)
-    return insulate(prefix, config.num_memory, stop=config.knowledge_insulation)
-
-
-def load_model(run: str | Path, step: int | None = None) -> tuple[Params, Assets]:
-    """The newest checkpoint of a run, the one at `step`, or what `insula convert --to insula` wrote.
-
-    Raises CheckpointError where there is none or it is damaged.
-    """
-    run = Path(run)
-    if (run / "checkpoints").is_dir():
-        with CheckpointStore(run / "checkpoints") as store:
-            assets = read_assets(store.assets(step))
-            return store.restore("params", abstract_params(assets.config), step), assets
-    if (run / SAFETENSORS).is_file() and (run / TOKENIZER_FOLDER).is_dir():
-        assets = read_assets(run)
-        return load_params(run, assets.config, jax.random.key(0))[0], assets
-    raise CheckpointError(
-        f"{run}: no checkpoints here; expected what `insula train --run` wrote (checkpoints/), or a trained "
-        f"policy from `insula convert --to insula` ({SAFETENSORS}, {TOKENIZER_FOLDER}/)"
-    )
+from insula.decode.flow import FLOW_STEPS, sample_actions
+from insula.errors import InputError, NonFiniteError
+from insula.model.params import Params
+from insula.runs.assets import Assets
+from insula.runs.loading import load_model
+from insula.shapes import Array, Float, PRNGKeyArray
 
 
 class Policy:
@@ -112,13 +56,13 @@ class Policy:
         if not np.isfinite(chunk).all():
             raise NonFiniteError("the policy produced NaN or infinite actions; do not execute them, check the weights")
         chunk = chunk[:, : self.robot.horizon, : self.robot.action_dim]
-        return self.robot.unnormalise_actions(chunk, np.stack([o["state"] for o in observations]))
+        return self.robot.unnormalize_actions(chunk, np.stack([o["state"] for o in observations]))
 
     def observe(self, observations: list[dict[str, Any]]) -> Observation:
-        """Check, normalise and tokenise: exactly the prefix of training."""
+        """Check, normalize and tokenize: exactly the prefix of training."""
         for observation in observations:
             self._check(observation)
-        state = self.robot.stats["state"].normalise(np.stack([o["state"] for o in observations]))
+        state = self.robot.stats["state"].normalize(np.stack([o["state"] for o in observations]))
         in_prompt = self.config.state_input == "prompt" and self.robot.state_dim > 0
         width = self.config.max_prompt_len
         rows = [

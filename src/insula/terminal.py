@@ -7,7 +7,7 @@ from rich.table import Table
 
 
 def as_text(*parts: Table | str, width: int = 120) -> str:
-    """What rich would print, without colours."""
+    """What rich would print, without colors."""
     text = io.StringIO()
     console = Console(file=text, width=width, highlight=False)
     for part in parts:

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from insula.batch import Batch, Observation
-from insula.model.config import Config
+from insula.model.config import ModelConfig
 from insula.shapes import Array, Leaf, PRNGKeyArray
 
 Tree = TypeVar("Tree")
 
 
-def randomise(params: Tree, rng: PRNGKeyArray) -> Tree:
+def randomize(params: Tree, rng: PRNGKeyArray) -> Tree:
     """Every leaf drawn anew, about as large as a trained one. Fresh parameters hide leaks: adaRMS gates start at
     zero, so *every* scheme would show a zero gradient."""
     leaves, tree = jax.tree.flatten(params)
@@ -28,7 +28,7 @@ def randomise(params: Tree, rng: PRNGKeyArray) -> Tree:
     return jax.tree.unflatten(tree, [draw(leaf, value) for leaf, value in zip(leaves, values, strict=True)])
 
 
-def fake_batch(config: Config, batch_size: int, rng: PRNGKeyArray) -> Batch:
+def fake_batch(config: ModelConfig, batch_size: int, rng: PRNGKeyArray) -> Batch:
     """Random images, prompts and FAST tokens of differing lengths (EOS unscored, then padding), random chunks, the
     last of which ends one step past its episode."""
     image, prompt, fast, token, action, state = jax.random.split(rng, 6)

@@ -1,4 +1,4 @@
-"""Checkpoints on the Hugging Face hub, by explicit address only: `hf://organisation/name`, or `…/name@revision`."""
+"""Checkpoints on the Hugging Face hub, by explicit address only: `hf://organization/name`, or `…/name@revision`."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def local(path: Path) -> Path:
     if path.parts[:1] != ("hf:",):
         return path
     if len(path.parts) != 3:
-        raise CheckpointError(f"{path}: expected hf://organisation/name or hf://organisation/name@revision")
+        raise CheckpointError(f"{path}: expected hf://organization/name or hf://organization/name@revision")
     name, _, revision = path.parts[2].partition("@")
     try:
         from huggingface_hub import snapshot_download

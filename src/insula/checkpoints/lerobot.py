@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from insula.checkpoints.layout import Format, Line
 from insula.checkpoints.openpi import HEAD, torch_table, unused_head
 from insula.checkpoints.paligemma import TORCH_RENAMES
 from insula.checkpoints.sources import open_source
+from insula.checkpoints.tensor_map import Format, Line
 from insula.errors import CheckpointError
 from insula.files import write_json
-from insula.model.config import PI05, Config, TransformerConfig
+from insula.model.config import PI05, ModelConfig, TransformerConfig
 
 CONFIG, MODEL = "config.json", "model.safetensors"
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor", "policy_postprocessor"
@@ -25,7 +25,7 @@ VARIANTS: dict[str, TransformerConfig] = {"gemma_2b": PI05.backbone, "gemma_300m
 """The sizes PI05 knows, by its names for them."""
 
 
-def table(config: Config) -> list[Line]:
+def table(config: ModelConfig) -> list[Line]:
     return [dataclasses.replace(line, theirs=f"model.{line.theirs}") for line in torch_table(config)]
 
 
@@ -42,7 +42,7 @@ Bounds = tuple[np.ndarray, np.ndarray]
 """What −1 and 1 stand for, each [D], in the robot's units; equal where a dimension never moves."""
 
 
-def read_config(folder: Path) -> Config:
+def read_config(folder: Path) -> ModelConfig:
     """The config of a policy directory. Raises CheckpointError where it is another policy or an unknown variant."""
     path = folder / CONFIG
     try:
@@ -83,7 +83,7 @@ def with_range(bounds: Bounds, around_constant: float) -> Bounds:
 def read_bounds(folder: Path) -> dict[str, Bounds] | None:
     """{"state", "actions"} of the preprocessor's statistics; None without them.
 
-    Raises CheckpointError where they are damaged, or normalise otherwise than by quantiles.
+    Raises CheckpointError where they are damaged, or normalize otherwise than by quantiles.
     """
     path = folder / f"{PREPROCESSOR}.json"
     if not path.is_file():
@@ -98,7 +98,7 @@ def read_bounds(folder: Path) -> dict[str, Bounds] | None:
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not a LeRobot preprocessor ({type(error).__name__}: {error})") from error
     if modes["STATE"] != "QUANTILES" or modes["ACTION"] != "QUANTILES":
-        raise CheckpointError(f"{path} normalises by {modes}, expected QUANTILES for STATE and ACTION")
+        raise CheckpointError(f"{path} normalizes by {modes}, expected QUANTILES for STATE and ACTION")
     names = {"state": STATE, "actions": ACTION}
     if missing := [f"{n}.{q}" for n in names.values() for q in ("q01", "q99") if f"{n}.{q}" not in stats.entries]:
         raise CheckpointError(f"{stats.path}: no {', '.join(missing)}")
@@ -108,7 +108,7 @@ def read_bounds(folder: Path) -> dict[str, Bounds] | None:
     }
 
 
-def write_policy_files(folder: Path, config: Config, state: Bounds, action: Bounds, dtype: str) -> None:
+def write_policy_files(folder: Path, config: ModelConfig, state: Bounds, action: Bounds, dtype: str) -> None:
     """All of a policy directory but model.safetensors, readable by LeRobot 0.4 to 0.6.
 
     Raises CheckpointError where PI05 cannot be this model.
@@ -131,7 +131,7 @@ def write_policy_files(folder: Path, config: Config, state: Bounds, action: Boun
         "n_obs_steps": 1,
         "input_features": inputs,
         "output_features": outputs,
-        "normalization_mapping": _NORMALISATION,
+        "normalization_mapping": _NORMALIZATION,
         "device": None,
         "paligemma_variant": names[config.backbone],
         "action_expert_variant": names[config.expert],
@@ -144,7 +144,7 @@ def write_policy_files(folder: Path, config: Config, state: Bounds, action: Boun
         "image_resolution": [config.vision.image_size] * 2,
         "tokenizer_max_length": config.max_prompt_len,
     }
-    normaliser = {"eps": 1e-8, "features": inputs | outputs, "norm_map": _NORMALISATION}
+    normalizer = {"eps": 1e-8, "features": inputs | outputs, "norm_map": _NORMALIZATION}
     tokenizer = {
         "max_length": config.max_prompt_len,
         "task_key": "task",
@@ -156,13 +156,13 @@ def write_policy_files(folder: Path, config: Config, state: Bounds, action: Boun
     before = {
         "rename_observations_processor": {"rename_map": {}},
         "to_batch_processor": {},
-        "normalizer_processor": normaliser,
+        "normalizer_processor": normalizer,
         "pi05_prepare_state_tokenizer_processor_step": {},
         "tokenizer_processor": tokenizer,
         "device_processor": {"device": "cpu", "float_dtype": None},
     }
     after = {
-        "unnormalizer_processor": normaliser | {"features": outputs},
+        "unnormalizer_processor": normalizer | {"features": outputs},
         "device_processor": {"device": "cpu", "float_dtype": None},
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ def write_policy_files(folder: Path, config: Config, state: Bounds, action: Boun
 
 
 _USUAL = {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}
-_NORMALISATION = {"VISUAL": "IDENTITY", "STATE": "QUANTILES", "ACTION": "QUANTILES"}
+_NORMALIZATION = {"VISUAL": "IDENTITY", "STATE": "QUANTILES", "ACTION": "QUANTILES"}
 
 
 def _feature(kind: str, *shape: int) -> dict[str, Any]:

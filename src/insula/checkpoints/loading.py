@@ -11,14 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from insula.checkpoints.formats import recognise
-from insula.checkpoints.layout import Format, Part, paths, resolve
-from insula.checkpoints.sources import Source, open_source
+from insula.checkpoints.formats import recognize
+from insula.checkpoints.sources import WeightSource, open_source
+from insula.checkpoints.tensor_map import Format, TensorPart, paths, resolve
 from insula.errors import CheckpointError, did_you_mean
 from insula.files import write_json
-from insula.model import Params, weight_table
-from insula.model.config import Config
-from insula.model.weights import initialise, is_weight
+from insula.model.config import ModelConfig
+from insula.model.params import Params, weight_table
+from insula.model.weights import initialize, is_weight
 from insula.shapes import PRNGKeyArray
 
 PADDED_ROWS = 64
@@ -33,7 +33,7 @@ class Reader:
     expects, or a tied one other values.
     """
 
-    def __init__(self, source: Source, format: Format, config: Config):
+    def __init__(self, source: WeightSource, format: Format, config: ModelConfig):
         self.source, self.format = source, format
         tensors = resolve(format.table(config), config)
         actual: dict[str, str] = {}
@@ -47,7 +47,7 @@ class Reader:
         for name in format.unused(config):
             actual.pop(name, None)
 
-        self._parts: dict[str, list[tuple[str, Part]]] = defaultdict(list)
+        self._parts: dict[str, list[tuple[str, TensorPart]]] = defaultdict(list)
         for canonical, tensor in tensors.items():
             if canonical in actual:
                 name = actual.pop(canonical)
@@ -62,7 +62,7 @@ class Reader:
         self.leftover = sorted(actual.values())
         self._last: tuple[str, np.ndarray] | None = None
 
-    def _has(self, canonical: str, part: Part) -> bool:
+    def _has(self, canonical: str, part: TensorPart) -> bool:
         return any(p is part for _, p in self._parts[part.ours])
 
     def _merge(self, actual: dict[str, str], second: str, first: str) -> None:
@@ -80,7 +80,7 @@ class Reader:
         """Two large tensors are compared without holding both."""
         return hashlib.blake2b(np.ascontiguousarray(self.source.read(name)).view(np.uint8).data).digest()
 
-    def _check(self, name: str, expected: tuple[int, ...], ours: str, config: Config) -> None:
+    def _check(self, name: str, expected: tuple[int, ...], ours: str, config: ModelConfig) -> None:
         shape = self.source.entries[name].shape
         padded = (expected[0] + PADDED_ROWS, *expected[1:])
         if shape != expected and not (ours == "backbone.embedding" and shape == padded):
@@ -104,8 +104,8 @@ class Reader:
             out[part.layer] = part.cut(self._tensor(name, part))
         return out
 
-    def _tensor(self, name: str, part: Part) -> np.ndarray:
-        """Neighbours in a table often share a tensor: the last one read is kept."""
+    def _tensor(self, name: str, part: TensorPart) -> np.ndarray:
+        """Neighbors in a table often share a tensor: the last one read is kept."""
         if self._last is None or self._last[0] != name:
             self._last = None  # not two at a time
             self._last = name, self.source.read(name)
@@ -115,8 +115,8 @@ class Reader:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
-    """What a load did: weights loaded (path → foreign names), freshly initialised, and foreign tensors left over."""
+class LoadReport:
+    """What a load did: weights loaded (path → foreign names), freshly initialized, and foreign tensors left over."""
 
     source: str
     format: str
@@ -129,24 +129,24 @@ class Report:
 
     def summary(self) -> str:
         lines = [f"{self.source}: {self.format}, {len(self.loaded)} weights loaded"]
-        lines += [f"  freshly initialised: {path}" for path in self.fresh]
+        lines += [f"  freshly initialized: {path}" for path in self.fresh]
         lines += [f"  left over: {name}" for name in self.leftover]
         return "\n".join(lines)
 
 
-def open_weights(path: Path, config: Config) -> Reader:
+def open_weights(path: Path, config: ModelConfig) -> Reader:
     """Raises CheckpointError where the file is damaged, of no known format, or does not fit the config."""
     source = open_source(path)
-    return Reader(source, recognise(source, config), config)
+    return Reader(source, recognize(source, config), config)
 
 
-def settle(reader: Reader, fresh: Sequence[str] = (), leave: Sequence[str] = ()) -> Report:
-    """Nothing is loaded in part unless named: `fresh` are patterns ("expert.*") of weights to initialise rather than
-    load, `leave` of foreign tensors to leave over. Raises CheckpointError naming what is not covered, and patterns that
-    match nothing."""
+def settle(reader: Reader, fresh: Sequence[str] = (), ignore: Sequence[str] = ()) -> LoadReport:
+    """Nothing is loaded in part unless named: `fresh` are patterns ("expert.*") of weights to initialize rather than
+    load, `ignore` of foreign tensors to leave over. Raises CheckpointError naming what is not covered, and patterns
+    that match nothing."""
     path = str(reader.source.path)
-    known = {"fresh": list(reader.shapes), "leave": list(reader.source.entries)}
-    for option, patterns in (("fresh", fresh), ("leave", leave)):
+    known = {"fresh": list(reader.shapes), "ignore": list(reader.source.entries)}
+    for option, patterns in (("fresh", fresh), ("ignore", ignore)):
         names = known[option]
         for pattern in patterns:
             if not fnmatch.filter(names, pattern):
@@ -154,15 +154,15 @@ def settle(reader: Reader, fresh: Sequence[str] = (), leave: Sequence[str] = ())
                 raise CheckpointError(f"{path}: {option} {pattern!r} matches nothing{near}")
     started = [name for name in reader.shapes if _matches(name, fresh)]
     missing = [name for name in reader.missing if name not in started]
-    leftover = [name for name in reader.leftover if not _matches(name, leave)]
+    leftover = [name for name in reader.leftover if not _matches(name, ignore)]
     if missing or leftover:
         raise CheckpointError(
             f"{path} ({reader.format.name}) does not fit the config exactly.\n"
-            + _listed("missing", missing, "to initialise them: insula train --init ... --fresh 'expert.*'")
-            + _listed("left over", leftover, "to leave them: --leave PATTERN")
+            + _listed("missing", missing, "to initialize them: insula train --init ... --fresh 'expert.*'")
+            + _listed("left over", leftover, "to leave them: --ignore PATTERN")
         )
     loaded = {name: theirs for name, theirs in reader.loaded.items() if name not in started}
-    return Report(path, reader.format.name, loaded, started, reader.leftover)
+    return LoadReport(path, reader.format.name, loaded, started, reader.leftover)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -179,20 +179,20 @@ def _listed(what: str, names: list[str], remedy: str) -> str:
 
 def load_params(
     path: Path,
-    config: Config,
+    config: ModelConfig,
     rng: PRNGKeyArray,
     fresh: Sequence[str] = (),
-    leave: Sequence[str] = (),
+    ignore: Sequence[str] = (),
     dtype: str = "float32",
     shardings: Any = None,
-) -> tuple[Params, Report]:
+) -> tuple[Params, LoadReport]:
     """The config's parameters from a checkpoint of any known format, and what was done.
 
     Weights go to their device(s) one by one: `shardings` is a tree like the parameters, or None for the default device.
     Raises CheckpointError as `open_weights` and `settle` do.
     """
     reader = open_weights(path, config)
-    report = settle(reader, fresh, leave)
+    report = settle(reader, fresh, ignore)
     table = weight_table(config)
     names, tree = list(paths(table)), jax.tree.structure(table, is_leaf=is_weight)
     places = [None] * len(names) if shardings is None else jax.tree.leaves(shardings)
@@ -208,7 +208,7 @@ def _draw(table: Params, names: list[str], rng: PRNGKeyArray) -> dict[str, Any]:
     """These weights as `init_params` would draw them; the others are not computed."""
 
     def draw(key: PRNGKeyArray) -> dict[str, Any]:
-        drawn = paths(initialise(table, key))
+        drawn = paths(initialize(table, key))
         return {name: drawn[name] for name in names}
 
     return jax.jit(draw)(rng)

@@ -7,15 +7,15 @@ action tokens and has a state token.
 import dataclasses
 
 from insula.checkpoints import paligemma
-from insula.checkpoints.layout import Format, Line
-from insula.model.config import Config
+from insula.checkpoints.tensor_map import Format, Line
+from insula.model.config import ModelConfig
 from insula.model.expert import weights as expert_weights
 
 TORCH = "paligemma_with_expert."
 EXPERT = TORCH + "gemma_expert."
 
 
-def _projections(config: Config) -> dict[str, str]:
+def _projections(config: ModelConfig) -> dict[str, str]:
     """Ours → theirs."""
     time = "time_mlp" if config.time_input == "adarms" else "action_time_mlp"
     names = {"action_in": "action_in_proj", "action_out": "action_out_proj"}
@@ -27,7 +27,7 @@ def _prefixed(lines: list[Line], prefix: str) -> list[Line]:
     return [dataclasses.replace(line, theirs=prefix + line.theirs) for line in lines]
 
 
-def jax_table(config: Config) -> list[Line]:
+def jax_table(config: ModelConfig) -> list[Line]:
     """Names of the Orbax tree, joined by slashes, below the item "params"."""
     table = expert_weights(config)
     llm = "PaliGemma/llm"
@@ -51,7 +51,7 @@ def jax_table(config: Config) -> list[Line]:
     return lines
 
 
-def torch_table(config: Config) -> list[Line]:
+def torch_table(config: ModelConfig) -> list[Line]:
     """Names of the PyTorch model's state_dict."""
     table = expert_weights(config)
     lines = _prefixed(paligemma.torch_table(config), TORCH + "paligemma.")
@@ -75,7 +75,7 @@ def torch_table(config: Config) -> list[Line]:
     return lines
 
 
-def unused_head(config: Config) -> dict[str, tuple[int, ...]]:
+def unused_head(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The PyTorch expert keeps a language head that nothing reads."""
     return {f"{EXPERT}lm_head.weight": (config.vocab_size, config.expert.width)}
 

@@ -1,7 +1,7 @@
 """PaliGemma's weights (Beyer et al. 2024): Hugging Face safetensors, and big_vision's npz. Vision and backbone only."""
 
-from insula.checkpoints.layout import Format, Line
-from insula.model.config import Config
+from insula.checkpoints.tensor_map import Format, Line
+from insula.model.config import ModelConfig
 
 _VISION_LAYER = {
     "attention_norm.scale": ("layer_norm1.weight", "W"),
@@ -55,7 +55,7 @@ def torch_layers(ours: str, theirs: str) -> list[Line]:
     return [Line(f"{ours}.layers.{o}", f"{theirs}.layers.{{}}.{t}", axes) for o, (t, axes) in _GEMMA_LAYER.items()]
 
 
-def jax_layers(ours: str, config: Config, theirs: str = "llm", suffix: str = "") -> list[Line]:
+def jax_layers(ours: str, config: ModelConfig, theirs: str = "llm", suffix: str = "") -> list[Line]:
     """The same in big_vision's layout; openpi writes its expert beside it, with the suffix "_1".
 
     Where there are as many key heads as query heads, query, key and value are one tensor.
@@ -80,7 +80,7 @@ def jax_layers(ours: str, config: Config, theirs: str = "llm", suffix: str = "")
     ]
 
 
-def torch_table(config: Config) -> list[Line]:
+def torch_table(config: ModelConfig) -> list[Line]:
     """Vision and backbone as `transformers` names them since 4.52."""
     tower, text = "model.vision_tower.vision_model", "model.language_model"
     return [
@@ -103,7 +103,7 @@ def torch_table(config: Config) -> list[Line]:
     ]
 
 
-def jax_table(config: Config) -> list[Line]:
+def jax_table(config: ModelConfig) -> list[Line]:
     """Vision and backbone as big_vision names them."""
     return [
         Line("vision.stem.0.kernel", "img/embedding/kernel", "hwcW"),

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from insula.checkpoints.loading import load_params
 from insula.errors import CheckpointError
-from insula.model import Params
-from insula.model.config import Config
+from insula.model.config import ModelConfig
+from insula.model.params import Params
 from insula.shapes import PRNGKeyArray
 
 FOLDER = Path(str(files("insula"))) / "pretrained"
 
 
-def load_pretrained(config: Config, rng: PRNGKeyArray) -> Params:
+def load_pretrained(config: ModelConfig, rng: PRNGKeyArray) -> Params:
     """Vision and backbone from the embedded weights, a fresh expert.
 
     Raises CheckpointError where the config has other sizes than the embedded backbone.

@@ -30,7 +30,7 @@ class Entry:
 
 
 @runtime_checkable
-class Source(Protocol):
+class WeightSource(Protocol):
     """Named arrays that can be read one by one."""
 
     path: Path
@@ -39,7 +39,7 @@ class Source(Protocol):
     def read(self, name: str) -> np.ndarray: ...
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path) -> WeightSource:
     """The file or directory at `path`. Raises CheckpointError where it is none of the above, damaged or truncated."""
     path = Path(path)
     if path.suffix == ".safetensors" and path.is_file():

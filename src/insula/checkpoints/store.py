@@ -1,7 +1,7 @@
 """A run's checkpoints, written by Orbax: `<step>/{params, train_state, manifest, assets}`.
 
 `params` is the running average, what evaluation and serving load. `assets` holds every file that must travel with it
-(config, tokenizer, normalisation), so one step directory is enough to serve. `manifest` holds a checksum per leaf,
+(config, tokenizer, normalization), so one step directory is enough to serve. `manifest` holds a checksum per leaf,
 because Orbax restores a damaged shard without complaint.
 """
 

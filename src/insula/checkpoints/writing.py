@@ -12,10 +12,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from insula.checkpoints.layout import Format, paths, resolve
+from insula.checkpoints.tensor_map import Format, paths, resolve
 from insula.errors import CheckpointError
-from insula.model import Params, weight_table
-from insula.model.config import Config
+from insula.model.config import ModelConfig
+from insula.model.params import Params, weight_table
 
 Read = Callable[[str, int | None], np.ndarray]
 """(path of a weight, layer or None) → its values."""
@@ -32,7 +32,7 @@ def from_params(params: Params) -> Read:
     return read
 
 
-def require_names(format: Format, config: Config) -> None:
+def require_names(format: Format, config: ModelConfig) -> None:
     """Raises CheckpointError where the config has weights the format has no name for."""
     named = {part.ours for tensor in resolve(format.table(config), config).values() for part in tensor.parts}
     if nameless := [path for path in paths(weight_table(config)) if path not in named]:
@@ -42,14 +42,14 @@ def require_names(format: Format, config: Config) -> None:
         )
 
 
-def foreign_shapes(format: Format, config: Config) -> dict[str, tuple[int, ...]]:
+def foreign_shapes(format: Format, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor a file of this format holds."""
     tensors = resolve(format.table(config), config)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     return shapes | {second: shapes[first] for second, first in format.tied} | format.unused(config)
 
 
-def foreign_tensors(format: Format, config: Config, read: Read, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+def foreign_tensors(format: Format, config: ModelConfig, read: Read, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of `foreign_shapes`, in its order."""
     tensors = resolve(format.table(config), config)
     for name in foreign_shapes(format, config):
@@ -67,7 +67,7 @@ def foreign_tensors(format: Format, config: Config, read: Read, dtype: str) -> I
         del out, place, view  # nor two tensors at a time
 
 
-def write_safetensors(path: Path, format: Format, config: Config, read: Read, dtype: str) -> None:
+def write_safetensors(path: Path, format: Format, config: ModelConfig, read: Read, dtype: str) -> None:
     """A .safetensors file, complete or not there at all. The library wants all tensors at once; this needs one.
 
     Layout: the header's length (8 bytes, little endian), the header (JSON, padded with blanks to 8 bytes), the data.
@@ -95,7 +95,7 @@ def write_safetensors(path: Path, format: Format, config: Config, read: Read, dt
     unfinished.replace(path)
 
 
-def write_orbax(path: Path, format: Format, config: Config, read: Read, dtype: str) -> None:
+def write_orbax(path: Path, format: Format, config: ModelConfig, read: Read, dtype: str) -> None:
     """An Orbax tree under the item "params", names split at slashes. Values wait on disk until Orbax takes them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:

@@ -1,4 +1,4 @@
 """From data sets on disk to batches.
 
-mapping ─► lerobot ─► fitting (normalisation, FAST) ─► samples, questions ─► mixture ─► loader ─► train
+mapping ─► lerobot ─► fitting (normalization, FAST) ─► samples, questions ─► mixture ─► loader ─► train
 """

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from insula.data import normalise
+from insula.data import normalize as normalize
+from insula.data.chunks import dim_names
 from insula.data.fitting import FASTReport, action_chunks, measure_fast, robot_stats
 from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.mapping import read_mapping
-from insula.data.normalise import NormStats
+from insula.data.normalize import NormStats
 from insula.data.robot import Robot
-from insula.data.values import dim_names
 from insula.files import write_json
 from insula.terminal import as_text
 from insula.tokens.fast import FASTCodec
@@ -51,7 +51,7 @@ def stats(path: Path, horizon: int, out: Path | None, limit: int, processes: int
         if out is not None:
             target = out if out.suffix == ".json" and len(found) == 1 else out / f"{name}.json"
             target.parent.mkdir(parents=True, exist_ok=True)
-            normalise.save(target, measured.robot.stats)
+            normalize.save(target, measured.robot.stats)
     return "\n".join(_tables(name, measured) for name, measured in found.items())
 
 
@@ -88,7 +88,7 @@ def _tables(name: str, measured: Measured) -> str:
             table.add_row(label, *figures, _note(stats, dim))
         tables.append(table)
     return as_text(
-        *tables, f"{measured.clipped:.3%} of the normalised action values are beyond ±{measured.robot.clip:g}"
+        *tables, f"{measured.clipped:.3%} of the normalized action values are beyond ±{measured.robot.clip:g}"
     )
 
 
@@ -107,7 +107,7 @@ def _fast_table(reports: dict[str, FASTReport]) -> str:
         "largest": lambda r: f"{r.tokens['max']:.0f}",
         'chunks that with "|" and EOS exceed the budget': lambda r: f"{r.over_budget} ({r.budget} tokens)",
         "not writable by the codec": lambda r: str(r.out_of_range),
-        "reconstruction error, rms, normalised": lambda r: f"{r.reconstruction_error:.4f}",
+        "reconstruction error, rms, normalized": lambda r: f"{r.reconstruction_error:.4f}",
         "values clipped": lambda r: f"{r.clipped:.3%}",
     }
     for label, figure in rows.items():

@@ -4,9 +4,9 @@ import json
 import re
 from pathlib import Path
 
+from insula.data.lerobot.info import BOOKKEEPING, Feature, Info
 from insula.data.lerobot.layout import read_layout
 from insula.data.mapping import ACTION, IMAGES, STATE, plain_name
-from insula.data.schema import BOOKKEEPING, Feature, Info
 from insula.errors import DatasetError
 
 WRIST, LEFT, RIGHT = r"wrist|hand|gripper|eef?\b", "left", "right"
@@ -37,7 +37,7 @@ def describe(root: Path, cameras: tuple[str, ...]) -> str:
         _line("state", _list(state), _names(info, state) or "none found: the model sees images and the instruction"),
         _line("actions", _list(actions), _names(info, actions)),
         _line("delta", "[]", "action dimensions to learn relative to the state's dimension of the same number"),
-        _line("normalisation", '"quantiles"', "or min_max, mean_std, none"),
+        _line("normalization", '"quantiles"', "or min_max, mean_std, none"),
         _line("units", '{ state = "", actions = "" }', 'such as "rad; gripper 0 to 1": kept for whoever serves it'),
         _line("weight", "1.0", "how often it is drawn, relative to other entries"),
         *[f"# instruction = {_text(key)}{' ' * 10}# a column of text, instead of the task" for key in texts],

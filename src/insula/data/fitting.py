@@ -8,12 +8,12 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from insula.data import normalise, quantiles
+from insula.data import normalize, quantiles
+from insula.data.chunks import check_delta, chosen_episodes, chunk_indices, dim_names, frames_of, joined
 from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.mapping import RobotData
-from insula.data.normalise import NormStats
+from insula.data.normalize import NormStats
 from insula.data.robot import Robot, relative
-from insula.data.values import check_delta, chosen_episodes, chunk_indices, dim_names, frames_of, joined
 from insula.data.workers import Map, mapping_over
 from insula.errors import DatasetError, FASTRangeError, InputError
 from insula.tokens.fast import FASTCodec
@@ -44,7 +44,7 @@ def robot_stats(
     """The statistics the mapping names, else those `fit_stats` finds. Raises DatasetError where the file lacks some."""
     if data.statistics is None:
         return fit_stats(data, horizon, episodes, processes, skip_non_finite)
-    stats = normalise.load(data.statistics)
+    stats = normalize.load(data.statistics)
     if missing := [part for part in ("state", "actions") if part not in stats]:
         raise DatasetError(f"{data.statistics}: no {missing[0]!r}; expected 'state' and 'actions'")
     return stats
@@ -58,7 +58,7 @@ def fit_stats(
     skip_non_finite: bool = False,
 ) -> dict[str, NormStats]:
     """{"state": ..., "actions": ...} over all frames of `episodes` (all by default), quantiles exact. Dimensions in
-    `data.delta` are measured as they are learnt: over all real steps of all chunks, relative to the state. A state
+    `data.delta` are measured as they are learned: over all real steps of all chunks, relative to the state. A state
     without columns has no "state" dimension.
 
     Raises DatasetError; ValueError for NaN or infinity, naming where, unless they are to be skipped.
@@ -69,7 +69,7 @@ def fit_stats(
         return {
             name: _stats(over, partial(_blocks, work, name), dataset.files, data, name, dim_names(dataset, columns))
             if columns
-            else normalise.nothing(data.normalisation)
+            else normalize.nothing(data.normalization)
             for name, columns in (("state", data.state), ("actions", data.actions))
         }
 
@@ -94,8 +94,8 @@ def _stats(over: Map, blocks: Blocks, count: int, data: RobotData, what: str, na
     wanted = quantiles.wanted_bins(histogram, QUANTILES)
     parts = list(over(partial(_candidates, blocks, whole, wanted), files))
     q01, q99 = quantiles.quantiles(parts, wanted, whole, QUANTILES)
-    stats = NormStats(whole.mean, whole.std, q01, q99, whole.min, whole.max, data.normalisation)
-    normalise.warn_of_constants(stats, names, f"{data.path}, {what}")
+    stats = NormStats(whole.mean, whole.std, q01, q99, whole.min, whole.max, data.normalization)
+    normalize.warn_of_constants(stats, names, f"{data.path}, {what}")
     return stats
 
 
@@ -181,7 +181,7 @@ def action_chunks(
     limit: int | None = None,
     processes: int = 1,
 ) -> tuple[np.ndarray, float]:
-    """(chunks float32 [N, H, D] exactly as they are tokenised, fraction of values that were clipped).
+    """(chunks float32 [N, H, D] exactly as they are tokenized, fraction of values that were clipped).
 
     With `limit`, that many spread evenly over all frames of `episodes`. Chunks with a NaN are left out.
     """
@@ -209,7 +209,7 @@ def _chunks(work: _Pass, robot: Robot, task: tuple[int, np.ndarray]) -> tuple[np
     actions = _values(work, "actions", file)[index - start]
     state = _values(work, "state", file)[frames[rows] - start] if work.data.delta else np.zeros((len(rows), 0))
     finite = np.isfinite(actions).all((1, 2)) & np.isfinite(state).all(1)
-    chunk = robot.normalise_actions(actions[finite], state[finite])
+    chunk = robot.normalize_actions(actions[finite], state[finite])
     return np.clip(chunk, -robot.clip, robot.clip), int((np.abs(chunk) > robot.clip).sum())
 
 
@@ -217,7 +217,7 @@ def _chunks(work: _Pass, robot: Robot, task: tuple[int, np.ndarray]) -> tuple[np
 class FASTReport:
     """What a codec makes of a data set's chunks. `tokens`: per chunk, at the median, the 99th percentile and the
     largest; `over_budget`: chunks whose tokens and "|" and EOS exceed `budget`; `out_of_range`: chunks the codec cannot
-    write; `reconstruction_error`: rms, normalised; `clipped`: fraction of values."""
+    write; `reconstruction_error`: rms, normalized; `clipped`: fraction of values."""
 
     chunks: int
     tokens: dict[str, float]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from insula.data.statistics import histogram
+from insula.data.lerobot.statistics import histogram
 from insula.errors import DatasetError, InputError
 
 PNG = b"\x89PNG\r\n\x1a\n"

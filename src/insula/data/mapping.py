@@ -20,11 +20,11 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from insula.data.normalise import Kind
+from insula.data.normalize import Kind
 from insula.errors import DatasetError, did_you_mean
 
 STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
-Loss = Literal["flow", "fast"]
+LossName = Literal["flow", "fast"]
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class RobotData:
     """Steps of its chunks, at most the model's, which it is unless given."""
     delta: tuple[int, ...] = ()
     """Action dimensions to learn relative to the state's dimension of the same number, at the start of the chunk."""
-    normalisation: Kind = "quantiles"
+    normalization: Kind = "quantiles"
     statistics: Path | None = None
     """A norm_stats.json to use; fitted to the training episodes unless given."""
     instruction: str | None = None
     """A column of text; the task of each frame unless given."""
-    losses: tuple[Loss, ...] = ("flow", "fast")
+    losses: tuple[LossName, ...] = ("flow", "fast")
     """Without "fast" its actions teach the expert alone, without "flow" the backbone alone."""
     units: dict[str, str] = field(default_factory=dict)
     """What "state" and "actions" are measured in; kept in the checkpoint for whoever serves it."""
@@ -156,15 +156,15 @@ def to_json(mapping: Mapping) -> dict[str, Any]:
 def _robot(entry: Table[str, Any], folder: Path, where: str) -> RobotData:
     columns = {key: _columns(entry[key], f"{where}.{key}") for key in ("state", "actions") if key in entry}
     robot: RobotData = _build(RobotData, {**entry, **columns}, folder, where)
-    if robot.normalisation not in get_args(Kind):
-        hint = did_you_mean(str(robot.normalisation), get_args(Kind))
-        raise DatasetError(f"{where}: normalisation is {robot.normalisation!r}{hint}, known: {get_args(Kind)}")
+    if robot.normalization not in get_args(Kind):
+        hint = did_you_mean(str(robot.normalization), get_args(Kind))
+        raise DatasetError(f"{where}: normalization is {robot.normalization!r}{hint}, known: {get_args(Kind)}")
     if not robot.actions:
         raise DatasetError(f"{where}: actions is empty; expected at least one column")
     for loss in robot.losses:
-        _known(loss, get_args(Loss), f"{where}.losses", "loss")
+        _known(loss, get_args(LossName), f"{where}.losses", "loss")
     if not robot.losses:
-        raise DatasetError(f"{where}: losses is empty, so nothing would be learnt; expected 'flow', 'fast' or both")
+        raise DatasetError(f"{where}: losses is empty, so nothing would be learned; expected 'flow', 'fast' or both")
     for key in robot.units:
         _known(key, ("state", "actions"), f"{where}.units", "entry")
     return robot
@@ -179,7 +179,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "weight": (int, float),
     "horizon": (int,),
     "delta": (list,),
-    "normalisation": (str,),
+    "normalization": (str,),
     "instruction": (str,),
     "losses": (list,),
     "units": (dict,),

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 @runtime_checkable
-class Source(Protocol):
+class SampleSource(Protocol):
     """What a mixture draws from: `Samples`, `QuestionSamples`."""
 
     quarantined: int
@@ -78,7 +78,7 @@ class Mixture:
 
     def __init__(
         self,
-        sources: Table[str, Source],
+        sources: Table[str, SampleSource],
         weights: Sequence[float] | None = None,
         on_bad: BadSample = "fail",
         quarantine: Path | None = None,

@@ -63,11 +63,11 @@ Wanted = dict[tuple[int, int], int]
 
 
 def wanted_bins(histogram: np.ndarray, quantiles: Sequence[float]) -> Wanted:
-    """The bins that hold the neighbours of each quantile, from the sum of all `counts`."""
+    """The bins that hold the neighbors of each quantile, from the sum of all `counts`."""
     below = np.cumsum(histogram, axis=1)
     found: Wanted = {}
     for dim in range(len(histogram)):
-        for rank in {rank for q in quantiles for rank in _neighbours(q, int(below[dim, -1]))[:2]}:
+        for rank in {rank for q in quantiles for rank in _neighbors(q, int(below[dim, -1]))[:2]}:
             bin = int(np.searchsorted(below[dim], rank, side="right"))
             found[dim, bin] = int(below[dim, bin] - histogram[dim, bin])
     return found
@@ -82,7 +82,7 @@ def candidates(rows: np.ndarray, whole: Moments, wanted: Wanted) -> dict[tuple[i
 def quantiles(
     parts: Sequence[dict[tuple[int, int], np.ndarray]], wanted: Wanted, whole: Moments, of: Sequence[float]
 ) -> np.ndarray:
-    """float64 [len(of), D], interpolated between neighbours as numpy does."""
+    """float64 [len(of), D], interpolated between neighbors as numpy does."""
     ordered = {key: np.sort(np.concatenate([part[key] for part in parts])).astype(np.float64) for key in wanted}
 
     def value(dim: int, rank: int) -> float:
@@ -93,14 +93,14 @@ def quantiles(
 
     out = np.empty((len(of), len(whole.mean)))
     for row, q in enumerate(of):
-        low, high, fraction = _neighbours(q, whole.count)
+        low, high, fraction = _neighbors(q, whole.count)
         for dim in range(out.shape[1]):
             a, b = value(dim, low), value(dim, high)
             out[row, dim] = a + (b - a) * fraction
     return out
 
 
-def _neighbours(q: float, count: int) -> tuple[int, int, float]:
+def _neighbors(q: float, count: int) -> tuple[int, int, float]:
     """(rank below, rank above, how far between) of a quantile among `count` sorted values."""
     position = q * (count - 1)
     low = int(np.floor(position))

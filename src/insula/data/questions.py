@@ -105,7 +105,7 @@ class QuestionSamples:
                 raise DatasetError(f"{self.where(row)} ({asked.question!r}): {e}") from e
         return {name: getattr(self.table, name)[rows] for name in TokenTable.FIELDS}
 
-    def tokenise_ahead(self) -> None:
+    def tokenize_ahead(self) -> None:
         """All of them, or EAGER spread evenly: what does not fit is an error now."""
         self.tokens(np.unique(np.linspace(0, len(self) - 1, EAGER).astype(np.int64)))
 

@@ -1,10 +1,10 @@
 """What a robot's numbers mean to the model, in both directions. A `Robot` travels inside every checkpoint.
 
-    training   actions − state, for the dimensions in `delta`  ─►  normalise  ─►  clip
-    serving    un-normalise  ─►  + state, for the dimensions in `delta`
+    training   actions − state, for the dimensions in `delta`  ─►  normalize  ─►  clip
+    serving    un-normalize  ─►  + state, for the dimensions in `delta`
 
 robots/NAME/robot.json         cameras, horizon, delta, units
-robots/NAME/norm_stats.json    normalisation, openpi's format
+robots/NAME/norm_stats.json    normalization, openpi's format
 """
 
 import json
@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from insula.data import normalise
-from insula.data.normalise import NormStats
+from insula.data import normalize as normalize
+from insula.data.normalize import NormStats
 from insula.errors import InputError
 from insula.files import write_json
 from insula.shapes import Float
 
 ROBOT_FILE, STATS_FILE = "robot.json", "norm_stats.json"
 ACTION_CLIP = {"quantiles": 2.0, "min_max": 2.0, "none": 2.0, "mean_std": 5.0}
-"""Normalised actions are clipped to ± this, for both losses alike. By quantiles 98 % of them are inside ±1, a
+"""Normalized actions are clipped to ± this, for both losses alike. By quantiles 98 % of them are inside ±1, a
 Gaussian's four deviations inside ±1.7: only outliers are touched, which would cost many FAST tokens and dominate a
 squared error."""
 
@@ -30,7 +30,7 @@ squared error."""
 @dataclass(frozen=True, eq=False)
 class Robot:
     """`stats` holds "state" and "actions"; `cameras` are those of the model's that this robot has; its chunks have
-    `horizon` steps; action dimensions in `delta` are learnt relative to the state's dimension of the same number;
+    `horizon` steps; action dimensions in `delta` are learned relative to the state's dimension of the same number;
     `units` say what "state" and "actions" are measured in."""
 
     stats: dict[str, NormStats]
@@ -51,17 +51,17 @@ class Robot:
     def clip(self) -> float:
         return ACTION_CLIP[self.stats["actions"].kind]
 
-    def normalise_actions(
+    def normalize_actions(
         self, actions: Float[np.ndarray, "*b H D"], state: Float[np.ndarray, "*b S"]
     ) -> Float[np.ndarray, "*b H D"]:
         """What the model learns, not yet clipped. Raises ValueError on NaN or infinity."""
-        return self.stats["actions"].normalise(relative(actions, state, self.delta))
+        return self.stats["actions"].normalize(relative(actions, state, self.delta))
 
-    def unnormalise_actions(
+    def unnormalize_actions(
         self, chunk: Float[np.ndarray, "*b H D"], state: Float[np.ndarray, "*b S"]
     ) -> Float[np.ndarray, "*b H D"]:
         """The inverse, in the robot's units; `state` as observed."""
-        actions = self.stats["actions"].unnormalise(chunk)
+        actions = self.stats["actions"].unnormalize(chunk)
         for dim in self.delta:
             actions[..., dim] += state[..., None, dim]
         return actions
@@ -70,7 +70,7 @@ class Robot:
         directory.mkdir(parents=True, exist_ok=True)
         written = {key: value for key, value in asdict(self).items() if key != "stats"}
         write_json(directory / ROBOT_FILE, written)
-        normalise.save(directory / STATS_FILE, self.stats)
+        normalize.save(directory / STATS_FILE, self.stats)
 
 
 def relative(actions: np.ndarray, state: np.ndarray, delta: tuple[int, ...]) -> np.ndarray:
@@ -92,4 +92,4 @@ def read_robot(directory: Path) -> Robot:
         horizon, units = int(raw["horizon"]), dict(raw["units"])
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: expected cameras, horizon, delta and units ({error!r})") from None
-    return Robot(normalise.load(directory / STATS_FILE), cameras, horizon, delta, units)
+    return Robot(normalize.load(directory / STATS_FILE), cameras, horizon, delta, units)

@@ -14,17 +14,17 @@ from typing import Any, Literal, SupportsIndex
 import numpy as np
 
 from insula.batch import Batch, Observation
+from insula.data.chunks import check_delta, chosen_episodes, chunk_indices, dim_names, frames_of, joined, named_cameras
 from insula.data.fitting import refuse_non_finite
 from insula.data.images import resize_with_pad
 from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.mapping import RobotData
 from insula.data.robot import Robot
-from insula.data.values import check_delta, chosen_episodes, chunk_indices, dim_names, frames_of, joined, named_cameras
 from insula.errors import DatasetError, FASTRangeError, InputError, TokenBudgetError
 from insula.tokens.sequence import FASTTokenizer, Tokenized
 
 EAGER = 200_000
-"""Up to so many samples are tokenised before training, so that an overlong one is known then; of more, those spread
+"""Up to so many samples are tokenized before training, so that an overlong one is known then; of more, those spread
 evenly, and the others when they are drawn."""
 TokenOverflow = Literal["error", "drop_token_loss"]
 log = logging.getLogger(__name__)
@@ -143,21 +143,21 @@ class Samples:
         )
 
     def chunks(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Normalised and clipped chunks float32 [B, h, d] of the robot's own sizes, and which steps are past the end of
+        """Normalized and clipped chunks float32 [B, h, d] of the robot's own sizes, and which steps are past the end of
         the episode, bool [B, h]."""
         index, is_pad = chunk_indices(self.frames[rows], self.stop[rows], self.robot.horizon)
-        chunk = self.robot.normalise_actions(self.actions[index], self.state[self.frames[rows]])
+        chunk = self.robot.normalize_actions(self.actions[index], self.state[self.frames[rows]])
         return np.clip(chunk, -self.robot.clip, self.robot.clip), is_pad
 
     def tokens(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """tokens, token_mask, ar_mask, loss_mask, each [B, L]."""
         new = np.unique(rows[~self.table.known[rows]])
         if len(new):
-            self._tokenise(new)
+            self._tokenize(new)
         return {name: getattr(self.table, name)[rows] for name in TokenTable.FIELDS}
 
-    def tokenise_ahead(self) -> None:
-        """Tokenise all samples, or EAGER of them, spread evenly: what does not fit is an error now."""
+    def tokenize_ahead(self) -> None:
+        """Tokenize all samples, or EAGER of them, spread evenly: what does not fit is an error now."""
         rows = np.arange(len(self)) if len(self) <= EAGER else np.linspace(0, len(self) - 1, EAGER).astype(np.int64)
         self.tokens(rows)
         if self.dropped:
@@ -214,7 +214,7 @@ class Samples:
         return bad
 
     def _state(self, rows: np.ndarray) -> np.ndarray:
-        return self.robot.stats["state"].normalise(self.state[self.frames[rows]])
+        return self.robot.stats["state"].normalize(self.state[self.frames[rows]])
 
     def _images(self, camera: str, size: tuple[int, int], frames: np.ndarray) -> np.ndarray:
         if camera not in self.data.cameras:
@@ -225,7 +225,7 @@ class Samples:
             return images
         return np.stack([resize_with_pad(image, size) for image in images])
 
-    def _tokenise(self, rows: np.ndarray) -> None:
+    def _tokenize(self, rows: np.ndarray) -> None:
         with_state = self.state_in_prompt and self.robot.state_dim > 0
         states = self._state(rows) if with_state else [None] * len(rows)
         chunks = self.chunks(rows)[0] if "fast" in self.data.losses else [None] * len(rows)

@@ -19,14 +19,14 @@ import gymnasium
 import numpy as np
 from rich.table import Table
 
-import insula.sim
+import insula.worlds.tabletop
 from insula.errors import InputError, NonFiniteError
 from insula.evaluate.intervals import Rate, wilson
-from insula.sim.seeds import EVALUATION, RANGES, refuse_seen
-from insula.sim.tabletop import ACTION_DIM
 from insula.terminal import as_text
+from insula.worlds.seeds import EVALUATION, RANGES, refuse_seen
+from insula.worlds.tabletop.environment import ACTION_DIM
 
-LANES = 16
+NUM_ENVS = 16
 LATENCY_CALLS, LATENCY_WARM_UP = 100, 5
 PERCENTILES = (50, 90, 99)
 Progress = Callable[[int, int], None]
@@ -47,7 +47,7 @@ class Acts(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Episode:
+class EpisodeResult:
     """How one episode ended. `wrong_object`: at any time, a block lay in a bowl that was not asked for."""
 
     seed: int
@@ -62,7 +62,7 @@ class Episode:
 class Recording:
     """What the cameras saw of an episode, side by side: `frames` uint8 [T + 1, h, cameras·w, 3]."""
 
-    episode: Episode
+    episode: EpisodeResult
     frames: np.ndarray
 
 
@@ -73,9 +73,9 @@ class ClosedLoop:
     `latency_ms`: percentiles of single `act` calls, with nothing else running in this process.
     """
 
-    episodes: tuple[Episode, ...]
+    episodes: tuple[EpisodeResult, ...]
     latency_ms: dict[str, float]
-    execute: int
+    replan_steps: int
     seconds: float
     recordings: tuple[Recording, ...] = ()
 
@@ -119,7 +119,7 @@ class ClosedLoop:
             "mean_steps_of_successes": self.mean_steps_of_successes,
             "scenes": sum(not e.swapped for e in self.episodes),
             "first_seed": self.episodes[0].seed,
-            "execute": self.execute,
+            "replan_steps": self.replan_steps,
             "seconds": self.seconds,
             "latency_ms": self.latency_ms,
             "episodes": [dataclasses.asdict(e) for e in self.episodes],
@@ -142,21 +142,21 @@ def evaluate(
     policy: Acts,
     episodes: int = 100,
     first_seed: int = EVALUATION.start,
-    execute: int = 2,
+    replan_steps: int = 2,
     swap: bool = True,
     record: int = 3,
     image_size: int = 64,
     progress: Progress | None = None,
     *,
-    lanes: int = LANES,
+    num_envs: int = NUM_ENVS,
     allow_any_seed: bool = False,
     used_seeds: Iterable[int] = (),
     environment: MakeEnvironment | None = None,
 ) -> ClosedLoop:
-    """Run `policy` in the scenes `first_seed .. first_seed + episodes - 1`, executing `execute` steps of each chunk.
+    """Run `policy` in the scenes `first_seed .. first_seed + episodes - 1`, executing `replan_steps` of each chunk.
 
     `record`: keep the frames of the first so many scenes. `progress(done, total)` is called after every episode.
-    `lanes`: environments side by side, and the batch size of every `act_batch` call (rows are repeated to fill it).
+    `num_envs`: environments side by side, and the batch size of every `act_batch` call (rows are repeated to fill it).
     `used_seeds`: seeds of the demonstrations; `allow_any_seed` lifts the check of the range, never this one.
     `environment`: makes one environment; the tabletop unless given.
 
@@ -164,20 +164,22 @@ def evaluate(
     chunk with NaN or infinity.
     """
     seeds = check_seeds(episodes, first_seed, allow_any_seed, used_seeds)
-    if execute < 1 or lanes < 1:
-        raise InputError(f"execute is {execute} and lanes is {lanes}, expected at least 1 of each")
+    if replan_steps < 1 or num_envs < 1:
+        raise InputError(f"replan_steps is {replan_steps} and num_envs is {num_envs}, expected at least 1 of each")
     jobs = [(seed, swapped) for seed in seeds for swapped in ((False, True) if swap else (False,))]
-    make = environment or (lambda: gymnasium.make(insula.sim.TABLETOP, image_size=image_size, disable_env_checker=True))
+    make = environment or (
+        lambda: gymnasium.make(insula.worlds.tabletop.TABLETOP, image_size=image_size, disable_env_checker=True)
+    )
     started = time.perf_counter()
-    with _environments(make, min(lanes, len(jobs))) as envs:
-        done, seen = _run(policy, jobs, envs, execute, set(seeds[:record]), progress or (lambda done, total: None))
+    with _environments(make, min(num_envs, len(jobs))) as envs:
+        done, seen = _run(policy, jobs, envs, replan_steps, set(seeds[:record]), progress or (lambda done, total: None))
     seconds = time.perf_counter() - started
     order = {job: i for i, job in enumerate(jobs)}
     done.sort(key=lambda recording: order[recording.episode.seed, recording.episode.swapped])
     return ClosedLoop(
         episodes=tuple(recording.episode for recording in done),
         latency_ms=measure_latency(policy, seen),
-        execute=execute,
+        replan_steps=replan_steps,
         seconds=seconds,
         recordings=tuple(recording for recording in done if len(recording.frames)),
     )
@@ -229,7 +231,7 @@ class _Lane:
 
     def result(self) -> Recording:
         success, wrong = bool(self.info["success"]), bool(self.info["wrong_object"])
-        episode = Episode(self.seed, self.swapped, success, wrong, self.steps, self.task)
+        episode = EpisodeResult(self.seed, self.swapped, success, wrong, self.steps, self.task)
         return Recording(episode, np.stack(self.frames) if self.frames else np.empty((0, 0, 0, 3), np.uint8))
 
     def _tape(self) -> None:
@@ -238,7 +240,12 @@ class _Lane:
 
 
 def _run(
-    policy: Acts, jobs: list[tuple[int, bool]], envs: list[gymnasium.Env], execute: int, taped: set[int], tell: Progress
+    policy: Acts,
+    jobs: list[tuple[int, bool]],
+    envs: list[gymnasium.Env],
+    replan_steps: int,
+    taped: set[int],
+    tell: Progress,
 ) -> tuple[list[Recording], list[dict[str, Any]]]:
     """Every job once. Also returns some observations on the way, for measuring latency."""
     waiting, done, seen = deque(jobs), list[Recording](), list[dict[str, Any]]()
@@ -253,22 +260,24 @@ def _run(
             return done, seen
         if len(seen) < LATENCY_CALLS:
             seen.append(active[len(seen) % len(active)].observation)
-        for lane, chunk in zip(active, _plan(policy, active, len(lanes), execute), strict=True):
+        for lane, chunk in zip(active, _plan(policy, active, len(lanes), replan_steps), strict=True):
             lane.play(chunk)
             if not lane.busy:
                 done.append(lane.result())
                 tell(len(done), len(jobs))
 
 
-def _plan(policy: Acts, active: list[_Lane], rows: int, execute: int) -> np.ndarray:
-    """The next `execute` actions of every active lane, [len(active), execute, D]."""
+def _plan(policy: Acts, active: list[_Lane], rows: int, replan_steps: int) -> np.ndarray:
+    """The next `replan_steps` actions of every active lane, [len(active), replan_steps, D]."""
     observations = [lane.observation for lane in active]
     padded = observations + observations[:1] * (rows - len(observations))  # one batch size: one compiled program
     chunks = np.asarray(policy.act_batch(padded))
     if chunks.ndim != 3 or chunks.shape[0] != rows or chunks.shape[2] != ACTION_DIM:
         raise InputError(f"act_batch: got {list(chunks.shape)}, expected [{rows}, H, {ACTION_DIM}]")
-    if chunks.shape[1] < execute:
-        raise InputError(f"execute: got {execute}, but chunks have only {chunks.shape[1]} steps; execute at most those")
+    if chunks.shape[1] < replan_steps:
+        raise InputError(
+            f"replan_steps: got {replan_steps}, but chunks have only {chunks.shape[1]} steps; execute at most those"
+        )
     for lane, chunk in zip(active, chunks, strict=False):  # what fills the batch is not executed
         if not np.isfinite(chunk).all():
             row, column = np.argwhere(~np.isfinite(chunk))[0]
@@ -276,7 +285,7 @@ def _plan(policy: Acts, active: list[_Lane], rows: int, execute: int) -> np.ndar
                 f"act_batch: action[{row}][{column}] is {chunk[row, column]} at step {lane.steps} of seed {lane.seed} "
                 f"({lane.task!r}), expected finite numbers; look at the weights of this checkpoint"
             )
-    return chunks[: len(active), :execute]
+    return chunks[: len(active), :replan_steps]
 
 
 def measure_latency(policy: Acts, observations: list[dict[str, Any]], calls: int = LATENCY_CALLS) -> dict[str, float]:

@@ -36,9 +36,9 @@ def wilson(count: int, total: int, confidence: float = 0.95) -> Rate:
         raise InputError(f"confidence: got {confidence}, expected a fraction between 0 and 1, such as 0.95")
     z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
     rate = count / total
-    centre = (rate + z2 / (2 * total)) / (1 + z2 / total)
+    center = (rate + z2 / (2 * total)) / (1 + z2 / total)
     half = math.sqrt(z2 * (rate * (1 - rate) / total + z2 / (4 * total**2))) / (1 + z2 / total)
     # At the ends the formula gives exactly 0 and 1; rounding must not say 1e-17.
-    low = 0.0 if count == 0 else centre - half
-    high = 1.0 if count == total else centre + half
+    low = 0.0 if count == 0 else center - half
+    high = 1.0 if count == total else center + half
     return Rate(count, total, rate, low, high)

@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 
+from insula.collect.scenes import Scenes, question_batch, tokenize
 from insula.losses import predict_tokens
-from insula.model import Params
-from insula.model.config import Config
-from insula.scenes import Scenes, question_batch, tokenise
+from insula.model.config import ModelConfig
+from insula.model.params import Params
 from insula.tokens.sequence import FASTTokenizer
 
 NEAR = 2
@@ -30,10 +30,10 @@ class Knowledge:
 
 
 def measure_knowledge(
-    params: Params, config: Config, tokenizer: FASTTokenizer, scenes: Scenes, batch_size: int = 100
+    params: Params, config: ModelConfig, tokenizer: FASTTokenizer, scenes: Scenes, batch_size: int = 100
 ) -> Knowledge:
     """Every question of every scene, once."""
-    tokens = tokenise(scenes, tokenizer)
+    tokens = tokenize(scenes, tokenizer)
     scene, which = (a.reshape(-1) for a in np.indices(tokens.tokens.shape[:2]))
     low, high = tokenizer.text.encode("<loc0000>")[0], tokenizer.text.encode("<loc0127>")[0]
     predict = jax.jit(lambda p, batch: predict_tokens(p, config, batch))
@@ -42,7 +42,7 @@ def measure_knowledge(
         rows = np.arange(start, start + batch_size) % len(scene)  # the last batch wraps: one compiled shape
         batch = question_batch(scenes, tokens, scene[rows], which[rows], config)
         got, targets = jax.device_get(predict(params, batch))
-        true, scored = targets.label, targets.used
+        true, scored = targets.labels, targets.valid
         place = (true >= low) & (true <= high) & scored
         distance = np.where((got >= low) & (got <= high), np.abs(got - true), high - low)
         fine = np.where(place, distance <= NEAR, got == true) | ~scored

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from insula.model.config import TINY, Config
+from insula.model.config import TINY, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class InspectConfig:
     """Of --serve; 0 takes a free one."""
     tokens_only: bool = False
     """Show the sequence and the masks without running the model: for one too large for this machine."""
-    model: Config = TINY
+    model: ModelConfig = TINY
     """Without a run: the model; --preset NAME chooses which one these flags change."""
     dialect: Literal["pi05", "pi0", "pi0_fast"] = "pi05"
     """Without a run: how prompt and action are written."""

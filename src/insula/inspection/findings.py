@@ -6,14 +6,14 @@ from typing import Literal
 import jax
 import numpy as np
 
-from insula.certificate import SUFFIX, Outcome, Proof, Prover, prover
+from insula.certificate import SUFFIX, Outcome, Proof, Prover, make_prover
 from insula.data.samples import Samples
 from insula.inspection.influence import Forward, Influence, forward, influence
-from insula.inspection.measure import Measure, Measured, measurer
-from insula.inspection.sequence import Columns, columns, is_question
+from insula.inspection.measure import Measure, SampleMeasures, measurer
 from insula.inspection.subject import Sample, Subject
+from insula.inspection.token_columns import TokenColumns, columns, is_question
 from insula.inspection.variants import Variant, variants
-from insula.model.config import Config
+from insula.model.config import ModelConfig
 
 
 class Inspector:
@@ -22,7 +22,7 @@ class Inspector:
     def __init__(self, subject: Subject, seed: int = 0):
         self.subject, self.seed = subject, seed
         config = subject.assets.config
-        self._prove: Prover = prover(config, tuple(SUFFIX))
+        self._prove: Prover = make_prover(config, tuple(SUFFIX))
         self._measure: Measure = measurer(config)
         self._forward: Forward = forward(config)
 
@@ -49,12 +49,12 @@ class Findings:
 
     subject: Subject
     sample: Sample
-    seen: Columns
+    seen: TokenColumns
     seed: int
     drawn: list[Variant] = dataclasses.field(default_factory=list)
     proof: Proof | None = None
     influence: Influence | None = None
-    measured: Measured | None = None
+    measured: SampleMeasures | None = None
 
     @property
     def has_actions(self) -> bool:
@@ -92,7 +92,7 @@ class Findings:
         return found + (list(self.proof.findings) if self.proof and self.shows_insulation else [])
 
 
-def _real(sample: Sample, config: Config) -> np.ndarray:
+def _real(sample: Sample, config: ModelConfig) -> np.ndarray:
     """Which values of a chunk [H, D] its robot has."""
     real = np.zeros((config.horizon, config.action_dim), bool)
     if isinstance(sample.source, Samples):

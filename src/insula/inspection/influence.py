@@ -20,13 +20,14 @@ import numpy as np
 
 from insula.batch import Batch
 from insula.certificate import Outcome, compiled_quickly
-from insula.inspection.sequence import Columns
-from insula.model import Params
+from insula.inspection.token_columns import TokenColumns
 from insula.model.backbone import run_backbone
-from insula.model.config import Config
+from insula.model.config import ModelConfig
 from insula.model.expert import run_expert
 from insula.model.insulation import insulate
+from insula.model.params import Params
 from insula.shapes import AnyArray, Array, Float, PRNGKeyArray
+from insula.tokens import masks
 
 VELOCITY, PREFIX, BEFORE, AFTER = "velocity", "images and prompt", "answer, before it", "answer, from it on"
 EFFECTS = (VELOCITY, PREFIX, BEFORE, AFTER)
@@ -43,9 +44,9 @@ class Influence:
     findings: tuple[str, ...]
 
 
-def forward(config: Config) -> Forward:
+def forward(config: ModelConfig) -> Forward:
     """(hidden [T, W], velocity [H, D]) of a batch of one at t = 0.5, compiled once; float32."""
-    config = dataclasses.replace(config, compute_dtype="float32")
+    config = config.with_compute(dtype="float32")
 
     def run(params: Params, batch: Batch, noisy: Array) -> tuple[Array, Array]:
         prefix = run_backbone(params.vision, params.backbone, config, batch.observation, batch.ar_mask)
@@ -58,13 +59,13 @@ def forward(config: Config) -> Forward:
 
 
 def influence(
-    run: Forward, params: Params, config: Config, batch: Batch, seen: Columns, rng: PRNGKeyArray
+    run: Forward, params: Params, config: ModelConfig, batch: Batch, seen: TokenColumns, rng: PRNGKeyArray
 ) -> Influence:
     """Of a batch of one. Without actions the velocity is left out, without an answer what concerns the answer."""
     noisy = jax.random.normal(rng, (1, 1, config.horizon, config.action_dim))
     acts = bool(np.asarray(batch.action_mask).any())
     base = run(params, batch, noisy)
-    causal = seen.token_mask & (np.cumsum(seen.ar_mask) > 0)
+    causal = seen.token_mask & np.asarray(masks.is_suffix(seen.ar_mask))
     prefix = seen.token_mask & ~causal
     answers = bool(causal.any())
     table: dict[str, dict[str, float | None]] = {}
@@ -130,7 +131,7 @@ def _must_move(changed: str, effect: str) -> bool:
     return (changed == "noisy actions" and effect == VELOCITY) or (changed.startswith("answer") and effect == AFTER)
 
 
-def _other_tokens(batch: Batch, config: Config, columns: np.ndarray) -> Batch:
+def _other_tokens(batch: Batch, config: ModelConfig, columns: np.ndarray) -> Batch:
     """Another token at each of these text columns."""
     tokens = np.array(batch.observation.tokens)
     tokens[:, columns] = (tokens[:, columns] + config.vocab_size // 2) % config.vocab_size

@@ -10,15 +10,16 @@ import numpy as np
 from insula import flow
 from insula.batch import Batch, Observation
 from insula.certificate import compiled_quickly
+from insula.decode.flow import sample_actions
 from insula.losses import Targets, expert_loss, scored_tokens
-from insula.model import Params
 from insula.model.attention import attend_with_memory, memory_weights
 from insula.model.backbone import run_backbone
-from insula.model.config import Config
+from insula.model.config import ModelConfig
 from insula.model.expert import Expert, run_expert
 from insula.model.insulation import Memory, insulate
-from insula.policy import sample_actions
+from insula.model.params import Params
 from insula.shapes import AnyArray, Array, Bool, PRNGKeyArray
+from insula.tokens import masks
 
 TOP = 5
 TIMES = tuple(np.linspace(0.05, 1.0, 20).round(2).tolist())
@@ -48,7 +49,7 @@ class TokenScores:
 @dataclasses.dataclass(frozen=True)
 class FlowScores:
     """error [TIMES, H, D]: mean squared error of the velocity, 0 where nothing is scored. loss: what training would
-    see, the mean over EXPECTED_DRAWS. chunk [H, D]: what the policy does, normalised."""
+    see, the mean over EXPECTED_DRAWS. chunk [H, D]: what the policy does, normalized."""
 
     error: Array
     loss: Array
@@ -57,7 +58,7 @@ class FlowScores:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class SampleMeasures:
     """look [LOOK_TIMES, depth, N, M + A]: how much the action tokens read of each column of the memory, then of each
     other, the mean over them."""
 
@@ -66,18 +67,20 @@ class Measured:
     look: Array
 
 
-Measure = Callable[[Params, Batch, Bool[AnyArray, "H D"], PRNGKeyArray], Measured]
+Measure = Callable[[Params, Batch, Bool[AnyArray, "H D"], PRNGKeyArray], SampleMeasures]
 
 
-def measurer(config: Config) -> Measure:
+def measurer(config: ModelConfig) -> Measure:
     """A function of parameters, a batch of one, which values of a chunk its robot has, and a key; compiled once. In
     float32, whatever the config computes in."""
-    config = dataclasses.replace(config, compute_dtype="float32", layers="unrolled", flow_samples=EXPECTED_DRAWS)
+    config = config.with_objective(flow_samples=EXPECTED_DRAWS).with_compute(dtype="float32", scan_layers=False)
 
-    def measure(params: Params, batch: Batch, real: Array, rng: PRNGKeyArray) -> Measured:
+    def measure(params: Params, batch: Batch, real: Array, rng: PRNGKeyArray) -> SampleMeasures:
         targets = scored_tokens(batch, config)
         assert targets is not None
-        prefix = run_backbone(params.vision, params.backbone, config, batch.observation, batch.ar_mask, targets.read)
+        prefix = run_backbone(
+            params.vision, params.backbone, config, batch.observation, batch.ar_mask, targets.positions
+        )
         memory = insulate(prefix, config.num_memory)
         noise = jax.random.normal(rng, (DRAWS, *batch.actions.shape[1:]))
         flow_scores = FlowScores(
@@ -86,29 +89,29 @@ def measurer(config: Config) -> Measure:
             chunk=sample_actions(params, config, _as_served(batch, config), noise[:1], real=real)[0],
         )
         tokens = _token_scores(prefix.hidden[0], params.backbone.embedding, targets, config)
-        return Measured(tokens, flow_scores, _look(params.expert, config, memory, batch, noise[0]))
+        return SampleMeasures(tokens, flow_scores, _look(params.expert, config, memory, batch, noise[0]))
 
     return compiled_quickly(measure)
 
 
-def _as_served(batch: Batch, config: Config) -> Observation:
+def _as_served(batch: Batch, config: ModelConfig) -> Observation:
     """The prompt alone, as when acting."""
     seen, width = batch.observation, config.max_prompt_len
     assert seen.tokens is not None and seen.token_mask is not None
-    causal = jnp.cumsum(jnp.asarray(batch.ar_mask, jnp.int32), axis=1) > 0
+    causal = masks.is_suffix(batch.ar_mask)
     prompt = jnp.asarray(seen.token_mask, bool) & ~causal
     return dataclasses.replace(seen, tokens=seen.tokens[:, :width], token_mask=prompt[:, :width])
 
 
-def _token_scores(hidden: Array, embedding: Array, targets: Targets, config: Config) -> TokenScores:
+def _token_scores(hidden: Array, embedding: Array, targets: Targets, config: ModelConfig) -> TokenScores:
     """As `insula.losses.token_loss` scores them, with every logit at hand."""
     logits = jax.nn.log_softmax(hidden @ embedding.T, axis=-1)
-    own = jnp.take_along_axis(logits, targets.label[0][:, None], axis=1)[:, 0]
+    own = jnp.take_along_axis(logits, targets.labels[0][:, None], axis=1)[:, 0]
     best, which = jax.lax.top_k(logits, TOP)
-    return TokenScores(targets.read[0] + 1, targets.used[0], -own, jnp.exp(own), which, jnp.exp(best))
+    return TokenScores(targets.positions[0] + 1, targets.valid[0], -own, jnp.exp(own), which, jnp.exp(best))
 
 
-def _flow_error(expert: Expert, config: Config, memory: Memory, batch: Batch, noise: Array) -> Array:
+def _flow_error(expert: Expert, config: ModelConfig, memory: Memory, batch: Batch, noise: Array) -> Array:
     """[TIMES, H, D], mean over the draws."""
     time = jnp.repeat(jnp.asarray(TIMES), DRAWS)[None]
     noise = jnp.tile(noise, (len(TIMES), 1, 1))[None]
@@ -119,7 +122,7 @@ def _flow_error(expert: Expert, config: Config, memory: Memory, batch: Batch, no
     return jnp.mean(error.reshape(len(TIMES), DRAWS, *error.shape[2:]), axis=1)
 
 
-def _look(expert: Expert, config: Config, memory: Memory, batch: Batch, noise: Array) -> Array:
+def _look(expert: Expert, config: ModelConfig, memory: Memory, batch: Batch, noise: Array) -> Array:
     """[LOOK_TIMES, depth, N, M + A], from the weights of every layer's attention."""
     watched: list[Array] = []
 

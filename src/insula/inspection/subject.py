@@ -7,16 +7,17 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from insula.assets import Assets, read_assets
 from insula.batch import Batch
 from insula.checkpoints.store import CheckpointStore
-from insula.data.mixture import Source
+from insula.data.mixture import SampleSource
 from insula.errors import DatasetError, InputError, MissingFileError, did_you_mean
 from insula.inspection.config import InspectConfig
-from insula.model import Params, abstract_params
-from insula.policy import load_model
-from insula.testing import randomise
-from insula.train.config import CONFIG_FILE, TrainConfig, read_config
+from insula.model.params import Params, abstract_params
+from insula.runs.assets import Assets, read_assets
+from insula.runs.folder import CHECKPOINTS_FOLDER, SETTINGS_FILE
+from insula.runs.loading import load_model
+from insula.testing import randomize
+from insula.train.config import TrainConfig, read_config
 from insula.train.data import fit_assets, held_out_sources, open_data, training_sources
 
 COPIES = 5
@@ -31,7 +32,7 @@ class Sample:
     where: str
     name: str
     number: int
-    source: Source
+    source: SampleSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Subject:
     name: str
     params: Params | None
     assets: Assets
-    sources: dict[str, Source]
+    sources: dict[str, SampleSource]
     trained: bool
 
     @property
@@ -92,13 +93,13 @@ def refuse_idle_flags(config: InspectConfig) -> None:
 def _of_run(config: InspectConfig) -> Subject:
     """The newest checkpoint of a run and what it never trained on, or what it did."""
     assert config.run is not None
-    run, path = config.run, config.run / CONFIG_FILE
+    run, path = config.run, config.run / SETTINGS_FILE
     if not path.is_file():
         near = f"; there is one in {run / 'run'}" if (run / "run" / path.name).is_file() else ""
         raise MissingFileError(f"{run}: no {path.name} here{near}; expected what `insula train --run` wrote")
     trained = dataclasses.replace(read_config(path), run=run)
     if config.tokens_only:
-        with CheckpointStore(run / "checkpoints") as store:
+        with CheckpointStore(run / CHECKPOINTS_FOLDER) as store:
             params, assets = None, read_assets(store.assets())
     else:
         params, assets = load_model(run)
@@ -135,5 +136,5 @@ def _of_data(config: InspectConfig) -> Subject:
     data = open_data(trains)
     assets = fit_assets(trains, data)
     sources = training_sources(trains, assets, data)
-    params = None if config.tokens_only else randomise(abstract_params(model), jax.random.key(0))
+    params = None if config.tokens_only else randomize(abstract_params(model), jax.random.key(0))
     return Subject(str(config.data), params, assets, sources, trained=False)

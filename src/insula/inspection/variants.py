@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from insula.model.config import Config
+from insula.model.config import ModelConfig
 from insula.shapes import Bool, UInt8
 from insula.tokens import masks
 
@@ -57,7 +57,7 @@ class Variant:
         return [(int(q), int(k)) for q, k in np.argwhere(np.isin(self.codes, (CODE["unlike"], CODE["blocked"])))]
 
 
-def model_mask(config: Config, real: np.ndarray, ar: np.ndarray, actions: int) -> Bool[np.ndarray, "N N"]:
+def model_mask(config: ModelConfig, real: np.ndarray, ar: np.ndarray, actions: int) -> Bool[np.ndarray, "N N"]:
     """The mask of the model: T columns of the backbone [T], then `actions` of the expert, from the very functions it
     calls."""
     inputs = jnp.asarray(real)[None], jnp.asarray(ar)[None]
@@ -70,13 +70,13 @@ def model_mask(config: Config, real: np.ndarray, ar: np.ndarray, actions: int) -
     return mask
 
 
-def _suffix(config: Config, actions: int) -> np.ndarray:
+def _suffix(config: ModelConfig, actions: int) -> np.ndarray:
     state = config.state_input == "token"
     ar = masks.suffix_ar_mask(actions - state, state)[None]
     return np.asarray(masks.make_attn_mask(jnp.ones_like(ar), ar))[0]
 
 
-def variants(config: Config, real: np.ndarray, ar: np.ndarray, actions: int) -> list[Variant]:
+def variants(config: ModelConfig, real: np.ndarray, ar: np.ndarray, actions: int) -> list[Variant]:
     """insulated (the model), joint, HybridVLA-like and leaky. `actions`: positions of the expert, 0 without actions.
 
     The reasons are derived here a second time, cell by cell; where the model's mask is another, that is the reason.
@@ -86,7 +86,7 @@ def variants(config: Config, real: np.ndarray, ar: np.ndarray, actions: int) -> 
     ours = ours.astype(np.uint8)
     size = len(real)
     causal = np.zeros(len(ours), bool)
-    causal[:size] = real & (np.cumsum(ar) > 0)
+    causal[:size] = real & np.asarray(masks.is_suffix(ar))
     expert = np.arange(len(ours)) >= size
 
     joint = np.where(ours == CODE["insulated"], CODE["joint"], ours)
@@ -118,7 +118,7 @@ def variants(config: Config, real: np.ndarray, ar: np.ndarray, actions: int) -> 
     ]
 
 
-def _reasons(config: Config, real: np.ndarray, ar: np.ndarray, actions: int) -> np.ndarray:
+def _reasons(config: ModelConfig, real: np.ndarray, ar: np.ndarray, actions: int) -> np.ndarray:
     size = len(real)
     block = np.cumsum(ar)
     causal = block > 0

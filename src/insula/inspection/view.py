@@ -9,15 +9,15 @@ import numpy as np
 
 from insula.batch import Batch
 from insula.certificate import LOSSES, Proof
+from insula.data.chunks import dim_names
 from insula.data.images import encode_png
 from insula.data.samples import Samples
-from insula.data.values import dim_names
 from insula.errors import FASTRangeError
 from insula.inspection.findings import Findings
-from insula.inspection.measure import DRAWS, EXPECTED_DRAWS, LOOK_TIMES, TIMES, Measured
-from insula.inspection.sequence import Chunk, Columns, chunk, token_text
+from insula.inspection.measure import DRAWS, EXPECTED_DRAWS, LOOK_TIMES, TIMES, SampleMeasures
+from insula.inspection.token_columns import Chunk, TokenColumns, chunk, token_text
 from insula.inspection.variants import REASONS
-from insula.model.config import Config
+from insula.model.config import ModelConfig
 from insula.model.vision import resize
 
 
@@ -34,7 +34,7 @@ def view(found: Findings, sources: dict[str, int] | None = None) -> dict[str, An
             "number": sample.number,
             "count": len(sample.source),
             "seed": found.seed,
-            "fast_weight": config.ki_fast_loss_weight,
+            "fast_weight": config.objective.ki_fast_loss_weight,
             "scored": int(found.seen.loss_mask.sum()),
             "real_steps": int(np.asarray(sample.batch.action_mask)[0].any(1).sum()),
             "cut": [config.num_image_tokens, len(found.seen.id)],
@@ -73,7 +73,7 @@ def _numbers(array: np.ndarray) -> Any:
     return [_numbers(row) if row.ndim else _number(row) for row in array]
 
 
-def _cameras(batch: Batch, config: Config) -> list[dict[str, Any]]:
+def _cameras(batch: Batch, config: ModelConfig) -> list[dict[str, Any]]:
     """As the model sees them: resized, padded, and cut into patches."""
     size, found = config.vision.image_size, []
     for n, name in enumerate(config.cameras):
@@ -95,7 +95,7 @@ def _cameras(batch: Batch, config: Config) -> list[dict[str, Any]]:
     return found
 
 
-def _tokens(seen: Columns, config: Config) -> list[dict[str, Any]]:
+def _tokens(seen: TokenColumns, config: ModelConfig) -> list[dict[str, Any]]:
     """Text columns, up to the last real one and the first few of padding; `hidden` columns of padding follow."""
     return [
         {
@@ -135,17 +135,17 @@ def _chunk(found: Findings) -> dict[str, Any] | None:
     }
 
 
-def _attention(found: Findings, config: Config) -> dict[str, Any]:
+def _attention(found: Findings, config: ModelConfig) -> dict[str, Any]:
     return {
         "actions": found.expert_positions,
         "state_token": config.state_input == "token",
-        "own": "joint" if config.flow_reaches_backbone else "insulated",
+        "own": "joint" if config.objective.flow_reaches_backbone else "insulated",
         "reasons": [{"name": name, "on": on, "why": why} for name, on, why in REASONS],
         "variants": [{"name": v.name, "about": v.about, "codes": pack(v.codes)} for v in found.drawn],
     }
 
 
-def _losses(found: Findings, measured: Measured) -> dict[str, Any]:
+def _losses(found: Findings, measured: SampleMeasures) -> dict[str, Any]:
     scores, flow, batch = measured.tokens, measured.flow, found.sample.batch
     tokenizer, config = found.subject.assets.tokenizer, found.subject.assets.config
     used = np.asarray(scores.used)
@@ -180,8 +180,8 @@ def _losses(found: Findings, measured: Measured) -> dict[str, Any]:
         "fast": _number(fast),
         "flow": _number(flow_loss),
         "flow_draws": EXPECTED_DRAWS,
-        "weight": config.ki_fast_loss_weight,
-        "total": _number(flow_loss + config.ki_fast_loss_weight * fast),
+        "weight": config.objective.ki_fast_loss_weight,
+        "total": _number(flow_loss + config.objective.ki_fast_loss_weight * fast),
         "horizon": config.horizon,
         "real_dims": int(real.any(0).sum()),
         "action_dim": config.action_dim,
@@ -206,5 +206,5 @@ def _gradients(found: Findings, proof: Proof) -> dict[str, Any]:
     }
 
 
-def _look(measured: Measured, config: Config) -> dict[str, Any]:
+def _look(measured: SampleMeasures, config: ModelConfig) -> dict[str, Any]:
     return {"times": list(LOOK_TIMES), "memory": config.num_memory, "weights": pack(np.asarray(measured.look))}

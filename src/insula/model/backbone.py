@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from insula.batch import Observation
 from insula.model import layers
 from insula.model.attention import attend
-from insula.model.config import Config
+from insula.model.config import ModelConfig
 from insula.model.vision import Vision, encode_images
 from insula.model.weights import Weight, dense, zeros
 from insula.shapes import AnyArray, Array, Bool, Float, Int, Leaf, Shaped
@@ -45,18 +45,18 @@ class Backbone:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Prefix:
+class BackboneOutput:
     """One backbone pass: final hidden states (of the positions asked for), keys and values of every layer (leading axis
     depth), and what is real."""
 
     hidden: Float[Array, "B s W"]
     keys: Float[Array, "depth B T G E"]
     values: Float[Array, "depth B T G E"]
-    input_mask: Bool[Array, "B T"]
+    token_mask: Bool[Array, "B T"]
     ar_mask: Bool[Array, "B T"]
 
 
-def weights(config: Config) -> Backbone:
+def weights(config: ModelConfig) -> Backbone:
     """The weight table. `D` counts layers (depth)."""
     c = config.backbone
     d, w, f, n, g, e = c.depth, c.width, c.mlp_dim, c.num_heads, c.num_kv_heads, c.head_dim
@@ -78,7 +78,11 @@ def weights(config: Config) -> Backbone:
 
 
 def embed(
-    vision: Vision, backbone: Backbone, config: Config, observation: Observation, ar_mask: Bool[Array, "B L"] | None
+    vision: Vision,
+    backbone: Backbone,
+    config: ModelConfig,
+    observation: Observation,
+    ar_mask: Bool[Array, "B L"] | None,
 ) -> tuple[Float[Array, "B T W"], Bool[Array, "B T"], Bool[Array, "B T"]]:
     """The sequence [images | tokens]: embeddings, and `column_masks`."""
     x = encode_images(vision, config, observation.images)
@@ -89,71 +93,76 @@ def embed(
 
 
 def column_masks(
-    config: Config, observation: Observation, ar_mask: Bool[AnyArray, "B L"] | None
+    config: ModelConfig, observation: Observation, ar_mask: Bool[AnyArray, "B L"] | None
 ) -> tuple[Bool[Array, "B T"], Bool[Array, "B T"]]:
     """Which columns of [images | tokens] are real, and which start a causal step. Images come first, in the order of
     `config.cameras`, and are bidirectional; without `ar_mask` so is all text."""
     present = jnp.stack([jnp.asarray(observation.image_mask[name], bool) for name in config.cameras], axis=1)
-    input_mask = jnp.repeat(present, config.vision.num_patches, axis=1)
-    block = jnp.zeros(input_mask.shape, bool)
+    token_mask = jnp.repeat(present, config.vision.num_patches, axis=1)
+    column_ar_mask = jnp.zeros(token_mask.shape, bool)
     if observation.tokens is not None:
         text_ar = jnp.zeros(observation.tokens.shape, bool) if ar_mask is None else jnp.asarray(ar_mask, bool)
-        input_mask = jnp.concatenate([input_mask, jnp.asarray(observation.token_mask, bool)], axis=1)
-        block = jnp.concatenate([block, text_ar], axis=1)
-    return input_mask, block
+        token_mask = jnp.concatenate([token_mask, jnp.asarray(observation.token_mask, bool)], axis=1)
+        column_ar_mask = jnp.concatenate([column_ar_mask, text_ar], axis=1)
+    return token_mask, column_ar_mask
 
 
 def run_backbone(
     vision: Vision,
     backbone: Backbone,
-    config: Config,
+    config: ModelConfig,
     observation: Observation,
     ar_mask: Bool[Array, "B L"] | None = None,
-    read: Int[Array, "B s"] | None = None,
-) -> Prefix:
+    positions: Int[Array, "B s"] | None = None,
+) -> BackboneOutput:
     """Embed and read the whole sequence once. `ar_mask` is None when there is no FAST suffix (serving).
 
-    `read`: the positions whose final hidden state is wanted, all unless given. Unrolled, the last layer's queries and
+    `positions`: those whose final hidden state is wanted, all unless given. Unrolled, the last layer's queries and
     feed-forward run for these only; its keys and values, which the expert reads, exist for every position either way.
     """
-    x, input_mask, block = embed(vision, backbone, config, observation, ar_mask)
-    return run_layers(backbone, config, x, input_mask, block, read)
+    x, token_mask, column_ar_mask = embed(vision, backbone, config, observation, ar_mask)
+    return run_layers(backbone, config, x, token_mask, column_ar_mask, positions)
 
 
 def run_layers(
     backbone: Backbone,
-    config: Config,
+    config: ModelConfig,
     x: Float[Array, "B T W"],
-    input_mask: Bool[Array, "B T"],
-    block: Bool[Array, "B T"],
-    read: Int[Array, "B s"] | None = None,
-) -> Prefix:
+    token_mask: Bool[Array, "B T"],
+    ar_mask: Bool[Array, "B T"],
+    positions: Int[Array, "B s"] | None = None,
+) -> BackboneOutput:
     """What `run_backbone` does with its embeddings."""
-    mask = masks.make_attn_mask(input_mask, block)
-    positions = masks.positions(input_mask)
-    dtype = config.compute_dtype
+    mask = masks.make_attn_mask(token_mask, ar_mask)
+    rotary = masks.positions(token_mask)
+    dtype = config.compute.dtype
 
-    def layer(x: Array, p: BackboneLayer, read: Array | None = None) -> tuple[Array, tuple[Array, Array]]:
+    def layer(x: Array, p: BackboneLayer, wanted: Array | None = None) -> tuple[Array, tuple[Array, Array]]:
         y = layers.rms_norm(x, p.attention_norm)
-        k = layers.rope(layers.linear(y, p.key, dtype), positions)
-        v = layers.linear(y, p.value, dtype)
-        where, seen = positions, mask
-        if read is not None:
-            x, where, seen = (take(rows, read) for rows in (x, positions, mask))
+        k = layers.rope(layers.matmul(y, p.key, dtype), rotary)
+        v = layers.matmul(y, p.value, dtype)
+
+        # Keys and values exist for every position; queries and all that follows, in the last layer, for those wanted.
+        query_rotary, query_mask = rotary, mask
+        if wanted is not None:
+            x, query_rotary, query_mask = (gather_positions(rows, wanted) for rows in (x, rotary, mask))
             y = layers.rms_norm(x, p.attention_norm)
-        q = layers.rope(layers.linear(y, p.query, dtype), where) * config.backbone.head_dim**-0.5
-        x = x + layers.merge_heads(attend(q, k, v, seen), p.out, dtype)
+
+        q = layers.rope(layers.matmul(y, p.query, dtype), query_rotary) * config.backbone.head_dim**-0.5
+        x = x + layers.merge_heads(attend(q, k, v, query_mask), p.out, dtype)
         x = x + layers.geglu(layers.rms_norm(x, p.mlp_norm), p.gate, p.up, p.down, dtype)
         return x, (k, v)
 
-    if config.layers == "unrolled":
-        x, (keys, values) = layers.walk(layer, x, backbone.layers, "unrolled", last=partial(layer, read=read))
+    if config.compute.scan_layers:
+        x, (keys, values) = layers.walk(layer, x, backbone.layers, scan=True)
+        x = x if positions is None else gather_positions(x, positions)
     else:
-        x, (keys, values) = layers.walk(layer, x, backbone.layers, "scan")
-        x = x if read is None else take(x, read)
-    return Prefix(layers.rms_norm(x, backbone.norm), keys, values, input_mask, block)
+        last = partial(layer, wanted=positions)
+        x, (keys, values) = layers.walk(layer, x, backbone.layers, scan=False, last=last)
+
+    return BackboneOutput(layers.rms_norm(x, backbone.norm), keys, values, token_mask, ar_mask)
 
 
-def take(rows: Shaped[Array, "B T *w"], read: Int[Array, "B s"]) -> Shaped[Array, "B s *w"]:
-    """Row `read[b, i]` of each sample."""
-    return jnp.take_along_axis(rows, read.reshape(*read.shape, *(1,) * (rows.ndim - 2)), axis=1)
+def gather_positions(rows: Shaped[Array, "B T *w"], positions: Int[Array, "B s"]) -> Shaped[Array, "B s *w"]:
+    """Row `positions[b, i]` of each sample."""
+    return jnp.take_along_axis(rows, positions.reshape(*positions.shape, *(1,) * (rows.ndim - 2)), axis=1)

@@ -7,6 +7,11 @@ from typing import Any, Literal
 from insula.errors import InputError, did_you_mean
 
 
+def _check_choice(what: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(f"{what} is {value!r}, expected one of {known}{did_you_mean(str(value), known)}")
+
+
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
     """SigLIP-style ViT. `patch_sizes` nest: (14,) is one linear patch embedding of 14 px; (4, 2, 2) embeds 4 px
@@ -67,7 +72,56 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class ObjectiveConfig:
+    """What is learned, and which gradient goes where (`insula.losses`). Raises InputError for contradictions."""
+
+    knowledge_insulation: bool = True
+    """The flow loss stops at the backbone's keys and values."""
+    ki_fast_loss_weight: float = 1.0
+    """λ in total = flow + λ · fast."""
+    freeze_backbone: bool = False
+    flow_samples: int = 1
+    """Noise draws per sample that share one backbone pass; each costs only the expert."""
+
+    @property
+    def flow_reaches_backbone(self) -> bool:
+        """Whether the flow loss trains the backbone, too: neither insulated nor frozen."""
+        return not (self.knowledge_insulation or self.freeze_backbone)
+
+    def __post_init__(self) -> None:
+        if self.ki_fast_loss_weight < 0 or not math.isfinite(self.ki_fast_loss_weight):
+            raise InputError(f"objective: ki_fast_loss_weight is {self.ki_fast_loss_weight}, expected ≥ 0")
+
+        if self.flow_samples < 1:
+            raise InputError(f"objective: flow_samples is {self.flow_samples}, expected ≥ 1")
+
+        # Insulated from the flow loss and without a token loss, the backbone would silently never change.
+        if self.knowledge_insulation and self.ki_fast_loss_weight == 0 and not self.freeze_backbone:
+            raise InputError(
+                "objective: knowledge_insulation with ki_fast_loss_weight = 0 leaves the backbone without any "
+                "gradient; set a weight > 0, or freeze_backbone=True if that is what you want"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How it is computed; none of it changes what is computed beyond rounding. Raises InputError for contradictions."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What matrix products read. They accumulate in float32, and all else is float32, either way."""
+    scan_layers: bool = False
+    """Walk depth by one compiled loop, rematerialized: less memory and compilation, slower for small models."""
+    vocab_chunk: int | None = None
+    """Vocabulary entries per step of the token loss; None takes all at once."""
+
+    def __post_init__(self) -> None:
+        _check_choice("compute: dtype", self.dtype, ("float32", "bfloat16"))
+        if self.vocab_chunk is not None and self.vocab_chunk < 1:
+            raise InputError(f"compute: vocab_chunk is {self.vocab_chunk}, expected ≥ 1, or None for all at once")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
     """A knowledge-insulated VLA. Change fields with `dataclasses.replace`; the whole is checked each time.
 
     Raises ValueError where fields contradict each other, naming them.
@@ -87,24 +141,10 @@ class Config:
     state_input: Literal["prompt", "token"] = "prompt"
     time_input: Literal["adarms", "mlp"] = "adarms"
     """How the expert learns the flow time: by modulating its norms (π0.5), or mixed into the action tokens (π0)."""
-    knowledge_insulation: bool = True
-    ki_fast_loss_weight: float = 1.0
-    freeze_backbone: bool = False
+    objective: ObjectiveConfig = ObjectiveConfig()
+    compute: ComputeConfig = ComputeConfig()
     lora: LoraConfig | None = None
     """Train low-rank updates in place of whole matrices."""
-    flow_samples: int = 1
-    """Noise draws per sample that share one backbone pass; each costs only the expert."""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """What matrix products read. They accumulate in float32, and all else is float32, either way."""
-    layers: Literal["unrolled", "scan"] = "unrolled"
-    """How depth is walked: unrolled is faster for small models; scan (with rematerialisation) saves memory."""
-    vocab_chunk: int | None = None
-    """Vocabulary entries per step of the token loss; None takes all at once."""
-
-    @property
-    def flow_reaches_backbone(self) -> bool:
-        """Whether the flow loss trains the backbone, too: neither insulated nor frozen."""
-        return not (self.knowledge_insulation or self.freeze_backbone)
 
     @property
     def max_token_len(self) -> int:
@@ -119,51 +159,50 @@ class Config:
         """Columns of the prefix kept for the expert: all image tokens and the longest prompt."""
         return self.num_image_tokens + self.max_prompt_len
 
+    def with_objective(self, **changes: Any) -> "ModelConfig":
+        """The same model with some fields of `objective` changed."""
+        return dataclasses.replace(self, objective=dataclasses.replace(self.objective, **changes))
+
+    def with_compute(self, **changes: Any) -> "ModelConfig":
+        """The same model with some fields of `compute` changed."""
+        return dataclasses.replace(self, compute=dataclasses.replace(self.compute, **changes))
+
     def __post_init__(self) -> None:
+        where = f"config {self.name!r}"
+
+        # The expert reads the backbone's keys and values layer by layer, head by head.
         for field in ("depth", "num_heads", "num_kv_heads", "head_dim"):
             backbone, expert = getattr(self.backbone, field), getattr(self.expert, field)
             if backbone != expert:
                 raise InputError(
-                    f"config {self.name!r}: backbone.{field} is {backbone}, expert.{field} is {expert}; "
+                    f"{where}: backbone.{field} is {backbone}, expert.{field} is {expert}; "
                     "they share attention per layer, so both must be equal"
                 )
+
         if self.backbone.num_heads % self.backbone.num_kv_heads:
             raise InputError(
-                f"config {self.name!r}: num_heads {self.backbone.num_heads} is no multiple of "
+                f"{where}: num_heads {self.backbone.num_heads} is no multiple of "
                 f"num_kv_heads {self.backbone.num_kv_heads}"
             )
+
         if len(self.vision.stem_widths) != len(self.vision.patch_sizes) - 1:
             raise InputError(
-                f"config {self.name!r}: vision.stem_widths {self.vision.stem_widths} must have one entry "
+                f"{where}: vision.stem_widths {self.vision.stem_widths} must have one entry "
                 f"fewer than vision.patch_sizes {self.vision.patch_sizes}"
             )
+
         if self.vision.image_size % math.prod(self.vision.patch_sizes):
             raise InputError(
-                f"config {self.name!r}: vision.image_size {self.vision.image_size} is no multiple of the "
+                f"{where}: vision.image_size {self.vision.image_size} is no multiple of the "
                 f"patch, {math.prod(self.vision.patch_sizes)} px"
             )
-        if self.ki_fast_loss_weight < 0 or not math.isfinite(self.ki_fast_loss_weight):
-            raise InputError(f"config {self.name!r}: ki_fast_loss_weight is {self.ki_fast_loss_weight}, expected ≥ 0")
-        if self.flow_samples < 1:
-            raise InputError(f"config {self.name!r}: flow_samples is {self.flow_samples}, expected ≥ 1")
-        for field, known in (
-            ("state_input", ("prompt", "token")),
-            ("time_input", ("adarms", "mlp")),
-            ("compute_dtype", ("float32", "bfloat16")),
-            ("layers", ("unrolled", "scan")),
-        ):
-            value = getattr(self, field)
-            if value not in known:
-                near = did_you_mean(str(value), known)
-                raise InputError(f"config {self.name!r}: {field} is {value!r}, expected one of {known}{near}")
-        if self.knowledge_insulation and self.ki_fast_loss_weight == 0 and not self.freeze_backbone:
+
+        _check_choice(f"{where}: state_input", self.state_input, ("prompt", "token"))
+        _check_choice(f"{where}: time_input", self.time_input, ("adarms", "mlp"))
+
+        if self.objective.freeze_backbone and self.lora and "backbone" in self.lora.parts:
             raise InputError(
-                f"config {self.name!r}: knowledge_insulation with ki_fast_loss_weight = 0 leaves the backbone "
-                "without any gradient; set a weight > 0, or freeze_backbone=True if that is what you want"
-            )
-        if self.freeze_backbone and self.lora and "backbone" in self.lora.parts:
-            raise InputError(
-                f"config {self.name!r}: freeze_backbone contradicts lora.parts {self.lora.parts}, which trains the "
+                f"{where}: freeze_backbone contradicts lora.parts {self.lora.parts}, which trains the "
                 "backbone's updates; drop one of them"
             )
 
@@ -172,7 +211,7 @@ def _gemma(width: int, mlp_dim: int) -> TransformerConfig:
     return TransformerConfig(width=width, depth=18, mlp_dim=mlp_dim, num_heads=8, num_kv_heads=1, head_dim=256)
 
 
-TINY = Config(
+TINY = ModelConfig(
     name="tiny",
     vision=VisionConfig(
         image_size=64, patch_sizes=(4, 2, 2), stem_widths=(32, 96), width=128, depth=2, mlp_dim=256, num_heads=4
@@ -186,13 +225,13 @@ TINY = Config(
     horizon=6,
     action_dim=7,
     state_dim=5,
-    flow_samples=2,
+    objective=ObjectiveConfig(flow_samples=2),
 )
 
-TINY_BFLOAT16 = dataclasses.replace(TINY, compute_dtype="bfloat16")
+TINY_BFLOAT16 = TINY.with_compute(dtype="bfloat16")
 """What training on a CPU with AVX-512 bfloat16 wants; docs/log.md has the ratios."""
 
-PI05 = Config(
+PI05 = ModelConfig(
     name="pi05",
     vision=VisionConfig(
         image_size=224, patch_sizes=(14,), stem_widths=(), width=1152, depth=27, mlp_dim=4304, num_heads=16
@@ -206,9 +245,7 @@ PI05 = Config(
     horizon=50,
     action_dim=32,
     state_dim=32,
-    compute_dtype="bfloat16",
-    layers="scan",
-    vocab_chunk=16_072,
+    compute=ComputeConfig(dtype="bfloat16", scan_layers=True, vocab_chunk=16_072),
 )
 
 PI0 = dataclasses.replace(PI05, name="pi0", state_input="token", time_input="mlp", max_prompt_len=48)
@@ -216,20 +253,36 @@ PI0 = dataclasses.replace(PI05, name="pi0", state_input="token", time_input="mlp
 PRESETS = {config.name: config for config in (TINY, PI05, PI0)}
 
 
-def preset(name: str) -> Config:
+def preset(name: str) -> ModelConfig:
     """The named config. Raises KeyError with the nearest name where there is none."""
     if name not in PRESETS:
         raise InputError(f"no preset {name!r}{did_you_mean(name, PRESETS)}; known: {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
-def config_from_dict(raw: Any, where: str = "config") -> Config:
+def config_from_dict(raw: Any, where: str = "config") -> ModelConfig:
     """The inverse of `dataclasses.asdict`. Raises ValueError for a missing or unknown field, naming the nearest."""
     _check_object(raw, where)
-    parts = {"vision": VisionConfig, "backbone": TransformerConfig, "expert": TransformerConfig}
+    _refuse_old_fields(raw, where)
+    parts = {
+        "vision": VisionConfig,
+        "backbone": TransformerConfig,
+        "expert": TransformerConfig,
+        "objective": ObjectiveConfig,
+        "compute": ComputeConfig,
+    }
     nested = {name: build(kind, raw.get(name, {}), f"{where}: {name}") for name, kind in parts.items()}
     nested["lora"] = build(LoraConfig, raw["lora"], f"{where}: lora") if raw.get("lora") is not None else None
-    return build(Config, {**raw, **nested}, where)
+    return build(ModelConfig, {**raw, **nested}, where)
+
+
+def _refuse_old_fields(raw: dict[str, Any], where: str) -> None:
+    """Runs written before `objective` and `compute` existed are named as such, rather than as a misspelled field."""
+    if "knowledge_insulation" in raw and "objective" not in raw:
+        raise InputError(
+            f"{where}: written by an insula before 0.2, whose settings had other names; read it with that version "
+            "(its `insula convert RUN OUT --to openpi` makes a checkpoint that this one reads), or train anew"
+        )
 
 
 def build(kind: type, raw: Any, where: str) -> Any:

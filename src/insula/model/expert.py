@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from insula.model import layers
 from insula.model.attention import attend_with_memory
-from insula.model.config import Config
+from insula.model.config import ModelConfig
 from insula.model.insulation import Memory
-from insula.model.layers import Affine, affine
+from insula.model.layers import Linear, linear
 from insula.model.weights import dense, zeros
 from insula.shapes import Array, Float, Leaf
 from insula.tokens import masks
@@ -23,14 +23,14 @@ from insula.tokens import masks
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ExpertLayer:
-    """Gemma layer; leaves are stacked over depth. A norm is an Affine that modulates (adaRMS), or a scale (RMSNorm)."""
+    """Gemma layer; leaves are stacked over depth. A norm is an Linear that modulates (adaRMS), or a scale (RMSNorm)."""
 
-    attention_norm: Affine | Leaf
+    attention_norm: Linear | Leaf
     query: Leaf
     key: Leaf
     value: Leaf
     out: Leaf
-    mlp_norm: Affine | Leaf
+    mlp_norm: Linear | Leaf
     gate: Leaf
     up: Leaf
     down: Leaf
@@ -39,26 +39,26 @@ class ExpertLayer:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Expert:
-    action_in: Affine
-    time_in: Affine
-    time_out: Affine
+    action_in: Linear
+    time_in: Linear
+    time_out: Linear
     layers: ExpertLayer
-    norm: Affine | Leaf
-    action_out: Affine
-    state_in: Affine | None
+    norm: Linear | Leaf
+    action_out: Linear
+    state_in: Linear | None
     """Only where `config.state_input` is "token"."""
 
 
-def weights(config: Config) -> Expert:
+def weights(config: ModelConfig) -> Expert:
     """The weight table. `D` counts layers (depth), `a` action dimensions, `s` state dimensions, `Z` 3·W modulations,
     `Y` 2·W values of action and time, `O` the width of an output."""
     c = config.expert
     d, w, f, n, g, e = c.depth, c.width, c.mlp_dim, c.num_heads, c.num_kv_heads, c.head_dim
     ada = config.time_input == "adarms"
-    layer_norm = Affine(zeros("DWZ", d, w, 3 * w), zeros("DZ", d, 3 * w)) if ada else zeros("DW", d, w)
+    layer_norm = Linear(zeros("DWZ", d, w, 3 * w), zeros("DZ", d, 3 * w)) if ada else zeros("DW", d, w)
 
-    def table(axes: str, i: int, o: int) -> Affine:
-        return Affine(dense(axes, i, o, fan_in=i), zeros(axes[-1], o))
+    def table(axes: str, i: int, o: int) -> Linear:
+        return Linear(dense(axes, i, o, fan_in=i), zeros(axes[-1], o))
 
     return Expert(
         action_in=table("aW", config.action_dim, w),
@@ -75,7 +75,7 @@ def weights(config: Config) -> Expert:
             up=dense("DWF", d, w, f, fan_in=w),
             down=dense("DFW", d, f, w, fan_in=f),
         ),
-        norm=Affine(zeros("WZ", w, 3 * w), zeros("Z", 3 * w)) if ada else zeros("W", w),
+        norm=Linear(zeros("WZ", w, 3 * w), zeros("Z", 3 * w)) if ada else zeros("W", w),
         action_out=table("Wa", w, config.action_dim),
         state_in=table("sW", config.state_dim, w) if config.state_input == "token" else None,
     )
@@ -83,7 +83,7 @@ def weights(config: Config) -> Expert:
 
 def run_expert(
     expert: Expert,
-    config: Config,
+    config: ModelConfig,
     memory: Memory,
     state: Float[Array, "B S"],
     noisy_actions: Float[Array, "B K H D"],
@@ -92,47 +92,47 @@ def run_expert(
 ) -> Float[Array, "B K H D"]:
     """Velocity of each of K noisy chunks at its own time, all reading one memory. `attend` is for whoever wants to
     watch: it is called for every layer in turn, as `attend_with_memory` is."""
-    dtype = config.compute_dtype
+    dtype = config.compute.dtype
     horizon, width = config.horizon, config.expert.width
-    x = affine(noisy_actions, expert.action_in, dtype)
+    x = linear(noisy_actions, expert.action_in, dtype)
     x, condition = _enter_time(expert, config, x, layers.time_embedding(time, width))
     if expert.state_in is not None:
-        token = affine(state, expert.state_in, dtype)[:, None, None, :]
+        token = linear(state, expert.state_in, dtype)[:, None, None, :]
         x = jnp.concatenate([jnp.broadcast_to(token, (*x.shape[:2], 1, width)), x], axis=2)
 
     ar = masks.suffix_ar_mask(horizon, expert.state_in is not None)[None]
     self_mask = masks.make_attn_mask(jnp.ones_like(ar), ar)[0]
     positions = (memory.length[:, None] + jnp.arange(x.shape[2]))[:, None, :]  # after the visible prefix, [B, 1, A]
 
-    def norm(x: Array, p: Affine | Array) -> tuple[Array, Array | float]:
+    def norm(x: Array, p: Linear | Array) -> tuple[Array, Array | float]:
         """The normed input, and the gate of the branch that reads it."""
-        if isinstance(p, Affine):
-            return layers.ada_rms_norm(x, affine(condition, p, dtype))
+        if isinstance(p, Linear):
+            return layers.ada_rms_norm(x, linear(condition, p, dtype))
         return layers.rms_norm(x, p), 1.0
 
     def layer(x: Array, inputs: tuple[ExpertLayer, Array, Array]) -> tuple[Array, None]:
         p, memory_k, memory_v = inputs
         y, gate = norm(x, p.attention_norm)
-        q = layers.rope(layers.linear(y, p.query, dtype), positions) * config.expert.head_dim**-0.5
-        k = layers.rope(layers.linear(y, p.key, dtype), positions)
-        v = layers.linear(y, p.value, dtype)
+        q = layers.rope(layers.matmul(y, p.query, dtype), positions) * config.expert.head_dim**-0.5
+        k = layers.rope(layers.matmul(y, p.key, dtype), positions)
+        v = layers.matmul(y, p.value, dtype)
         y = attend(q, k, v, memory_k, memory_v, memory.mask, self_mask)
         x = x + gate * layers.merge_heads(y, p.out, dtype)
         y, gate = norm(x, p.mlp_norm)
         return x + gate * layers.geglu(y, p.gate, p.up, p.down, dtype), None
 
-    x, _ = layers.walk(layer, x, (expert.layers, memory.keys, memory.values), config.layers)
+    x, _ = layers.walk(layer, x, (expert.layers, memory.keys, memory.values), config.compute.scan_layers)
     x, _ = norm(x, expert.norm)
-    return affine(x[:, :, -horizon:], expert.action_out, dtype)
+    return linear(x[:, :, -horizon:], expert.action_out, dtype)
 
 
 def _enter_time(
-    expert: Expert, config: Config, x: Float[Array, "B K H W"], time: Float[Array, "B K W"]
+    expert: Expert, config: ModelConfig, x: Float[Array, "B K H W"], time: Float[Array, "B K W"]
 ) -> tuple[Float[Array, "B K H W"], Float[Array, "B K W"]]:
     """Action tokens, and the condition of adaRMS where there is adaRMS."""
-    dtype = config.compute_dtype
+    dtype = config.compute.dtype
     if config.time_input == "adarms":
-        hidden = jax.nn.silu(affine(time, expert.time_in, dtype))
-        return x, jax.nn.silu(affine(hidden, expert.time_out, dtype))
+        hidden = jax.nn.silu(linear(time, expert.time_in, dtype))
+        return x, jax.nn.silu(linear(hidden, expert.time_out, dtype))
     both = jnp.concatenate([x, jnp.broadcast_to(time[:, :, None, :], x.shape)], axis=-1)
-    return affine(jax.nn.silu(affine(both, expert.time_in, dtype)), expert.time_out, dtype), time
+    return linear(jax.nn.silu(linear(both, expert.time_in, dtype)), expert.time_out, dtype), time

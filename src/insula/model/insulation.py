@@ -11,7 +11,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from insula.model.backbone import Prefix
+from insula.model.backbone import BackboneOutput
 from insula.shapes import Array, Bool, Float, Int
 from insula.tokens import masks
 
@@ -30,10 +30,10 @@ class Memory:
     """Real prefix tokens of each sample: the rotary position of the expert's first token."""
 
 
-def insulate(prefix: Prefix, columns: int, stop: bool = True) -> Memory:
+def insulate(prefix: BackboneOutput, columns: int, stop: bool = True) -> Memory:
     """Keep the first `columns` positions (all images and the longest prompt), hide FAST tokens and padding among
     them, and stop the gradient. `stop=False` is the un-insulated control; FAST tokens stay hidden all the same."""
-    visible = masks.visible_to_expert(prefix.input_mask, prefix.ar_mask)[:, :columns]
+    visible = masks.visible_to_expert(prefix.token_mask, prefix.ar_mask)[:, :columns]
     keys, values = prefix.keys[:, :, :columns], prefix.values[:, :, :columns]
     if stop:
         keys, values = jax.lax.stop_gradient((keys, values))

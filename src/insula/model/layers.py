@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,22 +49,22 @@ def _contract(x: Array, w: Array | LoRA, axes: int, dtype: str) -> Array:
     return flat.reshape(*batch, *out)
 
 
-def linear(x: Float[Array, "*b i"], w: Float[Array, "i *o"] | LoRA, dtype: str) -> Float[Array, "..."]:
+def matmul(x: Float[Array, "*b i"], w: Float[Array, "i *o"] | LoRA, dtype: str) -> Float[Array, "..."]:
     """A matrix product over the last axis of x and the first of w; further axes of w (heads) come out as they are."""
     return _contract(x, w, 1, dtype)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Affine:
+class Linear:
     """A matrix and an offset."""
 
     kernel: Leaf
     bias: Leaf
 
 
-def affine(x: Float[Array, "*b i"], weight: Affine, dtype: str) -> Float[Array, "..."]:
-    return linear(x, weight.kernel, dtype) + weight.bias
+def linear(x: Float[Array, "*b i"], weight: Linear, dtype: str) -> Float[Array, "..."]:
+    return matmul(x, weight.kernel, dtype) + weight.bias
 
 
 def merge_heads(x: Float[Array, "*b N E"], w: Float[Array, "N E W"] | LoRA, dtype: str) -> Float[Array, "*b W"]:
@@ -93,13 +93,13 @@ def _unit_rms(x: Array) -> Array:
 
 
 def layer_norm(x: Float[Array, "*b W"], scale: Float[Array, "W"], bias: Float[Array, "W"]) -> Float[Array, "*b W"]:
-    centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    return centred * lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + 1e-6) * scale + bias
+    centered = x - jnp.mean(x, axis=-1, keepdims=True)
+    return centered * lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + 1e-6) * scale + bias
 
 
 def geglu(x: Array, gate: Array | LoRA, up: Array | LoRA, down: Array | LoRA, dtype: str) -> Array:
     """Gemma's feed-forward: down(gelu(gate(x)) · up(x))."""
-    return linear(jax.nn.gelu(linear(x, gate, dtype)) * linear(x, up, dtype), down, dtype)
+    return matmul(jax.nn.gelu(matmul(x, gate, dtype)) * matmul(x, up, dtype), down, dtype)
 
 
 def rope(x: Float[Array, "*b T N E"], positions: Int[Array, "*#b T"]) -> Float[Array, "*b T N E"]:
@@ -129,15 +129,15 @@ def walk(
     body: Callable[[Any, Any], tuple[Any, Any]],
     carry: Any,
     layers: Any,
-    how: Literal["unrolled", "scan"],
+    scan: bool,
     last: Callable[[Any, Any], tuple[Any, Any]] | None = None,
 ) -> tuple[Any, Any]:
-    """`lax.scan(body, carry, layers)` over stacked layers, unrolled or rematerialised.
+    """`lax.scan(body, carry, layers)` over stacked layers, unrolled or rematerialized.
 
     Unrolled, the stack is cut by one `split`, whose gradient is one concatenation (indexing would add depth copies),
     and the last layer can have a body of its own.
     """
-    if how == "scan":
+    if scan:
         assert last is None
         return lax.scan(jax.checkpoint(body, prevent_cse=False), carry, layers)
     leaves, tree = jax.tree.flatten(layers)

@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021, §4.1): a matrix that stays as it is, and a product of two thin ones that learns beside it.
 
-A `LoRA` stands where a matrix stood, so whatever walks the parameters (initialisation, checkpoints, averaging, layers)
-needs to know nothing of it, but for `layers.linear` and `layers.merge_heads`, which multiply by it.
+A `LoRA` stands where a matrix stood, so whatever walks the parameters (initialization, checkpoints, averaging, layers)
+needs to know nothing of it, but for `layers.matmul` and `layers.merge_heads`, which multiply by it.
 """
 
 import dataclasses

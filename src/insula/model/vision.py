@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from insula.errors import InputError
 from insula.model import layers
 from insula.model.attention import attend
-from insula.model.config import Config
-from insula.model.layers import Affine, affine
+from insula.model.config import ModelConfig
+from insula.model.layers import Linear, linear
 from insula.model.weights import Weight, dense, zeros
 from insula.shapes import AnyArray, Array, Float, Leaf, UInt8
 
@@ -28,26 +28,26 @@ class VisionLayer:
     """Pre-norm transformer layer with biases; leaves are stacked over depth."""
 
     attention_norm: LayerNorm
-    query: Affine
-    key: Affine
-    value: Affine
-    out: Affine
+    query: Linear
+    key: Linear
+    value: Linear
+    out: Linear
     mlp_norm: LayerNorm
-    up: Affine
-    down: Affine
+    up: Linear
+    down: Linear
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Vision:
-    stem: tuple[Affine, ...]
+    stem: tuple[Linear, ...]
     position: Leaf
     layers: VisionLayer
     norm: LayerNorm
-    head: Affine
+    head: Linear
 
 
-def weights(config: Config) -> Vision:
+def weights(config: ModelConfig) -> Vision:
     """The weight table. `D` counts layers (depth), `X` the values of one patch, `O` is the width of an output."""
     c = config.vision
     d, w, f, n, e = c.depth, c.width, c.mlp_dim, c.num_heads, c.width // c.num_heads
@@ -57,10 +57,10 @@ def weights(config: Config) -> Vision:
 
     widths = (3, *c.stem_widths, w)
     stem = tuple(
-        Affine(dense("XW", p * p * i, o, fan_in=p * p * i), zeros("W", o))
+        Linear(dense("XW", p * p * i, o, fan_in=p * p * i), zeros("W", o))
         for p, (i, o) in zip(c.patch_sizes, itertools.pairwise(widths), strict=True)
     )
-    heads = Affine(dense("DWNE", d, w, n, e, fan_in=w), zeros("DNE", d, n, e))
+    heads = Linear(dense("DWNE", d, w, n, e, fan_in=w), zeros("DNE", d, n, e))
     return Vision(
         stem=stem,
         position=Weight((c.num_patches, w), "PW", "grid", 1.0),
@@ -69,18 +69,18 @@ def weights(config: Config) -> Vision:
             query=heads,
             key=heads,
             value=heads,
-            out=Affine(dense("DNEW", d, n, e, w, fan_in=w), zeros("DW", d, w)),
+            out=Linear(dense("DNEW", d, n, e, w, fan_in=w), zeros("DW", d, w)),
             mlp_norm=norm(d),
-            up=Affine(dense("DWF", d, w, f, fan_in=w), zeros("DF", d, f)),
-            down=Affine(dense("DFW", d, f, w, fan_in=f), zeros("DW", d, w)),
+            up=Linear(dense("DWF", d, w, f, fan_in=w), zeros("DF", d, f)),
+            down=Linear(dense("DFW", d, f, w, fan_in=f), zeros("DW", d, w)),
         ),
         norm=norm(),
-        head=Affine(dense("WO", w, config.backbone.width, fan_in=w), zeros("O", config.backbone.width)),
+        head=Linear(dense("WO", w, config.backbone.width, fan_in=w), zeros("O", config.backbone.width)),
     )
 
 
 def encode_images(
-    vision: Vision, config: Config, images: dict[str, UInt8[AnyArray, "B h w 3"]]
+    vision: Vision, config: ModelConfig, images: dict[str, UInt8[AnyArray, "B h w 3"]]
 ) -> Float[Array, "B T W"]:
     """The tokens of all cameras, in one batched call, in the order of `config.cameras`. Raises KeyError where a camera
     of the config is missing."""
@@ -111,22 +111,22 @@ def resize(image: UInt8[AnyArray, "B h w 3"], size: int) -> Float[Array, "B size
     return jnp.pad(pixels, around, constant_values=-1.0)
 
 
-def _encode(vision: Vision, config: Config, x: Float[Array, "X h w 3"]) -> Float[Array, "X P W"]:
-    c, dtype = config.vision, config.compute_dtype
+def _encode(vision: Vision, config: ModelConfig, x: Float[Array, "X h w 3"]) -> Float[Array, "X P W"]:
+    c, dtype = config.vision, config.compute.dtype
     for i, (patch, weight) in enumerate(zip(c.patch_sizes, vision.stem, strict=True)):
-        x = affine(_patchify(jax.nn.gelu(x) if i else x, patch), weight, dtype)
+        x = linear(_patchify(jax.nn.gelu(x) if i else x, patch), weight, dtype)
     x = x.reshape(x.shape[0], c.num_patches, c.width) + vision.position
 
     def layer(x: Array, p: VisionLayer) -> tuple[Array, None]:
         y = layers.layer_norm(x, p.attention_norm.scale, p.attention_norm.bias)
-        q, k, v = (affine(y, a, dtype) for a in (p.query, p.key, p.value))
+        q, k, v = (linear(y, a, dtype) for a in (p.query, p.key, p.value))
         y = attend(q * q.shape[-1] ** -0.5, k, v, None)
         x = x + layers.merge_heads(y, p.out.kernel, dtype) + p.out.bias
         y = layers.layer_norm(x, p.mlp_norm.scale, p.mlp_norm.bias)
-        return x + affine(jax.nn.gelu(affine(y, p.up, dtype)), p.down, dtype), None
+        return x + linear(jax.nn.gelu(linear(y, p.up, dtype)), p.down, dtype), None
 
-    x, _ = layers.walk(layer, x, vision.layers, config.layers)
-    return affine(layers.layer_norm(x, vision.norm.scale, vision.norm.bias), vision.head, dtype)
+    x, _ = layers.walk(layer, x, vision.layers, config.compute.scan_layers)
+    return linear(layers.layer_norm(x, vision.norm.scale, vision.norm.bias), vision.head, dtype)
 
 
 def _patchify(x: Array, patch: int) -> Array:

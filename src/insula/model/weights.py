@@ -1,4 +1,4 @@
-"""One table per module says of each weight its shape, its axes and how it starts; all else derives from it."""
+"""One table per module says of each weight its shape, its axes and how it is initialized; all else derives from it."""
 
 import dataclasses
 import math
@@ -13,14 +13,14 @@ from insula.shapes import Array, PRNGKeyArray
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """Shape, axis letters (`insula.shapes`; lower case for the input of a product) and start of one parameter.
+    """Shape, axis letters (`insula.shapes`; lower case for the input of a product) and initial value of one parameter.
 
     `normal` draws with standard deviation `std`; `grid` is a fixed 2-D sine/cosine position table scaled by `std`.
     """
 
     shape: tuple[int, ...]
     axes: str
-    start: Literal["zeros", "ones", "normal", "grid"] = "normal"
+    init: Literal["zeros", "ones", "normal", "grid"] = "normal"
     std: float = 0.0
 
 
@@ -40,14 +40,14 @@ def _grid(shape: tuple[int, ...], scale: float) -> np.ndarray:
     """
     patches, width = shape
     side = math.isqrt(patches)
-    centre = (np.stack(np.divmod(np.arange(patches), side)) + 0.5) / side
-    angle = np.pi * centre[..., None] * np.linspace(0.5, side, -(-width // 4))
+    center = (np.stack(np.divmod(np.arange(patches), side)) + 0.5) / side
+    angle = np.pi * center[..., None] * np.linspace(0.5, side, -(-width // 4))
     table = np.concatenate([np.sin(angle[0]), np.cos(angle[0]), np.sin(angle[1]), np.cos(angle[1])], axis=1)
     return (scale * table[:, :width]).astype(np.float32)
 
 
-def _start(weight: Weight, rng: PRNGKeyArray) -> Array:
-    match weight.start:
+def _initial(weight: Weight, rng: PRNGKeyArray) -> Array:
+    match weight.init:
         case "zeros":
             return jnp.zeros(weight.shape)
         case "ones":
@@ -62,8 +62,8 @@ def is_weight(x: object) -> bool:
     return isinstance(x, Weight)
 
 
-def initialise(table: Any, rng: PRNGKeyArray) -> Any:
+def initialize(table: Any, rng: PRNGKeyArray) -> Any:
     """The table's tree with every `Weight` drawn, float32."""
     leaves, tree = jax.tree.flatten(table, is_leaf=is_weight)
     keys = jax.random.split(rng, len(leaves))
-    return jax.tree.unflatten(tree, [_start(w, key) for w, key in zip(leaves, keys, strict=True)])
+    return jax.tree.unflatten(tree, [_initial(w, key) for w, key in zip(leaves, keys, strict=True)])

@@ -14,7 +14,7 @@ from PIL import Image
 from insula.page.html import Html, data_uri, tag
 
 THEME = {"#010101": "var(--ink)", "#020202": "var(--line)", "#030303": "var(--train)", "#040404": "var(--held)"}
-"""Stand-ins drawn by matplotlib, and the page's colours they become, light or dark."""
+"""Stand-ins drawn by matplotlib, and the page's colors they become, light or dark."""
 INK, LINE, TRAIN, HELD = THEME
 FRAMES, SIDE = 6, 64
 Curve = tuple[list[float], list[float]]
@@ -53,25 +53,25 @@ def loss_chart(title: str, train: Curve, held_out: Curve, log: bool = True) -> H
 
 
 def _inline(svg: str, title: str) -> Html:
-    """The drawing alone: no prologue, ids of its own, the page's colours and font."""
+    """The drawing alone: no prologue, ids of its own, the page's colors and font."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
     name = re.sub(r"\W+", "-", title.lower())
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 system-ui, sans-serif", svg)
     label = f'role="img" aria-label="{name.replace("-", " ")}"'
     svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', label, svg, count=1)
-    for stand_in, colour in THEME.items():
-        svg = svg.replace(stand_in, colour)
+    for stand_in, color in THEME.items():
+        svg = svg.replace(stand_in, color)
     return tag("figure", Html(svg), class_="chart")
 
 
 def interval_bar(rate: float, low: float, high: float, bad: bool = False) -> Html:
     """A rate from 0 to 1 as a bar, its interval as a whisker."""
-    colour, width = "var(--bad)" if bad else "var(--good)", max(100 * (high - low), 0.6)
+    color, width = "var(--bad)" if bad else "var(--good)", max(100 * (high - low), 0.6)
     return Html(
         '<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
         '<rect width="100" height="10" fill="var(--line)" opacity=".6"/>'
-        f'<rect width="{100 * rate:.2f}" height="10" fill="{colour}" opacity=".75"/>'
+        f'<rect width="{100 * rate:.2f}" height="10" fill="{color}" opacity=".75"/>'
         f'<rect x="{100 * low:.2f}" y="4" width="{width:.2f}" height="2" fill="var(--ink)"/></svg>'
     )
 

@@ -96,7 +96,7 @@ def closed_loop(loop: Mapping[str, Any] | None) -> Html | None:
         table(["", "rate", "95 % interval", "scenes", ""], rows),
         tag(
             "p",
-            f"Seeds {seeds}; {loop['execute']} steps of each chunk executed before looking again; "
+            f"Seeds {seeds}; {loop['replan_steps']} steps of each chunk executed before looking again; "
             f"{loop['mean_steps']:.0f} steps an episode on average"
             + (f", {solved:.0f} where it succeeded" if solved is not None else "")
             + f". One call of the policy: {latency}. Wilson intervals.",
@@ -111,7 +111,7 @@ def closed_loop(loop: Mapping[str, Any] | None) -> Html | None:
 
 
 def _mark(episode: Mapping[str, Any]) -> Html:
-    """Success or failure, in a word and a colour."""
+    """Success or failure, in a word and a color."""
     good = episode["success"]
     word = "✓ success" if good else "✗ failure"
     wrong = ", wrong object" if episode["wrong_object"] else ""

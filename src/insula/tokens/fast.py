@@ -42,7 +42,7 @@ class Decoded:
 
 @dataclass(frozen=True, eq=False)
 class FASTCodec:
-    """Chunks [H, D] of actions normalised to about [−1, 1] ↔ token ids. Make one with `fit` or `load`.
+    """Chunks [H, D] of actions normalized to about [−1, 1] ↔ token ids. Make one with `fit` or `load`.
 
     `vocab_size` bounds the ids; a codec fitted on little data may use fewer. `action_dim` and `time_horizon` say what
     it was fitted on, if that was uniform; they bind nothing.
@@ -70,7 +70,7 @@ class FASTCodec:
             raise InputError(f"FASTCodec.fit: scale is {scale}, expected a finite number > 0")
         if len(chunks) == 0:
             raise InputError("FASTCodec.fit: no chunks to fit on, expected [N, H, D] with N ≥ 1")
-        coefficients = [_quantise(_checked(chunk, f"chunk {n}"), scale) for n, chunk in enumerate(chunks)]
+        coefficients = [_quantize(_checked(chunk, f"chunk {n}"), scale) for n, chunk in enumerate(chunks)]
         min_token = min(FAST_PLUS_MIN_TOKEN, 2 * int(min(c.min() for c in coefficients)))
         shapes = {c.shape for c in coefficients}
         horizon, dim = shapes.pop() if len(shapes) == 1 else (None, None)
@@ -129,7 +129,7 @@ class FASTCodec:
         Raises ValueError for a wrong rank, NaN or infinity, naming where; FASTRangeError (a ValueError) for a
         coefficient this codec has no symbol for, naming it and the limit.
         """
-        text = _symbols(_quantise(_checked(actions, "actions"), self.scale), self.min_token)
+        text = _symbols(_quantize(_checked(actions, "actions"), self.scale), self.min_token)
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         if self._bytes(ids) != text.encode():
             lost = next(
@@ -168,11 +168,11 @@ class FASTCodec:
 
     def coefficients(self, actions: np.ndarray) -> np.ndarray:
         """The rounded DCT coefficients [H, D] int64 that `encode` writes. Raises ValueError as `encode` does."""
-        return _quantise(_checked(actions, "actions"), self.scale).astype(np.int64)
+        return _quantize(_checked(actions, "actions"), self.scale).astype(np.int64)
 
     def spans(self, ids: Sequence[int]) -> list[tuple[int, int]]:
         """Which coefficients [start, stop) each id carries, counted as they are written: all D of the lowest frequency
-        first. An id may end within a coefficient, which then belongs to its neighbour as well. Raises ValueError for an
+        first. An id may end within a coefficient, which then belongs to its neighbor as well. Raises ValueError for an
         id outside the vocabulary."""
         if outside := [i for i in ids if not 0 <= i < len(self._token_bytes)]:
             raise InputError(f"id {outside[0]} is outside the codec's {len(self._token_bytes)} entries")
@@ -214,7 +214,7 @@ def _checked(actions: Any, what: str) -> np.ndarray:
     return actions
 
 
-def _quantise(actions: np.ndarray, scale: float | int) -> np.ndarray:
+def _quantize(actions: np.ndarray, scale: float | int) -> np.ndarray:
     """Rounded DCT coefficients [H, D], still floats of the reference's precision."""
     return np.around(dct(actions, axis=0, norm="ortho") * scale)
 
@@ -228,7 +228,7 @@ def _symbols(coefficients: np.ndarray, min_token: int) -> str:
         raise FASTRangeError(
             f"FAST coefficient of frequency {frequency}, dimension {dim} is {coefficients[frequency, dim]:.0f}, "
             f"expected {min_token} (min_token) … {SURROGATES.start - 1 + min_token}; "
-            "are the actions normalised to about [−1, 1]?"
+            "are the actions normalized to about [−1, 1]?"
         )
     return codes.astype("<u4").tobytes().decode("utf-32-le")
 

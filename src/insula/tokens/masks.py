@@ -21,28 +21,32 @@ The action expert reads the prefix and itself, never FAST (`visible_to_expert`),
 import jax.numpy as jnp
 
 from insula.errors import InputError
-from insula.shapes import Array, Bool, Int
+from insula.shapes import AnyArray, Array, Bool, Int
 
 
-def make_attn_mask(input_mask: Bool[Array, "B T"], ar_mask: Bool[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """`mask[b, q, k]`: may query q attend to key k? Padding (`input_mask` False) neither sees nor is seen.
+def make_attn_mask(token_mask: Bool[Array, "B T"], ar_mask: Bool[Array, "B T"]) -> Bool[Array, "B T T"]:
+    """`mask[b, q, k]`: may query q attend to key k? Padding (`token_mask` False) neither sees nor is seen.
 
     Raises ValueError where the two masks differ in shape.
     """
-    if input_mask.shape != ar_mask.shape:
+    if token_mask.shape != ar_mask.shape:
         raise InputError(
-            f"make_attn_mask: input_mask is {input_mask.shape}, ar_mask {ar_mask.shape}; expected the same [B, T]"
+            f"make_attn_mask: token_mask is {token_mask.shape}, ar_mask {ar_mask.shape}; expected the same [B, T]"
         )
     block = jnp.cumsum(jnp.asarray(ar_mask, jnp.int32), axis=1)
     seen = block[:, None, :] <= block[:, :, None]
-    real = jnp.asarray(input_mask, bool)
+    real = jnp.asarray(token_mask, bool)
     return seen & real[:, None, :] & real[:, :, None]
 
 
-def visible_to_expert(input_mask: Bool[Array, "B T"], ar_mask: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
+def is_suffix(ar_mask: Bool[AnyArray, "*b T"]) -> Bool[Array, "*b T"]:
+    """From the first causal step on: the answer, which may be generated, and the padding behind it."""
+    return jnp.cumsum(jnp.asarray(ar_mask, jnp.int32), axis=-1) > 0
+
+
+def visible_to_expert(token_mask: Bool[Array, "B T"], ar_mask: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
     """The columns the action expert may read: real tokens of the bidirectional prefix, so never a FAST token."""
-    causal = jnp.cumsum(jnp.asarray(ar_mask, jnp.int32), axis=1) > 0
-    return jnp.asarray(input_mask, bool) & ~causal
+    return jnp.asarray(token_mask, bool) & ~is_suffix(ar_mask)
 
 
 def suffix_ar_mask(horizon: int, state_token: bool) -> Bool[Array, "A"]:
@@ -52,6 +56,6 @@ def suffix_ar_mask(horizon: int, state_token: bool) -> Bool[Array, "A"]:
     return jnp.concatenate([first, first, rest] if state_token else [first, rest])
 
 
-def positions(input_mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+def positions(token_mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     """Rotary positions count real tokens only, so padding shifts nothing."""
-    return jnp.maximum(jnp.cumsum(jnp.asarray(input_mask, jnp.int32), axis=1) - 1, 0)
+    return jnp.maximum(jnp.cumsum(jnp.asarray(token_mask, jnp.int32), axis=1) - 1, 0)

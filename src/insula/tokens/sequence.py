@@ -90,8 +90,8 @@ class FASTTokenizer:
         return max(self.text.vocab_size, self.fast_last_id + 1)
 
     def tokenize(self, prompt: str, state: np.ndarray | None, actions: np.ndarray | None = None) -> Tokenized:
-        """One sample. `state` [S] normalised to [−1, 1], or None where the model takes it as a projected token;
-        `actions` [H, D] normalised, or None when serving: then exactly the training sequence's bidirectional part.
+        """One sample. `state` [S] normalized to [−1, 1], or None where the model takes it as a projected token;
+        `actions` [H, D] normalized, or None when serving: then exactly the training sequence's bidirectional part.
 
         Raises TokenBudgetError where a part is too long, ValueError for NaN or infinity and wrong ranks.
         """
@@ -181,7 +181,7 @@ _SETTINGS: dict[str, tuple[type, ...]] = {
 
 
 def state_bins(state: np.ndarray) -> list[int]:
-    """Each value of a normalised state [S] as one of 256 bins over [−1, 1]; beyond it, the outermost.
+    """Each value of a normalized state [S] as one of 256 bins over [−1, 1]; beyond it, the outermost.
 
     Raises ValueError for a wrong rank, NaN or infinity, naming the entry.
     """

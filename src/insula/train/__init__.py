@@ -1,1 +1,1 @@
-"""Training: configuration, optimiser, step, loop."""
+"""Training: configuration, optimizer, step, loop."""

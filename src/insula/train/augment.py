@@ -1,6 +1,6 @@
 """Image augmentation, on the device inside the train step: images travel there as uint8 and are changed there.
 
-Colours of every image (brightness, contrast, saturation, as openpi's trainer does), and crops of those that have an
+Colors of every image (brightness, contrast, saturation, as openpi's trainer does), and crops of those that have an
 action. A question may ask where something is, and a crop would move it.
 """
 
@@ -11,15 +11,17 @@ import jax.numpy as jnp
 
 from insula.batch import Batch
 from insula.losses import Metrics, compute_loss
-from insula.model import Params
-from insula.model.config import Config
+from insula.model.config import ModelConfig
+from insula.model.params import Params
 from insula.shapes import Array, Bool, Float, PRNGKeyArray, UInt8
 
 CROP, BRIGHTNESS, CONTRAST, SATURATION = 0.05, 0.3, 0.4, 0.5
-GREY = (0.299, 0.587, 0.114)
+GRAY = (0.299, 0.587, 0.114)
 
 
-def augmented_loss(params: Params, config: Config, batch: Batch, rng: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
+def augmented_loss(
+    params: Params, config: ModelConfig, batch: Batch, rng: PRNGKeyArray
+) -> tuple[Float[Array, ""], Metrics]:
     """`compute_loss` of augmented images; everything else, noise and times too, as without."""
     return compute_loss(params, config, augment(batch, jax.random.fold_in(rng, 1)), rng)
 
@@ -41,8 +43,8 @@ def _augment(images: UInt8[Array, "B h w 3"], moved: Bool[Array, "B"], rng: PRNG
     factors = 1 + strength * jax.random.uniform(jitter, (x.shape[0], 3), minval=-1, maxval=1)
     bright, contrast, saturation = (factors[:, i, None, None, None] for i in range(3))
     x = x * bright
-    x = _blend(x, jnp.mean(_grey(x), axis=(1, 2, 3), keepdims=True), contrast)
-    x = _blend(x, _grey(x), saturation)
+    x = _blend(x, jnp.mean(_gray(x), axis=(1, 2, 3), keepdims=True), contrast)
+    x = _blend(x, _gray(x), saturation)
     return jnp.round(jnp.clip(x, 0, 255)).astype(jnp.uint8)
 
 
@@ -59,8 +61,8 @@ def _crop(x: Float[Array, "B h w 3"], rng: PRNGKeyArray) -> Float[Array, "B h w 
     return jax.vmap(one)(x, shift)
 
 
-def _grey(x: Array) -> Array:
-    return jnp.sum(x * jnp.array(GREY), axis=-1, keepdims=True)
+def _gray(x: Array) -> Array:
+    return jnp.sum(x * jnp.array(GRAY), axis=-1, keepdims=True)
 
 
 def _blend(x: Array, towards: Array, factor: Array) -> Array:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from insula.files import read_json
-from insula.model.config import TINY_BFLOAT16, Config, build, config_from_dict
-from insula.train.optimiser import DEFAULT, OptimiserConfig
+from insula.model.config import TINY_BFLOAT16, ModelConfig, build, config_from_dict
+from insula.train.optimizer import DEFAULT, OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,17 +16,17 @@ class TrainConfig:
     run: Path
     data: Path | None = None
     """A LeRobot data set, or a .toml file that maps one or several (docs/data.md); needed unless `resume`."""
-    model: Config = TINY_BFLOAT16
-    optimiser: OptimiserConfig = DEFAULT
+    model: ModelConfig = TINY_BFLOAT16
+    optimizer: OptimizerConfig = DEFAULT
     steps: int = 2500
     batch_size: int = 32
     seed: int = 0
     init: Path | None = None
-    """Start from this checkpoint (a path, or hf://organisation/name; docs/checkpoints.md) instead of the embedded
+    """Start from this checkpoint (a path, or hf://organization/name; docs/checkpoints.md) instead of the embedded
     pretrained backbone."""
     fresh: tuple[str, ...] = ()
-    """Weights to initialise rather than load from `init`, as patterns: PaliGemma has no "expert.*"."""
-    leave: tuple[str, ...] = ()
+    """Weights to initialize rather than load from `init`, as patterns: PaliGemma has no "expert.*"."""
+    ignore: tuple[str, ...] = ()
     """What of `init` to leave over, as patterns of its names."""
     from_scratch: bool = False
     """Start from random weights."""
@@ -44,7 +44,7 @@ class TrainConfig:
     on_bad_sample: Literal["fail", "quarantine"] = "fail"
     """A sample that cannot be read or holds a NaN: stop, or take another and write it to quarantine.jsonl."""
     augment: bool = False
-    """Random colours and crops of the images, on the device (insula.train.augment)."""
+    """Random colors and crops of the images, on the device (insula.train.augment)."""
     workers: int = 0
     """Processes that make batches; 0 is a thread, enough for small images."""
     held_out_fraction: float = 0.05
@@ -60,8 +60,6 @@ class TrainConfig:
     """Go on from the newest checkpoint of `run`, with the settings stored there."""
 
 
-CONFIG_FILE = "train.json"
-"""In a run's folder."""
 _PATHS = ("run", "data", "init", "text_tokenizer", "fast")
 
 
@@ -73,10 +71,10 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 def read_config(path: Path) -> TrainConfig:
     """What `to_dict` made, from its file. Raises FileNotFoundError, or ValueError naming what is wrong."""
-    raw = read_json(path, "run", "model", "optimiser")
+    raw = read_json(path, "run", "model", "optimizer")
     nested = {
         "model": config_from_dict(raw["model"], f"{path}: model"),
-        "optimiser": build(OptimiserConfig, raw["optimiser"], f"{path}: optimiser"),
+        "optimizer": build(OptimizerConfig, raw["optimizer"], f"{path}: optimizer"),
     }
     paths = {name: Path(raw[name]) for name in _PATHS if raw.get(name) is not None}
     return build(TrainConfig, raw | paths | nested, str(path))

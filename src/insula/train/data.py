@@ -5,24 +5,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from insula.assets import Assets
+from insula.data.chunks import named_cameras, split
 from insula.data.fitting import action_chunks, robot_stats
 from insula.data.lerobot import LeRobotDataset
 from insula.data.mapping import Mapping, RobotData, parse_mapping, read_mapping, to_json
-from insula.data.mixture import Mixture, Source
+from insula.data.mixture import Mixture, SampleSource
 from insula.data.questions import QuestionSamples, pictures
 from insula.data.robot import Robot
 from insula.data.samples import Samples, Sizes
-from insula.data.values import named_cameras, split
 from insula.errors import DatasetError, InputError
 from insula.files import read_json, write_json
-from insula.model.config import Config
+from insula.model.config import ModelConfig
+from insula.runs.assets import Assets
+from insula.runs.folder import MAPPING_FILE, QUARANTINE_FILE
 from insula.tokens import text
 from insula.tokens.fast import FASTCodec
 from insula.tokens.sequence import FASTTokenizer
 from insula.train.config import TrainConfig
 
-MAPPING_FILE, QUARANTINE_FILE = "data.json", "quarantine.jsonl"
 FAST_FIT_CHUNKS = 20_000
 LARGE = 500_000
 """From so many frames on, fitting is spread over all cores; below, starting processes takes longer than it saves."""
@@ -78,7 +78,7 @@ def write_mapping(config: TrainConfig, mapping: Mapping) -> None:
 
 
 def fit_assets(config: TrainConfig, data: RunData) -> Assets:
-    """Normalisation of each robot and FAST, fitted on the training episodes, and the tokenizer made of them."""
+    """Normalization of each robot and FAST, fitted on the training episodes, and the tokenizer made of them."""
     model = config.model
     robots = {name: _robot(config, data, name, robot) for name, robot in data.mapping.robots.items()}
     if config.fast:
@@ -132,7 +132,7 @@ def _robot(config: TrainConfig, data: RunData, name: str, robot: RobotData) -> R
     return Robot(stats, cameras, horizon, robot.delta, robot.units)
 
 
-def sizes(model: Config, data: RunData) -> Sizes:
+def sizes(model: ModelConfig, data: RunData) -> Sizes:
     """A camera whose pictures have one size in all robot data sets keeps it, and is resized on the device. Of several
     sizes, and where no robot has it, the model's own is made while reading."""
     square = (model.vision.image_size, model.vision.image_size)
@@ -148,19 +148,19 @@ def sizes(model: Config, data: RunData) -> Sizes:
 
 
 def training_mixture(config: TrainConfig, assets: Assets, data: RunData) -> Mixture:
-    """All sources by their weights, tokenised ahead so that what does not fit is an error now."""
+    """All sources by their weights, tokenized ahead so that what does not fit is an error now."""
     sources = _sources(config, assets, data, {name: part.train for name, part in data.parts.items()})
     for source in sources.values():
-        source.tokenise_ahead()
+        source.tokenize_ahead()
     return Mixture(sources, data.mapping.weights, config.on_bad_sample, config.run / QUARANTINE_FILE)
 
 
-def training_sources(config: TrainConfig, assets: Assets, data: RunData) -> dict[str, Source]:
-    """What batches are drawn from, by source; tokenised when first asked for."""
+def training_sources(config: TrainConfig, assets: Assets, data: RunData) -> dict[str, SampleSource]:
+    """What batches are drawn from, by source; tokenized when first asked for."""
     return dict(_sources(config, assets, data, {name: part.train for name, part in data.parts.items()}))
 
 
-def held_out_sources(config: TrainConfig, assets: Assets, data: RunData) -> dict[str, Source]:
+def held_out_sources(config: TrainConfig, assets: Assets, data: RunData) -> dict[str, SampleSource]:
     """What no batch is ever drawn from, by source; none where nothing is held out."""
     kept = {name: part.held_out for name, part in data.parts.items() if len(part.held_out)}
     return dict(_sources(config, assets, data, kept))

@@ -9,39 +9,40 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from insula.assets import read_assets
-from insula.certificate import CERTIFICATE_FILE, prover, write_certificate
+from insula.certificate import make_prover, write_certificate
 from insula.checkpoints.hub import local
 from insula.checkpoints.loading import load_params
 from insula.checkpoints.pretrained import load_pretrained
 from insula.checkpoints.store import CheckpointStore
 from insula.data.loader import Loader
 from insula.data.mapping import Mapping
-from insula.data.mixture import Mixture, Source, quarantined
+from insula.data.mixture import Mixture, SampleSource, quarantined
 from insula.errors import CheckpointError, InputError
 from insula.files import write_json
 from insula.losses import compute_loss
-from insula.model import Params, add_lora, init_params
+from insula.model.params import Params, add_lora, init_params
+from insula.runs.assets import read_assets
+from insula.runs.folder import (
+    CERTIFICATE_FILE,
+    CHECKPOINTS_FOLDER,
+    INIT_FILE,
+    METRICS_FILE,
+    QUARANTINE_FILE,
+    SETTINGS_FILE,
+)
 from insula.shapes import PRNGKeyArray
 from insula.train.augment import augmented_loss
-from insula.train.config import CONFIG_FILE, TrainConfig, read_config, to_dict
-from insula.train.data import (
-    QUARANTINE_FILE,
-    fit_assets,
-    held_out_sources,
-    open_data,
-    training_mixture,
-    write_mapping,
-)
+from insula.train.config import TrainConfig, read_config, to_dict
+from insula.train.data import fit_assets, held_out_sources, open_data, training_mixture, write_mapping
 from insula.train.loop import Every, Metrics, MetricsLog, fit
-from insula.train.optimiser import make_optimiser
-from insula.train.step import TrainState, make_train_step, start_state
+from insula.train.optimizer import make_optimizer
+from insula.train.step import TrainState, make_train_state, make_train_step
 
 log = logging.getLogger(__name__)
 CERTIFIED = 4
 """Samples that a checkpoint's insulation is measured on."""
 LORA_KEY = 1 << 16
-"""Folded into the key of the initial weights: apart from all that `initialise` derives from it."""
+"""Folded into the key of the initial weights: apart from all that `initialize` derives from it."""
 
 
 def train(config: TrainConfig, quiet: bool = False) -> bool:
@@ -52,7 +53,7 @@ def train(config: TrainConfig, quiet: bool = False) -> bool:
     if config.resume:
         config = _stored(config)
     data = open_data(config)
-    with CheckpointStore(config.run / "checkpoints") as store:
+    with CheckpointStore(config.run / CHECKPOINTS_FOLDER) as store:
         if not config.resume and store.latest() is not None:
             raise CheckpointError(
                 f"{config.run} holds a run at step {store.latest()}; resume it, or choose another folder"
@@ -60,20 +61,20 @@ def train(config: TrainConfig, quiet: bool = False) -> bool:
         assets = read_assets(store.assets()) if config.resume else fit_assets(config, data)
         mixture = training_mixture(config, assets, data)
         unseen = held_out_sources(config, assets, data)
-        write_json(config.run / CONFIG_FILE, to_dict(dataclasses.replace(config, resume=False)))
+        write_json(config.run / SETTINGS_FILE, to_dict(dataclasses.replace(config, resume=False)))
         write_mapping(config, data.mapping)
 
         init_rng, step_rng, eval_rng = jax.random.split(jax.random.key(config.seed), 3)
-        optimiser = make_optimiser(config.optimiser, config.model, config.steps)
+        optimizer = make_optimizer(config.optimizer, config.model, config.steps)
         if config.resume:  # what it started from need not be there any more
-            like = jax.eval_shape(lambda key: start_state(init_params(config.model, key), optimiser), init_rng)
+            like = jax.eval_shape(lambda key: make_train_state(init_params(config.model, key), optimizer), init_rng)
             state = store.restore("train_state", like)
         else:
-            state = start_state(start_params(config, init_rng), optimiser)
+            state = make_train_state(start_params(config, init_rng), optimizer)
         loss = augmented_loss if config.augment else compute_loss
-        step = make_train_step(config.model, optimiser, config.optimiser.ema_decay, step_rng, loss)
+        step = make_train_step(config.model, optimizer, config.optimizer.ema_decay, step_rng, loss)
 
-        certify = certifier(config, mixture, eval_rng) if config.certify else None
+        certify = make_certifier(config, mixture, eval_rng) if config.certify else None
 
         def save(state: TrainState) -> None:
             if store.has(int(state.step)):
@@ -84,11 +85,11 @@ def train(config: TrainConfig, quiet: bool = False) -> bool:
                 assets.write(folder)
                 write_proof(folder)
 
-            store.save(int(state.step), state.average, state, write)
+            store.save(int(state.step), state.ema_params, state, write)
 
         hooks = [Every(config.checkpoint_every, save)]
         if unseen:
-            hooks.insert(0, Every(config.evaluate_every, held_out_losses(config, data.mapping, unseen, eval_rng)))
+            hooks.insert(0, Every(config.evaluate_every, make_held_out_losses(config, data.mapping, unseen, eval_rng)))
         if config.on_bad_sample == "quarantine":
             hooks.append(Every(config.log_every, lambda _: {"quarantined": float(quarantined(mixture))}))
         shard = (jax.process_index(), jax.process_count())
@@ -117,9 +118,9 @@ def start_params(config: TrainConfig, rng: PRNGKeyArray) -> Params:
     elif config.init is None:
         params = load_pretrained(plain, rng)
     else:
-        params, report = load_params(local(config.init), plain, rng, config.fresh, config.leave)
+        params, report = load_params(local(config.init), plain, rng, config.fresh, config.ignore)
         log.warning("%s", report.summary())
-        report.write(config.run / "init.json")
+        report.write(config.run / INIT_FILE)
         trained_expert = not any(name.startswith("expert.layers.") for name in report.fresh)
     if lora is None:
         return params
@@ -131,17 +132,17 @@ def start_params(config: TrainConfig, rng: PRNGKeyArray) -> Params:
     return add_lora(params, config.model, jax.random.fold_in(rng, LORA_KEY))
 
 
-def certifier(
+def make_certifier(
     config: TrainConfig, mixture: Mixture, rng: PRNGKeyArray
 ) -> Callable[[TrainState], Callable[[Path], None]]:
     """What measures the insulation of a state and returns a writer of its certificate. The samples are always the same.
 
     Raises InsulationError where the flow loss reaches the backbone although the model is to be insulated.
     """
-    measure = prover(config.model)
+    measure = make_prover(config.model)
     source, rows = mixture.order(config.batch_size, config.seed)[0]
     batch = mixture.batch(source, rows)
-    assert batch.loss_mask is not None  # every source tokenises
+    assert batch.loss_mask is not None  # every source tokenizes
     both = batch.action_mask.any((1, 2)) & batch.loss_mask.any(1)
     chosen = np.flatnonzero(both)[:CERTIFIED] if both.any() else np.arange(min(CERTIFIED, len(rows)))
     some = jax.tree.map(lambda x: x[chosen], batch)
@@ -149,7 +150,7 @@ def certifier(
     samples = [sources[source[i]].where(int(rows[i])) for i in chosen]
 
     def certify(state: TrainState) -> Callable[[Path], None]:
-        proof = measure(state.average, some, rng)
+        proof = measure(state.ema_params, some, rng)
         if proof.outcome == "leaks":
             proof.check()
         about = {"step": int(state.step), "seed": config.seed, "samples": samples}
@@ -162,8 +163,8 @@ def _nothing(folder: Path) -> None:
     """No certificate."""
 
 
-def held_out_losses(
-    config: TrainConfig, mapping: Mapping, unseen: dict[str, Source], rng: PRNGKeyArray, batches: int = 8
+def make_held_out_losses(
+    config: TrainConfig, mapping: Mapping, unseen: dict[str, SampleSource], rng: PRNGKeyArray, batches: int = 8
 ) -> Callable[[TrainState], Metrics]:
     """Mean losses of the averaged parameters on the same unseen samples, noise and times each time. The only robot's
     are called "held_out/flow" and so on; those of other sources carry their name."""
@@ -181,7 +182,7 @@ def held_out_losses(
         metrics: Metrics = {}
         for name in unseen:
             made = (read[name].batch(np.zeros_like(rows), rows) for rows in groups[name])
-            found = [loss(state.average, batch, jax.random.fold_in(rng, i))[1] for i, batch in enumerate(made)]
+            found = [loss(state.ema_params, batch, jax.random.fold_in(rng, i))[1] for i, batch in enumerate(made)]
             prefix = "held_out" if name in mapping.robots and len(mapping.robots) == 1 else f"held_out/{name}"
             kinds = ("flow", "fast", "token_accuracy") if name in mapping.robots else ("fast", "token_accuracy")
             metrics |= {f"{prefix}/{kind}": float(np.mean([m[kind] for m in found])) for kind in kinds}
@@ -198,12 +199,12 @@ def _metrics_log(config: TrainConfig) -> MetricsLog:
         except ImportError as error:
             raise InputError("tensorboard=True needs the extra: pip install 'insula[tensorboard]'") from error
         writer = SummaryWriter(str(config.run / "tensorboard"))
-    return MetricsLog(config.run / "metrics.jsonl", writer)
+    return MetricsLog(config.run / METRICS_FILE, writer)
 
 
 def _stored(config: TrainConfig) -> TrainConfig:
     """The settings a run was started with."""
-    path = Path(config.run) / CONFIG_FILE
+    path = Path(config.run) / SETTINGS_FILE
     if not path.is_file():
         raise CheckpointError(f"{config.run}: nothing to resume, {path.name} is not there; start without resume")
     return dataclasses.replace(read_config(path), run=config.run, resume=True)

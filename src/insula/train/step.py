@@ -1,4 +1,4 @@
-"""One update: loss, gradients, per-part norms, optimiser, running average."""
+"""One update: loss, gradients, per-part norms, optimizer, running average."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,33 +9,33 @@ import optax
 
 from insula.batch import Batch
 from insula.losses import Metrics, compute_loss
-from insula.model import Params
-from insula.model.config import Config
+from insula.model.config import ModelConfig
+from insula.model.params import Params
 from insula.shapes import Array, Int, PRNGKeyArray
-from insula.train.optimiser import PARTS
+from insula.train.optimizer import PARTS
 
-Loss = Callable[[Params, Config, Batch, PRNGKeyArray], tuple[Array, Metrics]]
+Loss = Callable[[Params, ModelConfig, Batch, PRNGKeyArray], tuple[Array, Metrics]]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that changes while training. `average` is the running mean of `params` that is evaluated and served."""
+    """All that changes while training. `ema_params` is the running mean of `params` that is evaluated and served."""
 
     step: Int[Array, ""]
     params: Params
-    average: Params
-    optimiser: optax.OptState
+    ema_params: Params
+    optimizer: optax.OptState
 
 
-def start_state(params: Params, optimiser: optax.GradientTransformation) -> TrainState:
-    average = jax.tree.map(jnp.copy, params)  # a buffer of its own: both are donated to the step
-    return TrainState(jnp.zeros((), jnp.int32), params, average, optimiser.init(params))
+def make_train_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    ema_params = jax.tree.map(jnp.copy, params)  # a buffer of its own: both are donated to the step
+    return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params))
 
 
 def make_train_step(
-    config: Config,
-    optimiser: optax.GradientTransformation,
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
     ema_decay: float,
     rng: PRNGKeyArray,
     loss: Loss = compute_loss,
@@ -50,11 +50,11 @@ def make_train_step(
         value_and_grad = jax.value_and_grad(loss, has_aux=True)
         (total, metrics), gradients = value_and_grad(state.params, config, batch, key)
         norms = {f"gradient_norm/{part}": optax.tree.norm(getattr(gradients, part)) for part in PARTS}
-        updates, optimiser_state = optimiser.update(gradients, state.optimiser, state.params)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))  # short memory while all is new
         # Written so that what does not move, a frozen part, stays the same to the last bit in the average as well.
-        average = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), state.average, params)
-        return TrainState(state.step + 1, params, average, optimiser_state), metrics | norms | {"total": total}
+        ema_params = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), state.ema_params, params)
+        return TrainState(state.step + 1, params, ema_params, optimizer_state), metrics | norms | {"total": total}
 
     return jax.jit(step, donate_argnums=0)

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from insula.data.images import EncodedImages, EncodedVideo
+from insula.data.lerobot.info import BOOKKEEPING
 from insula.data.lerobot.reader import LeRobotDataset
+from insula.data.lerobot.statistics import histogram
 from insula.data.lerobot.video import TOLERANCE
 from insula.data.lerobot.writer import LeRobotWriter, Values
-from insula.data.schema import BOOKKEEPING
-from insula.data.statistics import histogram
 from insula.errors import DatasetError
 
 SAMPLED_FRAMES = 64

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from insula.data.images import decode_image
+from insula.data.lerobot.info import BOOKKEEPING, Feature
 from insula.data.lerobot.layout import Layout, Span, open_parquet, read_layout
 from insula.data.lerobot.video import TOLERANCE, VideoReader
-from insula.data.schema import BOOKKEEPING, Feature
 from insula.errors import DatasetError
 
 REMEDIES = {

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from insula.data.schema import DATA_PATH, Info, pick, read_info
+from insula.data.lerobot.info import DATA_PATH, Info, pick, read_info
 from insula.errors import DatasetError
 
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"

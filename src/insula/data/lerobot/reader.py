@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from insula.data.images import decode_image
+from insula.data.lerobot.info import Feature, Info, pick
 from insula.data.lerobot.layout import Clip, Episodes, open_parquet, read_layout
 from insula.data.lerobot.video import VideoReader
-from insula.data.schema import Feature, Info, pick
 from insula.errors import DatasetError, InputError
 
 GIB = 2**30
-ENCODED_BYTES = GIB // 4  # PNG bytes of recently read row groups, kept so that neighbours need no second read
+ENCODED_BYTES = GIB // 4  # PNG bytes of recently read row groups, kept so that neighbors need no second read
 OPEN_FILES = 64  # v2.1 has a file per episode
 DECODE_FRAMES = 256  # at a time into the cache
 

@@ -1,4 +1,4 @@
-"""Exact frames of video files (H.264, AV1, whatever FFmpeg reads): by timestamp, in any order, never a neighbour."""
+"""Exact frames of video files (H.264, AV1, whatever FFmpeg reads): by timestamp, in any order, never a neighbor."""
 
 import bisect
 import threading
@@ -36,7 +36,7 @@ class VideoReader:
         self._open_files, self._lock = open_files, threading.Lock()
 
     def frames(self, path: Path, seconds: Sequence[float], size: tuple[int, int], where: str) -> np.ndarray:
-        """The frames at `seconds`, uint8 [n, height, width, 3]; neighbours share one pass over their group.
+        """The frames at `seconds`, uint8 [n, height, width, 3]; neighbors share one pass over their group.
 
         Raises DatasetError naming `where` when the file is missing, damaged, of another size, or has no frame within
         TOLERANCE of a time.

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from insula.data.images import EncodedImages, EncodedVideo, encode_images
+from insula.data.lerobot.info import BOOKKEEPING, DATA_PATH, EPISODES_PATH, VERSION, Feature, Info, pick
 from insula.data.lerobot.layout import VIDEO_PATH
-from insula.data.schema import BOOKKEEPING, DATA_PATH, EPISODES_PATH, VERSION, Feature, Info, pick
-from insula.data.statistics import histogram_stats, numeric_stats
+from insula.data.lerobot.statistics import histogram_stats, numeric_stats
 from insula.errors import DatasetError, InputError
 from insula.files import write_json
 

@@ -30,9 +30,9 @@ insula.sections.push(["Who may look at whom", "attention", (data) => {
       return ["hidden", "future", "blind"].includes(name) ? [...rgb("soft"), 45] : [0, 0, 0, 0];
     });
     codes.forEach((code, n) => {
-      const colour = palette[code];
+      const color = palette[code];
       const same = difference.checked && codes[n] === ours[n];
-      image.data.set(same ? [colour[0], colour[1], colour[2], colour[3] / 6] : colour, 4 * n);
+      image.data.set(same ? [color[0], color[1], color[2], color[3] / 6] : color, 4 * n);
     });
     bitmap = new OffscreenCanvas(size, size);
     bitmap.getContext("2d").putImageData(image, 0, 0);
@@ -54,13 +54,13 @@ insula.sections.push(["Who may look at whom", "attention", (data) => {
     context.clearRect(0, 0, canvas.width, band);
     context.clearRect(0, 0, band, canvas.height);
     for (let n = 0; n < size; n += 1) { // what each row and column is
-      context.fillStyle = insula.colour(`part-${parts[n]}`);
+      context.fillStyle = insula.color(`part-${parts[n]}`);
       const from = band + n * lens.scale;
       if (from + lens.top + lens.scale > band) context.fillRect(0, Math.max(band, from + lens.top), band - 2, Math.ceil(lens.scale));
       if (from + lens.left + lens.scale > band) context.fillRect(Math.max(band, from + lens.left), 0, Math.ceil(lens.scale), band - 2);
     }
     if (lens.scale > 7 * ratio) {
-      context.strokeStyle = insula.colour("line");
+      context.strokeStyle = insula.color("line");
       context.lineWidth = 1;
       context.beginPath();
       const [right, bottom] = [x0 + size * lens.scale, y0 + size * lens.scale];
@@ -72,7 +72,7 @@ insula.sections.push(["Who may look at whom", "attention", (data) => {
       context.stroke();
     }
     if (at) {
-      context.strokeStyle = insula.colour("mark");
+      context.strokeStyle = insula.color("mark");
       context.lineWidth = 2 * ratio;
       context.strokeRect(x0 + at[1] * lens.scale, y0 + at[0] * lens.scale, lens.scale, lens.scale);
     }
@@ -182,7 +182,7 @@ insula.sections.push(["Who may look at whom", "attention", (data) => {
 
   function rgb(name) {
     const canvas = new OffscreenCanvas(1, 1).getContext("2d");
-    canvas.fillStyle = insula.colour(name);
+    canvas.fillStyle = insula.color(name);
     canvas.fillRect(0, 0, 1, 1);
     return canvas.getImageData(0, 0, 1, 1).data.slice(0, 3);
   }

@@ -42,7 +42,7 @@ insula.percent = (value) => (value === null ? "–" : `${insula.number(100 * val
 /** A token's text with its blanks made visible. */
 insula.visible = (text) => text.replaceAll("\n", "⏎").replaceAll(" ", "·");
 
-insula.colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+insula.color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 const dark = matchMedia("(prefers-color-scheme: dark)");
 /** Draw now, and again whenever light turns dark. */
 insula.themed = (draw) => {
@@ -52,12 +52,12 @@ insula.themed = (draw) => {
 
 /** A tenth above and below; what hardly moves is not blown up to look as if it did. */
 const margin = (low, high) => Math.max(0.1 * (high - low), (0.25 - (high - low)) / 2);
-/** A uPlot chart: lines of `series` ({label, colour, dash, width}) over x, as wide as its place. */
+/** A uPlot chart: lines of `series` ({label, color, dash, width}) over x, as wide as its place. */
 insula.chart = (place, { title, x, xLabel, series, values, height = 170, legend = true, points = false }) => {
   let plot = null;
   insula.themed(() => {
     plot?.destroy();
-    const axis = { stroke: insula.colour("soft"), grid: { stroke: insula.colour("line"), width: 1 }, ticks: { show: false } };
+    const axis = { stroke: insula.color("soft"), grid: { stroke: insula.color("line"), width: 1 }, ticks: { show: false } };
     plot = new uPlot({
       title,
       width: Math.max(place.clientWidth, 180),
@@ -66,7 +66,7 @@ insula.chart = (place, { title, x, xLabel, series, values, height = 170, legend 
       scales: { x: { time: false }, y: { range: (_, low, high) => [low - margin(low, high), high + margin(low, high)] } },
       axes: [{ ...axis, label: xLabel, labelSize: 20, size: 30 }, { ...axis, size: 44 }],
       series: [{ label: xLabel }, ...series.map((s) => ({
-        label: s.label, stroke: insula.colour(s.colour), dash: s.dash, width: s.width ?? 2, points: { show: points },
+        label: s.label, stroke: insula.color(s.color), dash: s.dash, width: s.width ?? 2, points: { show: points },
         value: (_, v) => insula.number(v),
       }))],
     }, [x, ...values], place);

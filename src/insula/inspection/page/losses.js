@@ -31,7 +31,7 @@ insula.sections.push(["Losses", "losses", (data) => {
     const place = el("div", { class: "wide-chart" });
     queueMicrotask(() => insula.chart(place, {
       title: "token loss of each scored token", x: losses.tokens.map((t) => t.column), xLabel: "column", points: true,
-      series: [{ label: "−log p", colour: "fast" }], values: [losses.tokens.map((t) => t.loss)],
+      series: [{ label: "−log p", color: "fast" }], values: [losses.tokens.map((t) => t.loss)],
     }));
     nodes.push(el("h3", {}, "Each scored token"), place,
       insula.table(["column, token", "loss", "probability", "the five likeliest"], rows, { id: "scored" }));
@@ -44,7 +44,7 @@ insula.sections.push(["Losses", "losses", (data) => {
     const place = el("div", { class: "wide-chart" });
     queueMicrotask(() => insula.chart(place, {
       title: "mean over steps and dimensions", x: error.times, xLabel: "t (1 is noise)", points: true,
-      series: [{ label: "squared error", colour: "look" }], values: [mean],
+      series: [{ label: "squared error", color: "look" }], values: [mean],
     }));
     const heat = (name, labels, rows, real) => {
       const largest = Math.max(...rows.flat(), 1e-12);

@@ -12,7 +12,7 @@
     "not finite": "Nothing is shown: some numbers are not finite.",
     "not asked": about.parameters === "no" ? "The model was not run." : "This sample lacks a loss, so it cannot show insulation.",
   };
-  const colour = { holds: "good", "not asked": "soft" }[data.outcome] ?? "bad";
+  const color = { holds: "good", "not asked": "soft" }[data.outcome] ?? "bad";
   const card = (name, value, note, kind = null) =>
     el("div", { class: "card" }, el("span", {}, name), el("b", { class: kind }, value), el("span", {}, note));
   const losses = data.losses;
@@ -24,10 +24,10 @@
     el("p", { class: "soft" }, `Sample ${about.number} of ${about.count} of ${about.source}: ${about.sample}. `,
       `Model ${about.model}, ${about.parameters} weights; ${about.subject}; seed ${about.seed}.`),
     data.sources ? picker(data.sources) : "",
-    el("p", { id: "verdict", class: colour }, verdicts[data.outcome]),
+    el("p", { id: "verdict", class: color }, verdicts[data.outcome]),
     data.faults.length ? el("ul", { id: "faults", class: "bad" }, data.faults.map((fault) => el("li", {}, fault))) : "",
     el("div", { class: "cards" },
-      card("insulation", data.outcome, losses ? "measured on this sample" : "not measured", colour),
+      card("insulation", data.outcome, losses ? "measured on this sample" : "not measured", color),
       card("scored tokens", about.scored, "by the token loss"),
       card("scored action steps", about.real_steps, "by the flow loss"),
       card("total loss", losses ? insula.number(losses.total, 4) : "–", losses ? "flow + λ · token" : "not measured")),

@@ -36,7 +36,7 @@ insula.patches = (camera, { label, say, mark = false }) => {
       context.stroke();
     }
     if (at !== null) {
-      context.strokeStyle = insula.colour("mark");
+      context.strokeStyle = insula.color("mark");
       context.lineWidth = Math.max(2, size / 200);
       context.strokeRect((at % grid) * cell, Math.floor(at / grid) * cell, cell, cell);
     }

@@ -103,17 +103,17 @@ insula.sections.push(["The sequence", "sequence", (data) => {
       place.append(box);
       insula.chart(box, {
         title: name, x: steps, xLabel: "step", height: 140, legend: false,
-        series: series.map(([label, , colour, dash]) => ({ label, colour, dash: dash ?? undefined })),
+        series: series.map(([label, , color, dash]) => ({ label, color, dash: dash ?? undefined })),
         values: series.map(([, key]) => seen[key].map((row) => row[d])),
       });
     }));
     return [
       el("h3", {}, "The chunk of actions, in FAST tokens and back"),
       el("p", {}, seen.decoded
-        ? `${seen.actions.length} steps (${real} real) × ${seen.names.length} dimensions, normalised; ${Object.keys(seen.spans).length} ` +
+        ? `${seen.actions.length} steps (${real} real) × ${seen.names.length} dimensions, normalized; ${Object.keys(seen.spans).length} ` +
           `FAST tokens carry the coefficients, scaled by ${seen.scale} and rounded. Root mean square of what is lost: ${insula.number(seen.error)}.`
         : `There is nothing to read back, ${seen.invalid}.`),
-      el("p", { class: "legend" }, series.map(([label, , colour]) => el("span", { class: "key", style: { color: `var(--${colour})` } }, label))),
+      el("p", { class: "legend" }, series.map(([label, , color]) => el("span", { class: "key", style: { color: `var(--${color})` } }, label))),
       place,
       drawn.node,
     ];

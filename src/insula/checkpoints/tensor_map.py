@@ -20,8 +20,8 @@ import jax
 import numpy as np
 
 from insula.errors import InputError
-from insula.model import weight_table
-from insula.model.config import Config
+from insula.model.config import ModelConfig
+from insula.model.params import weight_table
 from insula.model.weights import Weight, is_weight
 
 
@@ -45,11 +45,11 @@ class Format:
     """
 
     name: str
-    table: Callable[[Config], list[Line]]
+    table: Callable[[ModelConfig], list[Line]]
     renames: tuple[tuple[str, str], ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
     """(second name, name in the table)."""
-    unused: Callable[[Config], dict[str, tuple[int, ...]]] = lambda config: {}
+    unused: Callable[[ModelConfig], dict[str, tuple[int, ...]]] = lambda config: {}
 
     def canonical(self, name: str) -> str:
         for pattern, replacement in self.renames:
@@ -58,7 +58,7 @@ class Format:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class TensorPart:
     """A weight of ours, or one layer of it, inside a foreign tensor: how to cut it out and where to put it."""
 
     ours: str
@@ -88,7 +88,7 @@ class Tensor:
     """One foreign tensor and all that it holds."""
 
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[TensorPart, ...]
 
 
 def paths(tree: Any) -> dict[str, Any]:
@@ -97,13 +97,13 @@ def paths(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def resolve(lines: list[Line], config: Config) -> dict[str, Tensor]:
+def resolve(lines: list[Line], config: ModelConfig) -> dict[str, Tensor]:
     """Every foreign tensor of a model of this size, by name. No memory is used.
 
     Raises ValueError where a line names no weight of this config.
     """
     weights, patch = paths(weight_table(config)), config.vision.patch_sizes[0]
-    found: dict[str, list[tuple[Line, Part]]] = defaultdict(list)
+    found: dict[str, list[tuple[Line, TensorPart]]] = defaultdict(list)
     picks: dict[str, int] = defaultdict(lambda: 1)  # entries along the digit axis of a tensor
     for line in lines:
         picks[line.theirs] = max([picks[line.theirs], *(int(d) + 1 for d in re.findall(r"\d", line.axes))])
@@ -118,7 +118,7 @@ def resolve(lines: list[Line], config: Config) -> dict[str, Tensor]:
     return {name: _tensor(name, entries) for name, entries in found.items()}
 
 
-def _part(line: Line, weight: Weight, layer: int | None, patch: int, picks: int) -> Part:
+def _part(line: Line, weight: Weight, layer: int | None, patch: int, picks: int) -> TensorPart:
     axes, shape = weight.axes, weight.shape
     if layer is not None:
         axes, shape = axes[1:], shape[1:]
@@ -127,7 +127,7 @@ def _part(line: Line, weight: Weight, layer: int | None, patch: int, picks: int)
     ours = axes.replace("X", "hwc") if "h" in flat else axes  # the values of one patch, row by row
     letters = re.sub(r"\d", "", flat)
     assert sorted(letters) == sorted(ours), f"{line}: axes {line.axes} are not those of ours, {ours}"
-    return Part(
+    return TensorPart(
         ours=line.ours,
         layer=layer,
         stacked=axes.startswith("D"),
@@ -138,7 +138,7 @@ def _part(line: Line, weight: Weight, layer: int | None, patch: int, picks: int)
     )
 
 
-def _tensor(name: str, entries: list[tuple[Line, Part]]) -> Tensor:
+def _tensor(name: str, entries: list[tuple[Line, TensorPart]]) -> Tensor:
     shapes = set()
     for line, part in entries:
         groups = [group.strip("()") for group in re.findall(r"\(\w+\)|\w", line.axes)]

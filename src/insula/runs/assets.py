@@ -1,7 +1,7 @@
 """What travels inside every checkpoint besides the weights: enough to serve from the checkpoint alone.
 
 config.json        the model's config and the version that wrote it
-robots/NAME/       what its numbers mean: normalisation (openpi's format), cameras, horizon
+robots/NAME/       what its numbers mean: normalization (openpi's format), cameras, horizon
 tokenizer/         text tokenizer, FAST codec, dialect
 """
 
@@ -9,20 +9,20 @@ import dataclasses
 from importlib.metadata import version
 from pathlib import Path
 
+from insula.runs.folder import MODEL_FILE, ROBOTS_FOLDER, TOKENIZER_FOLDER
 from insula.data.robot import Robot, read_robot
 from insula.errors import InputError, MissingFileError, did_you_mean
 from insula.files import read_json, write_json
-from insula.model.config import Config, config_from_dict
+from insula.model.config import ModelConfig, config_from_dict
 from insula.tokens.sequence import FASTTokenizer
 
-CONFIG_FILE, ROBOTS_FOLDER, TOKENIZER_FOLDER = "config.json", "robots", "tokenizer"
 
 
 @dataclasses.dataclass(frozen=True)
 class Assets:
     """The tokenizer holds its dialect; `robots` has at least one."""
 
-    config: Config
+    config: ModelConfig
     tokenizer: FASTTokenizer
     robots: dict[str, Robot]
 
@@ -41,15 +41,15 @@ class Assets:
         self.tokenizer.save(directory / TOKENIZER_FOLDER)
 
 
-def write_config(directory: Path, config: Config) -> None:
+def write_config(directory: Path, config: ModelConfig) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     written = {"insula": version("insula"), "model": dataclasses.asdict(config)}
-    write_json(directory / CONFIG_FILE, written)
+    write_json(directory / MODEL_FILE, written)
 
 
 def read_assets(directory: Path) -> Assets:
     """Raises FileNotFoundError, or ValueError naming the file and what is wrong in it."""
-    path = directory / CONFIG_FILE
+    path = directory / MODEL_FILE
     written = read_json(path, "model")
     robots = sorted(path for path in (directory / ROBOTS_FOLDER).glob("*") if path.is_dir())
     if not robots:

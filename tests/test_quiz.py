@@ -1,4 +1,4 @@
-"""Questions: every answer is recomputed from the facts, and the told location shows the told colour."""
+"""Questions: every answer is recomputed from the facts, and the told location shows the told color."""
 
 import re
 
@@ -6,10 +6,10 @@ import gymnasium
 import numpy as np
 import pytest
 
-import insula.sim
-from insula.sim import questions as q
-from insula.sim.instructions import COLOURS
-from insula.sim.scene import RGBA
+import insula.worlds.tabletop
+from insula.worlds.tabletop import quiz as q
+from insula.worlds.tabletop.instructions import COLORS
+from insula.worlds.tabletop.scene import RGBA
 
 PLACE = r"((<loc\d{4}>){2,3}|not visible)"
 LISTED = r"[a-z ]+(<loc\d{4}>){2,3}"
@@ -19,11 +19,11 @@ ANSWER = re.compile(rf"{PLACE}( and {PLACE})?|{LISTED}( {LISTED})*|[a-z0-9 ,]+")
 @pytest.fixture(scope="module")
 def scenes():
     """(observation, facts) of scenes of every sort."""
-    env = gymnasium.make(insula.sim.TABLETOP, disable_env_checker=True)
+    env = gymnasium.make(insula.worlds.tabletop.TABLETOP, disable_env_checker=True)
     env.reset(seed=0)
     rng, found = np.random.default_rng(0), []
     for _ in range(60):
-        observation = env.unwrapped.randomise(rng)
+        observation = env.unwrapped.randomize(rng)
         found.append((observation, env.unwrapped.facts()))
     env.close()
     return found
@@ -33,25 +33,25 @@ def numbers(answer):
     return [int(n) for n in re.findall(r"<loc(\d{4})>", answer)]
 
 
-def nearest_colour(pixel):
-    """The palette's colour by direction: shading scales a colour, it does not turn it."""
-    directions = np.array([RGBA[c][:3] for c in COLOURS])
+def nearest_color(pixel):
+    """The palette's color by direction: shading scales a color, it does not turn it."""
+    directions = np.array([RGBA[c][:3] for c in COLORS])
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    return COLOURS[int(np.argmax(directions @ (pixel / np.linalg.norm(pixel))))]
+    return COLORS[int(np.argmax(directions @ (pixel / np.linalg.norm(pixel))))]
 
 
-def test_told_location_shows_the_told_colour(scenes):
+def test_told_location_shows_the_told_color(scenes):
     checked = 0
     for observation, facts in scenes:
         for camera in ("front", "wrist"):
             for block in facts.table.blocks:
-                pixel = facts.pixels[camera][f"{block.colour} block"]
-                place = q.place(facts, camera, f"{block.colour} block")
+                pixel = facts.pixels[camera][f"{block.color} block"]
+                place = q.place(facts, camera, f"{block.color} block")
                 if not (pixel.in_frame and pixel.visible == 1.0):
                     continue
                 y, x = (min(int((n + 0.5) / q.BINS * 64), 63) for n in numbers(place))
                 patch = observation["images"][camera][y, x].astype(float)
-                assert nearest_colour(patch) == block.colour, (camera, block, pixel, patch)
+                assert nearest_color(patch) == block.color, (camera, block, pixel, patch)
                 checked += 1
     assert checked > 100
 
@@ -75,18 +75,18 @@ def test_hidden_things_are_not_visible_and_half_hidden_ones_not_asked(scenes):
     assert min(kinds.values()) > 0, kinds
 
 
-def test_not_visible_means_no_such_colour_in_the_image(scenes):
-    """A block said to be hidden (and not sharing its colour with a bowl) leaves almost no pixel of its colour."""
+def test_not_visible_means_no_such_color_in_the_image(scenes):
+    """A block said to be hidden (and not sharing its color with a bowl) leaves almost no pixel of its color."""
     hidden, shown = [], []
     for observation, facts in scenes:
-        bowls = {b.colour for b in facts.table.bowls}
+        bowls = {b.color for b in facts.table.bowls}
         image = observation["images"]["wrist"].astype(float)
         for block in facts.table.blocks:
-            if block.colour in bowls:
+            if block.color in bowls:
                 continue
-            colourful = np.ptp(image, axis=-1) > 40
-            count = sum(nearest_colour(p) == block.colour for p in image[colourful])
-            visible = facts.pixels["wrist"][f"{block.colour} block"].visible
+            colorful = np.ptp(image, axis=-1) > 40
+            count = sum(nearest_color(p) == block.color for p in image[colorful])
+            visible = facts.pixels["wrist"][f"{block.color} block"].visible
             if visible in (0, 1):
                 (hidden if visible == 0 else shown).append(count)
     assert len(hidden) > 10 and max(hidden) < 30 and np.mean(np.array(hidden) > 0) < 0.3
@@ -107,9 +107,9 @@ def test_words_agree_with_the_table(scenes):
                 bowl = table.container(words[5])
                 assert answer == ("none" if bowl is None else f"the {bowl} bowl")
             elif question.startswith("how many blocks"):
-                assert answer == str(int(words[-1] in {b.colour for b in table.blocks}))
+                assert answer == str(int(words[-1] in {b.color for b in table.blocks}))
             elif question == "which colours are the bowls":
-                assert sorted(answer.split(", ")) == sorted(b.colour for b in table.bowls)
+                assert sorted(answer.split(", ")) == sorted(b.color for b in table.bowls)
             elif kind == "side":
                 one, other = re.fullmatch(r"is the (.+) left or right of the (.+)", question).groups()
                 view = facts.pixels["front"]
@@ -121,8 +121,8 @@ def test_words_agree_with_the_table(scenes):
 def test_offsets_decode_to_metres(scenes):
     for _, facts in scenes:
         for question, answer in q.questions(facts, "offset"):
-            colour, noun = question.split()[-2:]
-            thing = facts.table.block(colour) if noun == "block" else facts.table.bowl(colour)
+            color, noun = question.split()[-2:]
+            thing = facts.table.block(color) if noun == "block" else facts.table.bowl(color)
             y, x, z = ((n + 0.5) / q.BINS for n in numbers(answer))
             span, tall = q.OFFSET[1] - q.OFFSET[0], q.HEIGHT[1] - q.HEIGHT[0]
             got = np.array([q.OFFSET[0] + x * span, q.OFFSET[0] + y * span, -(q.HEIGHT[0] + z * tall)])
@@ -146,7 +146,7 @@ def test_lists_join_the_simple_answers_from_left_to_right(scenes):
     for _, facts in scenes:
         simple = {question: answer for _, question, answer in q.all_questions(facts)}
         shown = {c: {n for n, p in facts.pixels[c].items() if p.in_frame and p.visible > 0} for c in facts.pixels}
-        things = {f"{b.colour} block" for b in facts.table.blocks} | {f"{b.colour} bowl" for b in facts.table.bowls}
+        things = {f"{b.color} block" for b in facts.table.blocks} | {f"{b.color} bowl" for b in facts.table.bowls}
         for question, single, names in (
             ("what is on the table", "where is the {}", shown["front"]),
             ("what is in the wrist camera", "where is the {} in the wrist camera", shown["wrist"] - {"gripper"}),
@@ -172,8 +172,8 @@ def test_every_kind_is_asked_and_no_question_has_two_answers(scenes):
 
 
 def test_unknown_kind_is_refused(scenes):
-    with pytest.raises(ValueError, match="question kind: got 'colour'"):
-        q.ask(scenes[0][1], np.random.default_rng(0), "colour")
+    with pytest.raises(ValueError, match="question kind: got 'color'"):
+        q.ask(scenes[0][1], np.random.default_rng(0), "color")
 
 
 def test_location_bins_cover_the_range():

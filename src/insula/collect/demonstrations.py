@@ -16,17 +16,17 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-import insula.sim  # noqa: F401 - registers the environment
+import insula.worlds.tabletop  # noqa: F401 - registers the environment
+from insula.collect.scenes import render_scenes
 from insula.data.images import EncodedImages, encode_images, encode_png
+from insula.data.lerobot.info import Feature, image_feature
 from insula.data.lerobot.writer import LeRobotWriter
-from insula.data.schema import Feature, image_feature
 from insula.errors import DatasetError, InputError
 from insula.files import write_json
-from insula.scenes import render_scenes
-from insula.sim.expert import rollout
-from insula.sim.scene import CAMERAS
-from insula.sim.seeds import DEMONSTRATIONS, PRETRAINING
-from insula.sim.tabletop import ACTION_DIM, ACTION_NAMES, STATE_DIM, STATE_NAMES
+from insula.worlds.seeds import DEMONSTRATIONS, PRETRAINING
+from insula.worlds.tabletop.demonstrator import rollout
+from insula.worlds.tabletop.environment import ACTION_DIM, ACTION_NAMES, STATE_DIM, STATE_NAMES
+from insula.worlds.tabletop.scene import CAMERAS
 
 FPS = 10
 BLOCK = 8  # episodes a worker makes at a time

@@ -12,20 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from insula.sim.facts import Block, Bowl, Table
-from insula.sim.scene import BLOCK_HALF, BOWL_RADIUS
-from insula.sim.tabletop import MAX_STEP
+from insula.worlds.tabletop.environment import MAX_STEP
+from insula.worlds.tabletop.facts import Block, Bowl, Table
+from insula.worlds.tabletop.scene import BLOCK_HALF, BOWL_RADIUS
 
-GRASP, HOVER, CARRY, DROP = 0.021, 0.095, 0.105, 0.055  # heights of the fingertips, metres
+GRASP, HOVER, CARRY, DROP = 0.021, 0.095, 0.105, 0.055  # heights of the fingertips, meters
 OPEN, CLOSE = -1.0, 1.0
 
 
 def act(table: Table, task: tuple[str, str]) -> np.ndarray:
-    """The clean action float32 [7] in [-1, 1] for this state and this task (block colour, bowl colour)."""
+    """The clean action float32 [7] in [-1, 1] for this state and this task (block color, bowl color)."""
     block, bowl = table.block(task[0]), table.bowl(task[1])
-    if table.held == block.colour:
+    if table.held == block.color:
         return _carry(table, bowl.position)
-    if table.held is None and (table.container(block.colour) == bowl.colour or _falling(table, block, bowl)):
+    if table.held is None and (table.container(block.color) == bowl.color or _falling(table, block, bowl)):
         return _action(table, np.array([*table.gripper[:2], HOVER]), OPEN)
     return _fetch(table, block.position)
 
@@ -80,7 +80,7 @@ def _action(table: Table, goal: np.ndarray, grip: float) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Episode:
+class Demonstration:
     """`observations` [T], clean `labels` float32 [T, 7], `executed` float32 [T, 7], and how it ended."""
 
     observations: list[dict[str, Any]]
@@ -100,7 +100,7 @@ def disturb(action: np.ndarray, rng: np.random.Generator, noise: float) -> np.nd
 
 def rollout(
     env: Any, rng: np.random.Generator, noise: float = 0.3, seed: int | None = None, options: dict | None = None
-) -> Episode:
+) -> Demonstration:
     """One episode of the expert in a (wrapped) tabletop. Observation t precedes label t; failures are returned too."""
     observation, info = env.reset(seed=seed, options=options)
     truth = env.unwrapped
@@ -115,4 +115,6 @@ def rollout(
         observation, _, terminated, truncated, info = env.step(command)
         done = terminated or truncated
     task = observations[0]["task"]
-    return Episode(observations, np.stack(labels), np.stack(executed), info["success"], info["wrong_object"], task)
+    return Demonstration(
+        observations, np.stack(labels), np.stack(executed), info["success"], info["wrong_object"], task
+    )

@@ -1,4 +1,4 @@
-"""Simulated environments: `import insula.sim`, then `gymnasium.make("insula/Tabletop-v0")`.
+"""Simulated environments: `import insula.worlds.tabletop`, then `gymnasium.make("insula/Tabletop-v0")`.
 
 Importing this is cheap; MuJoCo and OpenGL load with the first environment and the first image.
 """
@@ -9,4 +9,6 @@ TABLETOP = "insula/Tabletop-v0"
 MAX_EPISODE_STEPS = 100
 
 if TABLETOP not in registry:
-    register(id=TABLETOP, entry_point="insula.sim.tabletop:TabletopEnv", max_episode_steps=MAX_EPISODE_STEPS)
+    register(
+        id=TABLETOP, entry_point="insula.worlds.tabletop.environment:TabletopEnv", max_episode_steps=MAX_EPISODE_STEPS
+    )

@@ -1,6 +1,6 @@
 """What stands on the table: the MuJoCo model (one, compiled once) and the random layouts poured into it.
 
-Metres and radians. x grows to the right of the `front` image, y away from that camera, z up; the table top is z = 0.
+Meters and radians. x grows to the right of the `front` image, y away from that camera, z up; the table top is z = 0.
 The gripper's position is the point between its fingertips.
 
              y  +0.13 ┌──────────────────────────┐
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from insula.sim.instructions import COLOURS
+from insula.worlds.tabletop.instructions import COLORS
 
 BLOCKS, BOWLS = 3, 2
 BLOCK_HALF = 0.02
@@ -28,7 +28,7 @@ FINGER_TRAVEL = 0.045  # each; the opening between the fingers is twice that
 FINGER_HALF = (0.005, 0.010, 0.040)
 HELD_TRAVEL = BLOCK_HALF - 0.0003  # a finger pressing a block
 
-BLOCK_AREA = (0.18, 0.13)  # |x|, |y| of block centres
+BLOCK_AREA = (0.18, 0.13)  # |x|, |y| of block centers
 BOWL_AREA = (0.135, 0.085)
 GRIPPER_LOW = np.array([-0.20, -0.15, 0.02])
 GRIPPER_HIGH = np.array([0.20, 0.15, 0.18])
@@ -44,21 +44,21 @@ RGBA = {
     "purple": (0.55, 0.10, 0.75, 1.0),
     "orange": (1.00, 0.50, 0.00, 1.0),
 }
-assert tuple(RGBA) == COLOURS
+assert tuple(RGBA) == COLORS
 
 
 @dataclass(frozen=True)
-class Layout:
+class SceneLayout:
     """One arrangement. `block_poses` [3, (x, y, z, yaw)], `bowl_xy` [2, 2], `gripper` (x, y, z, yaw); `travel` of a
     finger: 0 closed to FINGER_TRAVEL open."""
 
-    block_colours: tuple[str, ...]
+    block_colors: tuple[str, ...]
     block_poses: np.ndarray
-    bowl_colours: tuple[str, ...]
+    bowl_colors: tuple[str, ...]
     bowl_xy: np.ndarray
     gripper: np.ndarray
     travel: float
-    task: tuple[str, str]  # colours of the block and the bowl asked for
+    task: tuple[str, str]  # colors of the block and the bowl asked for
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def mjcf(offscreen: int) -> str:
     motors = "".join(f'<position joint="{n}" kp="12000" dampratio="1"/>' for n in "xyz")
     fingers = "".join(f'<position joint="{n}" kp="300" dampratio="1" forcerange="-5 5"/>' for n in ("left", "right"))
     firm = (
-        'solref="0.01 1" solimp="0.97 0.995 0.001"'  # fingers press 5 N: the default contact gives way by millimetres
+        'solref="0.01 1" solimp="0.97 0.995 0.001"'  # fingers press 5 N: the default contact gives way by millimeters
     )
     return f"""
 <mujoco model="insula tabletop">
@@ -172,43 +172,43 @@ def _positions(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
                 return bowls, blocks
 
 
-def _colours(rng: np.random.Generator, count: int) -> tuple[str, ...]:
-    return tuple(COLOURS[i] for i in rng.permutation(len(COLOURS))[:count])
+def _colors(rng: np.random.Generator, count: int) -> tuple[str, ...]:
+    return tuple(COLORS[i] for i in rng.permutation(len(COLORS))[:count])
 
 
-def draw_layout(rng: np.random.Generator) -> Layout:
+def draw_layout(rng: np.random.Generator) -> SceneLayout:
     """The start of an episode: blocks on the table, the gripper open and above the middle."""
     bowls, blocks = _positions(rng)
     yaw = rng.uniform(-BLOCK_YAW, BLOCK_YAW, (BLOCKS, 1))
-    block_colours, bowl_colours = _colours(rng, BLOCKS), _colours(rng, BOWLS)
+    block_colors, bowl_colors = _colors(rng, BLOCKS), _colors(rng, BOWLS)
     gripper = np.array([*rng.uniform([-0.06, -0.05, 0.11], [0.06, 0.05, 0.15]), 0.0])
-    return Layout(
-        block_colours=block_colours,
+    return SceneLayout(
+        block_colors=block_colors,
         block_poses=np.concatenate([blocks, np.full((BLOCKS, 1), BLOCK_HALF), yaw], axis=1),
-        bowl_colours=bowl_colours,
+        bowl_colors=bowl_colors,
         bowl_xy=bowls,
         gripper=gripper,
         travel=FINGER_TRAVEL,
-        task=(block_colours[rng.integers(BLOCKS)], bowl_colours[rng.integers(BOWLS)]),
+        task=(block_colors[rng.integers(BLOCKS)], bowl_colors[rng.integers(BOWLS)]),
     )
 
 
-def draw_anything(rng: np.random.Generator) -> Layout:
+def draw_anything(rng: np.random.Generator) -> SceneLayout:
     """A scene out of nowhere: any gripper pose; a quarter holds a block, a quarter has a block in a bowl."""
     start = draw_layout(rng)
     poses = start.block_poses.copy()
     order = rng.permutation(BLOCKS)
     if rng.random() < 0.25:
         angle, radius = rng.uniform(0, 2 * math.pi), 0.028 * math.sqrt(rng.random())
-        centre = start.bowl_xy[rng.integers(BOWLS)] + radius * np.array([math.cos(angle), math.sin(angle)])
-        poses[order[0]] = [*centre, BLOCK_HALF + BOWL_FLOOR, rng.uniform(-0.7, 0.7)]
+        center = start.bowl_xy[rng.integers(BOWLS)] + radius * np.array([math.cos(angle), math.sin(angle)])
+        poses[order[0]] = [*center, BLOCK_HALF + BOWL_FLOOR, rng.uniform(-0.7, 0.7)]
     holding = rng.random() < 0.25
     others = np.delete(poses, order[1], axis=0) if holding else poses
     gripper = _free_gripper(rng, others)
     if holding:
         poses[order[1]] = [*gripper[:2], max(gripper[2] + rng.uniform(-0.004, 0.004), BLOCK_HALF), gripper[3]]
     travel = HELD_TRAVEL if holding else FINGER_TRAVEL * (1.0 if rng.random() < 0.6 else rng.random())
-    return Layout(start.block_colours, poses, start.bowl_colours, start.bowl_xy, gripper, float(travel), start.task)
+    return SceneLayout(start.block_colors, poses, start.bowl_colors, start.bowl_xy, gripper, float(travel), start.task)
 
 
 def _free_gripper(rng: np.random.Generator, blocks: np.ndarray) -> np.ndarray:

@@ -1,11 +1,11 @@
-"""Normalisation: every dimension to about [-1, 1], by default by its 1 % and 99 % quantiles, and exactly back.
+"""Normalization: every dimension to about [-1, 1], by default by its 1 % and 99 % quantiles, and exactly back.
 
-    normalised = 2 · (x − low) / (high − low) − 1
+    normalized = 2 · (x − low) / (high − low) − 1
 
     quantiles   low, high = q01, q99
     min_max     low, high = min, max
     mean_std    low, high = mean − std, mean + std       which is (x − mean) / std
-    none        low, high = −1, 1                        the data is normalised already
+    none        low, high = −1, 1                        the data is normalized already
 
 Nothing is clipped here, so the inverse is exact; by quantiles, about 2 % of the values lie outside [-1, 1].
 Guard: where high − low is below EPSILON, the formula would blow up noise (values of −3200 have been seen).
@@ -67,7 +67,7 @@ class NormStats:
     def _known(self, low: str, high: str) -> tuple[np.ndarray, np.ndarray]:
         pair = getattr(self, low), getattr(self, high)
         if pair[0] is None or pair[1] is None:
-            raise InputError(f"normalisation: these statistics have no {low} and {high}; fit them again on the data")
+            raise InputError(f"normalization: these statistics have no {low} and {high}; fit them again on the data")
         return pair
 
     @property
@@ -83,14 +83,14 @@ class NormStats:
             return np.zeros(self.dim, bool)
         return (self.q99 - self.q01 < EPSILON) & ~self.constant
 
-    def normalise(self, values: np.ndarray) -> np.ndarray:
+    def normalize(self, values: np.ndarray) -> np.ndarray:
         """[..., D] in the data's units to float32 [..., D], about [-1, 1]. Raises ValueError on NaN or infinity."""
         low, high = self.bounds()
         array = self._checked(values)
         span = np.where(high > low, high - low, 1.0)
         return np.where(high > low, 2 * (array - low) / span - 1, 0.0).astype(np.float32)
 
-    def unnormalise(self, values: np.ndarray) -> np.ndarray:
+    def unnormalize(self, values: np.ndarray) -> np.ndarray:
         """The inverse, float32 [..., D] in the data's units; a constant dimension gives its constant."""
         low, high = self.bounds()
         array = self._checked(values)
@@ -99,7 +99,7 @@ class NormStats:
     def _checked(self, values: np.ndarray) -> np.ndarray:
         array = np.asarray(values, np.float64)
         if array.shape[-1:] != (self.dim,):
-            raise InputError(f"normalisation: got shape {array.shape}, expected [..., {self.dim}]")
+            raise InputError(f"normalization: got shape {array.shape}, expected [..., {self.dim}]")
         refuse_non_finite(array)
         return array
 
@@ -138,7 +138,7 @@ def warn_of_constants(stats: NormStats, names: Sequence[str] | None, what: str) 
         warnings.warn(f"{what}: dimensions that rarely move are scaled by min and max: {which}", stacklevel=3)
 
 
-def refuse_non_finite(values: np.ndarray, names: Sequence[str] | None = None, what: str = "normalisation") -> None:
+def refuse_non_finite(values: np.ndarray, names: Sequence[str] | None = None, what: str = "normalization") -> None:
     """Raises ValueError naming the first row and dimension of [..., D] that is NaN or infinite."""
     if np.isfinite(values).all():
         return

@@ -1,7 +1,7 @@
 """Align image tokens with words before any sentence is read: SigLIP's sigmoid loss (Zhai et al. 2023), patch by patch.
 
 A backbone that starts from noise learns to ignore its images before it learns to look. So each image token is first
-taught which named things have their centre in its patch, by similarity to the words' own embeddings, and where in the
+taught which named things have their center in its patch, by similarity to the words' own embeddings, and where in the
 patch, by a small head that is thrown away afterwards.
 """
 
@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from insula.collect.scenes import NAMES
 from insula.model.backbone import Backbone
-from insula.model.config import Config
+from insula.model.config import ModelConfig
 from insula.model.vision import Vision, encode_images
-from insula.scenes import NAMES
 from insula.shapes import Array, Float, Int
 from insula.tokens.text import TextTokenizer
 
@@ -44,7 +44,7 @@ def grounding_loss(
     vision: Vision,
     backbone: Backbone,
     head: Head,
-    config: Config,
+    config: ModelConfig,
     words: Int[Array, "n words"],
     images: dict[str, Array],
     places: dict[str, Float[Array, "B n 2"]],

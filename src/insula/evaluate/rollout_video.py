@@ -46,8 +46,8 @@ def reel(recordings: Iterable[Recording]) -> np.ndarray:
     parts = []
     for recording in recordings:
         end = recording.frames[-1].copy()
-        colour = SUCCESS if recording.episode.success else FAILURE
-        end[:2], end[-2:], end[:, :2], end[:, -2:] = colour, colour, colour, colour
+        color = SUCCESS if recording.episode.success else FAILURE
+        end[:2], end[-2:], end[:, :2], end[:, -2:] = color, color, color, color
         parts += [recording.frames, np.repeat(end[None], HOLD, axis=0)]
     if not parts:
         raise InputError("no recording to show; evaluate with record=1 or more")

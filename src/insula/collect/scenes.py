@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from insula.batch import Batch, Observation
-from insula.model.config import Config
-from insula.sim.instructions import COLOURS
+from insula.model.config import ModelConfig
 from insula.tokens.sequence import FASTTokenizer, Tokenized
+from insula.worlds.tabletop.instructions import COLORS
 
 KIND_WEIGHTS = {
     "block": 1.5,
@@ -18,7 +18,7 @@ KIND_WEIGHTS = {
     "scene": 4.0,
     "view": 2.0,
     "wrist": 2.0,
-    "colours": 0.5,
+    "colors": 0.5,
     "count": 0.5,
     "side": 0.5,
     "holding": 1.0,
@@ -30,7 +30,7 @@ KIND_WEIGHTS = {
 }
 """How often each kind of question is asked: mostly the ones about where things are."""
 
-NAMES = (*(f"{colour} {noun}" for noun in ("block", "bowl") for colour in COLOURS), "gripper")
+NAMES = (*(f"{color} {noun}" for noun in ("block", "bowl") for color in COLORS), "gripper")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +60,17 @@ def render_scenes(seeds: range, questions_each: int, image_size: int, processes:
 def _render(seeds: range, questions_each: int, image_size: int) -> Scenes:
     import gymnasium  # the simulator loads in the worker, not in whoever imports this module
 
-    import insula.sim
+    import insula.worlds.tabletop
 
-    env: Any = gymnasium.make(insula.sim.TABLETOP, image_size=image_size, disable_env_checker=True).unwrapped
+    env: Any = gymnasium.make(
+        insula.worlds.tabletop.TABLETOP, image_size=image_size, disable_env_checker=True
+    ).unwrapped
     images: dict[str, np.ndarray] = {}
     places: dict[str, np.ndarray] = {}
     asked = []
     for n, seed in enumerate(seeds):
         rng = np.random.default_rng(seed)
-        observation = env.randomise(rng)
+        observation = env.randomize(rng)
         for name, image in observation["images"].items():
             images.setdefault(name, np.empty((len(seeds), *image.shape), np.uint8))[n] = image
         facts = env.facts()
@@ -84,7 +86,7 @@ def _render(seeds: range, questions_each: int, image_size: int) -> Scenes:
 
 def _draw(facts: Any, rng: np.random.Generator, count: int) -> list[tuple[str, str, str]]:
     """`count` questions; a kind with no plain answer in this scene is drawn again."""
-    from insula.sim.questions import questions
+    from insula.worlds.tabletop.quiz import questions
 
     pairs = {kind: questions(facts, kind) for kind in KIND_WEIGHTS}
     kinds = [kind for kind in KIND_WEIGHTS if pairs[kind]]
@@ -96,7 +98,7 @@ def _draw(facts: Any, rng: np.random.Generator, count: int) -> list[tuple[str, s
 FIELDS = ("tokens", "token_mask", "ar_mask", "loss_mask")
 
 
-def tokenise(scenes: Scenes, tokenizer: FASTTokenizer) -> Tokenized:
+def tokenize(scenes: Scenes, tokenizer: FASTTokenizer) -> Tokenized:
     """Every question, each field [N, Q, L], cut to the longest."""
     rows = [tokenizer.question(question, answer) for asked in scenes.questions for _, question, answer in asked]
     longest = max(int(row.token_mask.sum()) for row in rows)
@@ -104,7 +106,9 @@ def tokenise(scenes: Scenes, tokenizer: FASTTokenizer) -> Tokenized:
     return Tokenized(*(np.stack([getattr(row, name)[:longest] for row in rows]).reshape(shape) for name in FIELDS))
 
 
-def question_batch(scenes: Scenes, tokens: Tokenized, index: np.ndarray, which: np.ndarray, config: Config) -> Batch:
+def question_batch(
+    scenes: Scenes, tokens: Tokenized, index: np.ndarray, which: np.ndarray, config: ModelConfig
+) -> Batch:
     """Scene `index[b]` with its question `which[b]`. No actions: every step is padding, so the flow loss is 0."""
     rows = len(index)
     pick = {name: getattr(tokens, name)[index, which] for name in FIELDS}

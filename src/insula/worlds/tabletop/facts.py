@@ -7,26 +7,26 @@ from dataclasses import dataclass
 import mujoco
 import numpy as np
 
-from insula.sim.scene import BLOCK_HALF, BOWL_FLOOR, BOWL_HEIGHT, BOWL_RADIUS, BOWL_WALL, CAMERAS
+from insula.worlds.tabletop.scene import BLOCK_HALF, BOWL_FLOOR, BOWL_HEIGHT, BOWL_RADIUS, BOWL_WALL, CAMERAS
 
 
 @dataclass(frozen=True)
 class Block:
-    colour: str
-    position: np.ndarray  # [3] centre, metres
+    color: str
+    position: np.ndarray  # [3] center, meters
     yaw: float  # radians, of the square's side nearest to the x axis: in [-pi/4, pi/4]
-    speed: float  # metres per second
+    speed: float  # meters per second
 
 
 @dataclass(frozen=True)
 class Bowl:
-    colour: str
-    position: np.ndarray  # [3] centre of its floor, metres
+    color: str
+    position: np.ndarray  # [3] center of its floor, meters
 
 
 @dataclass(frozen=True)
 class Table:
-    """The scene in metres. `held`: colour of the block that both fingers touch, or None."""
+    """The scene in meters. `held`: color of the block that both fingers touch, or None."""
 
     blocks: tuple[Block, ...]
     bowls: tuple[Bowl, ...]
@@ -35,27 +35,27 @@ class Table:
     opening: float  # 0 closed .. 1 open
     held: str | None
 
-    def block(self, colour: str) -> Block:
-        return next(b for b in self.blocks if b.colour == colour)
+    def block(self, color: str) -> Block:
+        return next(b for b in self.blocks if b.color == color)
 
-    def bowl(self, colour: str) -> Bowl:
-        return next(b for b in self.bowls if b.colour == colour)
+    def bowl(self, color: str) -> Bowl:
+        return next(b for b in self.bowls if b.color == color)
 
-    def container(self, colour: str) -> str | None:
-        """Colour of the bowl that the named block lies in (not held, centre inside the wall, low enough), or None."""
-        block = self.block(colour)
-        if colour == self.held or block.position[2] > BOWL_FLOOR + 2 * BLOCK_HALF:
+    def container(self, color: str) -> str | None:
+        """Color of the bowl that the named block lies in (not held, center inside the wall, low enough), or None."""
+        block = self.block(color)
+        if color == self.held or block.position[2] > BOWL_FLOOR + 2 * BLOCK_HALF:
             return None
         for bowl in self.bowls:
             if np.hypot(*(block.position - bowl.position)[:2]) < BOWL_RADIUS:
-                return bowl.colour
+                return bowl.color
         return None
 
 
 @dataclass(frozen=True)
 class Pixel:
-    """A thing in an image. `x`, `y`: its centre, pixels from the top left corner (may lie outside the image);
-    `in_frame`: the centre lies inside; `visible`: share of nine sample points that the image shows.
+    """A thing in an image. `x`, `y`: its center, pixels from the top left corner (may lie outside the image);
+    `in_frame`: the center lies inside; `visible`: share of nine sample points that the image shows.
     The gripper counts as visible wherever it is in the frame (it is never far behind anything)."""
 
     x: float
@@ -66,7 +66,7 @@ class Pixel:
 
 @dataclass(frozen=True)
 class Facts:
-    """`pixels[camera][name]`, names "{colour} block", "{colour} bowl", "gripper"; images are `image_size` square."""
+    """`pixels[camera][name]`, names "{color} block", "{color} bowl", "gripper"; images are `image_size` square."""
 
     table: Table
     pixels: dict[str, dict[str, Pixel]]
@@ -84,7 +84,7 @@ def _rim(radius: float, height: float) -> np.ndarray:
     return np.concatenate([np.zeros((1, 3)), circle])
 
 
-# A centre and eight points just inside the surface, in the body's own frame.
+# A center and eight points just inside the surface, in the body's own frame.
 _SAMPLES = {"block": _cube(0.95 * BLOCK_HALF), "bowl": _rim(BOWL_RADIUS + BOWL_WALL / 2, 0.9 * BOWL_HEIGHT)}
 _PER_BODY = 9
 
@@ -108,14 +108,14 @@ def _first_body(model: mujoco.MjModel, data: mujoco.MjData, camera: str, points:
 
 
 def look(model: mujoco.MjModel, data: mujoco.MjData, table: Table, bodies: dict[str, int], size: int) -> Facts:
-    """Project everything into every camera. `bodies`: body index of each "{colour} block" and "{colour} bowl"."""
+    """Project everything into every camera. `bodies`: body index of each "{color} block" and "{color} bowl"."""
     names = list(bodies)
     clouds = [data.xpos[b] + _SAMPLES[name.split()[1]] @ data.xmat[b].reshape(3, 3).T for name, b in bodies.items()]
     points = np.concatenate(clouds)
-    centres = np.stack([data.xpos[b] for b in bodies.values()] + [table.gripper])
+    centers = np.stack([data.xpos[b] for b in bodies.values()] + [table.gripper])
     pixels: dict[str, dict[str, Pixel]] = {}
     for camera in CAMERAS:
-        where = project(model, data, camera, centres, size)
+        where = project(model, data, camera, centers, size)
         inside = np.all((where >= 0) & (where < size), axis=1)
         spots = project(model, data, camera, points, size)
         itself = _first_body(model, data, camera, points) == np.repeat(list(bodies.values()), _PER_BODY)

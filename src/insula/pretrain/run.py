@@ -26,20 +26,21 @@ from insula.batch import Batch
 from insula.checkpoints.formats import BACKBONE
 from insula.checkpoints.store import CheckpointStore
 from insula.checkpoints.writing import from_params, write_safetensors
+from insula.collect.scenes import KIND_WEIGHTS, Scenes, question_batch, render_scenes, tokenize
 from insula.evaluate.knowledge import Knowledge, measure_knowledge
-from insula.grounding import Head, grounding_loss, name_tokens
 from insula.losses import language_loss
-from insula.model import Params, init_params
-from insula.model.config import TINY_BFLOAT16, Config
-from insula.scenes import KIND_WEIGHTS, Scenes, question_batch, render_scenes, tokenise
+from insula.model.config import TINY_BFLOAT16, ModelConfig
+from insula.model.params import Params, init_params
+from insula.pretrain.grounding import Head, grounding_loss, name_tokens
+from insula.runs.folder import CHECKPOINTS_FOLDER, METRICS_FILE
 from insula.shapes import Array, Float
-from insula.sim.seeds import PRETRAINING
 from insula.tokens.fast import FASTCodec
 from insula.tokens.sequence import FASTTokenizer
 from insula.tokens.text import TextTokenizer, embedded
 from insula.train.loop import Every, Metrics, MetricsLog, fit
-from insula.train.optimiser import DEFAULT, OptimiserConfig, make_optimiser
-from insula.train.step import TrainState, make_train_step, start_state
+from insula.train.optimizer import DEFAULT, OptimizerConfig, make_optimizer
+from insula.train.step import TrainState, make_train_state, make_train_step
+from insula.worlds.seeds import PRETRAINING
 
 POINTING = ("scene", "view", "block", "bowl")
 
@@ -49,7 +50,7 @@ class PretrainConfig:
     """`insula pretrain`. Writes `backbone.safetensors` and `backbone.json` to `out`."""
 
     out: Path
-    model: Config = TINY_BFLOAT16
+    model: ModelConfig = TINY_BFLOAT16
     scenes: int = 60_000
     held_out_scenes: int = 500
     questions_each: int = 16
@@ -61,7 +62,7 @@ class PretrainConfig:
     batch_size: int = 64
     seed: int = 0
     checkpoint_every: int = 1000
-    optimiser: OptimiserConfig = DEFAULT
+    optimizer: OptimizerConfig = DEFAULT
 
 
 def pretrain(config: PretrainConfig, tokenizer: FASTTokenizer) -> Knowledge:
@@ -76,28 +77,28 @@ def pretrain(config: PretrainConfig, tokenizer: FASTTokenizer) -> Knowledge:
     scenes = render_scenes(seeds[config.held_out_scenes :], config.questions_each, size)
 
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
-    optimiser = make_optimiser(config.optimiser, model, config.steps)
-    step = make_train_step(model, optimiser, config.optimiser.ema_decay, step_key, loss=language_loss)
+    optimizer = make_optimizer(config.optimizer, model, config.steps)
+    step = make_train_step(model, optimizer, config.optimizer.ema_decay, step_key, loss=language_loss)
 
     def look(state: TrainState) -> Metrics:
-        known = measure_knowledge(state.average, model, tokenizer, held_out)
+        known = measure_knowledge(state.ema_params, model, tokenizer, held_out)
         return {f"held_out/{k}": v for k, v in known.accuracy.items()} | {
             "held_out/location_error": known.location_error
         }
 
     with (
-        CheckpointStore(config.out / "checkpoints", keep=1) as store,
-        contextlib.closing(MetricsLog(config.out / "metrics.jsonl")) as log,
+        CheckpointStore(config.out / CHECKPOINTS_FOLDER, keep=1) as store,
+        contextlib.closing(MetricsLog(config.out / METRICS_FILE)) as log,
     ):
         params = start_locations(init_params(model, init_key), tokenizer.text)
         if store.latest() is None:
             params = ground(params, config, tokenizer.text, scenes, log)
-        state = start_state(params, optimiser)
+        state = make_train_state(params, optimizer)
         if store.latest() is not None:
             state = store.restore("train_state", state)
 
         def save_state(state: TrainState) -> None:
-            store.save(int(state.step), state.average, state, lambda folder: None)
+            store.save(int(state.step), state.ema_params, state, lambda folder: None)
 
         hooks = (Every(config.checkpoint_every, look), Every(config.checkpoint_every, save_state))
         batches = _batches(scenes, tokenizer, config, int(state.step))
@@ -105,12 +106,12 @@ def pretrain(config: PretrainConfig, tokenizer: FASTTokenizer) -> Knowledge:
         save_state(state)
     if not complete:
         raise KeyboardInterrupt("pretraining was interrupted; the same command goes on where it stopped")
-    known = measure_knowledge(state.average, model, tokenizer, held_out)
-    save(config, state.average, known, time.time() - started)
+    known = measure_knowledge(state.ema_params, model, tokenizer, held_out)
+    save(config, state.ema_params, known, time.time() - started)
     return known
 
 
-def question_tokenizer(model: Config) -> FASTTokenizer:
+def question_tokenizer(model: ModelConfig) -> FASTTokenizer:
     """The embedded text tokenizer with the model's limits. Questions have no FAST tokens: the codec is a stand-in."""
     text = embedded()
     stand_in = np.zeros((1, model.horizon, model.action_dim))
@@ -119,7 +120,7 @@ def question_tokenizer(model: Config) -> FASTTokenizer:
 
 
 def start_locations(params: Params, text: TextTokenizer) -> Params:
-    """Location tokens start along a smooth curve, so that neighbouring places are alike from the beginning."""
+    """Location tokens start along a smooth curve, so that neighboring places are alike from the beginning."""
     embedding = params.backbone.embedding
     first, last = text.encode("<loc0000>")[0], text.encode("<loc0127>")[0]
     x = np.arange(last - first + 1) / (last - first + 1)
@@ -135,7 +136,7 @@ def ground(params: Params, config: PretrainConfig, text: TextTokenizer, scenes: 
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.grounding_rate, 100, max(config.grounding_steps, 200), 0.1 * config.grounding_rate
     )
-    optimiser = optax.adamw(schedule, weight_decay=1e-4)
+    optimizer = optax.adamw(schedule, weight_decay=1e-4)
     trained = (params.vision, params.backbone.embedding, Head.start(config.model.backbone.width))
 
     @jax.jit
@@ -146,11 +147,11 @@ def ground(params: Params, config: PretrainConfig, text: TextTokenizer, scenes: 
             return grounding_loss(vision, backbone, head, config.model, jnp.asarray(words), images, places)
 
         gradients, metrics = jax.grad(loss, has_aux=True)(trained)
-        updates, state = optimiser.update(gradients, state, trained)
+        updates, state = optimizer.update(gradients, state, trained)
         return optax.apply_updates(trained, updates), state, metrics
 
     rng = np.random.default_rng(config.seed)
-    state = optimiser.init(trained)
+    state = optimizer.init(trained)
     for step in range(1, config.grounding_steps + 1):
         index = rng.integers(len(scenes.questions), size=config.batch_size)
         pick = [{name: part[name][index] for name in config.model.cameras} for part in (scenes.images, scenes.places)]
@@ -163,7 +164,7 @@ def ground(params: Params, config: PretrainConfig, text: TextTokenizer, scenes: 
 
 def _batches(scenes: Scenes, tokenizer: FASTTokenizer, config: PretrainConfig, start: int) -> Iterator[Batch]:
     """Pointing first, then everything; each batch depends on its number alone."""
-    tokens = tokenise(scenes, tokenizer)
+    tokens = tokenize(scenes, tokenizer)
     kinds = np.array([[kind for kind, _, _ in asked] for asked in scenes.questions])
     pointing = np.argwhere(np.isin(kinds, POINTING))
     everything = np.argwhere(kinds != "")

@@ -1,12 +1,12 @@
-"""One optimiser per part, so that a cross-entropy near ln V can never throttle the expert."""
+"""One optimizer per part, so that a cross-entropy near ln V can never throttle the expert."""
 
 import dataclasses
 
 import jax
 import optax
 
-from insula.model import Params, trainable, weight_table
-from insula.model.config import Config
+from insula.model.config import ModelConfig
+from insula.model.params import Params, trainable, weight_table
 from insula.model.weights import is_weight
 
 PARTS = tuple(field.name for field in dataclasses.fields(Params))
@@ -14,15 +14,15 @@ FROZEN = "frozen"
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimiserConfig:
+class OptimizerConfig:
     """AdamW for each part of the model: warm-up, then cosine decay to `final_fraction` of the peak.
 
     The rates suit the preset `tiny`. Models of billions of parameters want twenty to forty times less.
     """
 
-    vision_rate: float = 1e-3
-    backbone_rate: float = 1e-3
-    expert_rate: float = 2e-3
+    vision_lr: float = 1e-3
+    backbone_lr: float = 1e-3
+    expert_lr: float = 2e-3
     warmup_steps: int = 200
     final_fraction: float = 0.05
     weight_decay: float = 1e-4
@@ -34,10 +34,10 @@ class OptimiserConfig:
     """Of the averaged parameters that are evaluated and served."""
 
 
-DEFAULT = OptimiserConfig()
+DEFAULT = OptimizerConfig()
 
 
-def make_optimiser(config: OptimiserConfig, model: Config, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, model: ModelConfig, steps: int) -> optax.GradientTransformation:
     """`steps` is the length of the whole training; the schedule ends there.
 
     Weight decay is for what starts as a random matrix. Norms, biases, modulations and positions start from a constant
@@ -47,7 +47,7 @@ def make_optimiser(config: OptimiserConfig, model: Config, steps: int) -> optax.
     labels = Params(
         *(jax.tree.map(lambda yes, name=name: name if yes else FROZEN, getattr(learns, name)) for name in PARTS)
     )
-    decayed = jax.tree.map(lambda weight: weight.start == "normal", weight_table(model), is_leaf=is_weight)
+    decayed = jax.tree.map(lambda weight: weight.init == "normal", weight_table(model), is_leaf=is_weight)
 
     def part(name: str, rate: float) -> optax.GradientTransformation:
         schedule = optax.warmup_cosine_decay_schedule(

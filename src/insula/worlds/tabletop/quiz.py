@@ -2,7 +2,7 @@
 
 A place in an image is two location tokens, y then x (PaliGemma's order), each one of 128 bins over the image:
 `<loc0064><loc0020>`. A place on the table relative to the gripper is three: y, x (each one of 128 bins over
-`OFFSET` metres, increasing with the table's own axes) and the gripper's height above it (over `HEIGHT` metres).
+`OFFSET` meters, increasing with the table's own axes) and the gripper's height above it (over `HEIGHT` meters).
 No answer tells a robot action.
 
     kind          question                                              answer
@@ -12,7 +12,7 @@ No answer tells a robot action.
     scene         what is on the table                                  red block<loc..><loc..> blue bowl...
     view          what is in the wrist camera                           the same, or nothing
     wrist         where is the red block in the wrist camera            the same
-    colours       which colours are the blocks                          red, green, blue
+    colors       which colours are the blocks                          red, green, blue
     count         how many blocks are red                               1 | 0
     side          is the red block left or right of the blue bowl       left | right
     holding       what is the gripper holding                           the red block | nothing
@@ -22,7 +22,7 @@ No answer tells a robot action.
     task          put the red block in the blue bowl: where are they    <loc0064><loc0020> and <loc0031><loc0077>
     reach         put the red block in the blue bowl: from the gripper  <loc0070><loc0031><loc0090> and ...
 
-(`colours`, `holding` and `inside` have a second form each: of the bowls, and answered by yes or no. `offsets` are asked
+(`colors`, `holding` and `inside` have a second form each: of the bowls, and answered by yes or no. `offsets` are asked
 of the bowls, too. `scene`, `view` and `offsets` name what is plainly in sight, from left to right: many places for one
 look at the image, which is what a small backbone learns to look from.)
 """
@@ -34,12 +34,12 @@ from collections.abc import Callable
 import numpy as np
 
 from insula.errors import InputError
-from insula.sim.facts import Facts
-from insula.sim.instructions import COLOURS, instruction
+from insula.worlds.tabletop.facts import Facts
+from insula.worlds.tabletop.instructions import COLORS, instruction
 
 BINS = 128
-OFFSET = (-0.4, 0.4)  # metres, from the gripper to a thing, along x and y
-HEIGHT = (-0.05, 0.20)  # metres, of the fingertips above a thing
+OFFSET = (-0.4, 0.4)  # meters, from the gripper to a thing, along x and y
+HEIGHT = (-0.05, 0.20)  # meters, of the fingertips above a thing
 SIDE_MARGIN = 0.03  # of the image's width; nearer than that, left and right are not asked
 NOT_VISIBLE = "not visible"
 Pairs = list[tuple[str, str]]
@@ -51,7 +51,7 @@ def location(fraction: float) -> str:
 
 
 def place(facts: Facts, camera: str, name: str) -> str | None:
-    """Two tokens for the thing's centre, "not visible", or None where neither is plainly true (only its edge is in)."""
+    """Two tokens for the thing's center, "not visible", or None where neither is plainly true (only its edge is in)."""
     pixel = facts.pixels[camera][name]
     if pixel.visible == 0:
         return NOT_VISIBLE
@@ -61,7 +61,7 @@ def place(facts: Facts, camera: str, name: str) -> str | None:
 
 
 def offset(facts: Facts, position: np.ndarray) -> str:
-    """Three tokens: from the gripper to `position` (metres) along y and x, and the gripper's height above it."""
+    """Three tokens: from the gripper to `position` (meters) along y and x, and the gripper's height above it."""
     dx, dy, dz = position - facts.table.gripper
     low, high = OFFSET
     bottom, top = HEIGHT
@@ -71,12 +71,12 @@ def offset(facts: Facts, position: np.ndarray) -> str:
 
 def _things(facts: Facts) -> dict[str, np.ndarray]:
     table = facts.table
-    blocks = {f"{b.colour} block": b.position for b in table.blocks}
-    return blocks | {f"{b.colour} bowl": b.position for b in table.bowls}
+    blocks = {f"{b.color} block": b.position for b in table.blocks}
+    return blocks | {f"{b.color} bowl": b.position for b in table.bowls}
 
 
 def _present(facts: Facts) -> dict[str, list[str]]:
-    return {"blocks": [b.colour for b in facts.table.blocks], "bowls": [b.colour for b in facts.table.bowls]}
+    return {"blocks": [b.color for b in facts.table.blocks], "bowls": [b.color for b in facts.table.bowls]}
 
 
 def _named(facts: Facts, noun: str) -> list[str]:
@@ -84,7 +84,7 @@ def _named(facts: Facts, noun: str) -> list[str]:
 
 
 def _tasks(facts: Facts) -> list[tuple[str, str]]:
-    return [(block.colour, bowl.colour) for block in facts.table.blocks for bowl in facts.table.bowls]
+    return [(block.color, bowl.color) for block in facts.table.blocks for bowl in facts.table.bowls]
 
 
 def _where(facts: Facts, camera: str, names: list[str], suffix: str = "") -> Pairs:
@@ -112,18 +112,18 @@ def _view(facts: Facts) -> Pairs:
     return [("what is in the wrist camera", _list(facts, "wrist"))]
 
 
-def _colours(facts: Facts) -> Pairs:
+def _colors(facts: Facts) -> Pairs:
     return [
-        (f"which colours are the {noun}", ", ".join(c for c in COLOURS if c in present))
+        (f"which colours are the {noun}", ", ".join(c for c in COLORS if c in present))
         for noun, present in _present(facts).items()
     ]
 
 
 def _count(facts: Facts) -> Pairs:
     return [
-        (f"how many {noun} are {colour}", str(present.count(colour)))
+        (f"how many {noun} are {color}", str(present.count(color)))
         for noun, present in _present(facts).items()
-        for colour in COLOURS
+        for color in COLORS
     ]
 
 
@@ -149,9 +149,9 @@ def _holding(facts: Facts) -> Pairs:
 def _inside(facts: Facts) -> Pairs:
     pairs = []
     for block in facts.table.blocks:
-        bowl = facts.table.container(block.colour)
-        pairs.append((f"is the {block.colour} block in a bowl", "no" if bowl is None else "yes"))
-        pairs.append((f"in which bowl is the {block.colour} block", "none" if bowl is None else f"the {bowl} bowl"))
+        bowl = facts.table.container(block.color)
+        pairs.append((f"is the {block.color} block in a bowl", "no" if bowl is None else "yes"))
+        pairs.append((f"in which bowl is the {block.color} block", "none" if bowl is None else f"the {bowl} bowl"))
     return pairs
 
 
@@ -196,7 +196,7 @@ _ASKERS: dict[str, Callable[[Facts], Pairs]] = {
     "scene": _scene,
     "view": _view,
     "wrist": _wrist,
-    "colours": _colours,
+    "colors": _colors,
     "count": _count,
     "side": _side,
     "holding": _holding,

@@ -10,9 +10,9 @@ from typing import SupportsIndex
 
 import numpy as np
 
+from insula.data.lerobot.info import pick
 from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.mapping import Columns, RobotData
-from insula.data.schema import pick
 from insula.errors import DatasetError, InputError
 
 

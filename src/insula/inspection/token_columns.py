@@ -11,13 +11,13 @@ from insula.data.questions import QuestionSamples
 from insula.data.robot import Robot
 from insula.errors import TokenBudgetError
 from insula.model.backbone import column_masks
-from insula.model.config import Config
+from insula.model.config import ModelConfig
 from insula.tokens import masks
 from insula.tokens.sequence import FASTTokenizer
 
 
 @dataclass(frozen=True, eq=False)
-class Columns:
+class TokenColumns:
     """[T] each: all image tokens, then all text tokens.
 
     part: "image", "absent" (a camera this sample lacks), "BOS", "prompt", "state", "FAST", "end" (the stop after the
@@ -36,11 +36,11 @@ class Columns:
     visible: np.ndarray
 
     def where(self, *parts: str) -> np.ndarray:
-        """Columns of these parts."""
+        """TokenColumns of these parts."""
         return np.flatnonzero(np.isin(self.part, parts))
 
 
-def columns(batch: Batch, config: Config, tokenizer: FASTTokenizer, is_question: bool) -> Columns:
+def columns(batch: Batch, config: ModelConfig, tokenizer: FASTTokenizer, is_question: bool) -> TokenColumns:
     """Of a batch of one."""
     real, ar = column_masks(config, batch.observation, batch.ar_mask)
     images = config.num_image_tokens
@@ -50,7 +50,7 @@ def columns(batch: Batch, config: Config, tokenizer: FASTTokenizer, is_question:
     text = _pieces(ids, token_mask[images:], tokenizer)
     parts = ["image" if there else "absent" for there in token_mask[:images]]
     parts += _parts(ids, text, token_mask[images:], ar_mask[images:], tokenizer, is_question)
-    return Columns(
+    return TokenColumns(
         part=parts,
         id=np.concatenate([np.full(images, -1), ids]),
         text=[""] * images + text,
@@ -93,7 +93,7 @@ def _pieces(ids: np.ndarray, real: np.ndarray, tokenizer: FASTTokenizer) -> list
 def _parts(
     ids: np.ndarray, pieces: Sequence[str], real: np.ndarray, ar: np.ndarray, tokenizer: FASTTokenizer, question: bool
 ) -> list[str]:
-    prefix = real & (np.cumsum(ar) == 0)
+    prefix = real & ~np.asarray(masks.is_suffix(ar))
     written = "".join(piece for piece, there in zip(pieces[1:], prefix[1:], strict=True) if there)
     span = None if question else tokenizer.dialect.state_span(written)
     parts, done = [], 0
@@ -119,7 +119,7 @@ def _parts(
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Normalised actions [h, d] of the robot's own sizes, their rounded DCT coefficients, what the tokens decode to, or
+    """Normalized actions [h, d] of the robot's own sizes, their rounded DCT coefficients, what the tokens decode to, or
     why they do not. `spans`: for each FAST column, the coefficients [start, stop) it carries."""
 
     actions: np.ndarray
@@ -131,7 +131,7 @@ class Chunk:
     spans: dict[int, tuple[int, int]]
 
 
-def chunk(batch: Batch, robot: Robot, seen: Columns, tokenizer: FASTTokenizer) -> Chunk:
+def chunk(batch: Batch, robot: Robot, seen: TokenColumns, tokenizer: FASTTokenizer) -> Chunk:
     """Of a batch of one, of that robot. Raises FASTRangeError where the codec cannot write the chunk."""
     h, d = robot.horizon, robot.action_dim
     actions = np.asarray(batch.actions)[0, :h, :d]

@@ -4,9 +4,9 @@
     observation, info = env.reset(seed=0)
     observation, reward, terminated, truncated, info = env.step(action)
 
-Observation: images.front, images.wrist uint8 [64, 64, 3]; state float32 [5] = gripper x, y, z (metres), yaw (radians),
+Observation: images.front, images.wrist uint8 [64, 64, 3]; state float32 [5] = gripper x, y, z (meters), yaw (radians),
 opening (0 closed to 1 open); task, the instruction. Action float32 [7] in [-1, 1] at 10 Hz: dx, dy, dz (x `MAX_STEP`
-metres), droll, dpitch (accepted and ignored: the wrist has no such joint), dyaw (x `MAX_TURN` radians), gripper
+meters), droll, dpitch (accepted and ignored: the wrist has no such joint), dyaw (x `MAX_TURN` radians), gripper
 (> 0 closes, else opens). Moves are relative to the measured pose and come to rest within the step, so nothing hidden is
 carried from one step to the next.
 
@@ -23,10 +23,10 @@ import numpy as np
 from gymnasium import spaces
 
 from insula.errors import InputError
-from insula.sim.facts import Block, Bowl, Facts, Table, look
-from insula.sim.instructions import check_colour, instruction
-from insula.sim.rendering import Renderer
-from insula.sim.scene import (
+from insula.worlds.tabletop.facts import Block, Bowl, Facts, Table, look
+from insula.worlds.tabletop.instructions import check_color, instruction
+from insula.worlds.tabletop.rendering import Renderer
+from insula.worlds.tabletop.scene import (
     BLOCKS,
     BOWLS,
     CAMERAS,
@@ -35,21 +35,21 @@ from insula.sim.scene import (
     GRIPPER_LOW,
     RGBA,
     YAW_LIMIT,
-    Layout,
+    SceneLayout,
     draw_anything,
     draw_layout,
     mjcf,
 )
 
-MAX_STEP = 0.02  # metres per control step and axis
+MAX_STEP = 0.02  # meters per control step and axis
 MAX_TURN = 0.3  # radians per control step
 ACTION_DIM, STATE_DIM = 7, 5
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 STATE_NAMES = ("x", "y", "z", "yaw", "opening")
 _CHUNKS, _SUBSTEPS = 10, 2  # x 5 ms = 0.1 s
-_FINGER_STEP = 0.025  # metres a finger may travel in one control step: faster, and it would hit the block like a hammer
+_FINGER_STEP = 0.025  # meters a finger may travel in one control step: faster, and it would hit the block like a hammer
 _RAMP = np.array([3 * t**2 - 2 * t**3 for t in np.minimum(np.arange(1, _CHUNKS + 1) / (0.8 * _CHUNKS), 1)])
-_AT_REST = 0.05  # metres per second
+_AT_REST = 0.05  # meters per second
 
 
 class TabletopEnv(gymnasium.Env):
@@ -85,14 +85,14 @@ class TabletopEnv(gymnasium.Env):
         self._fingers = [self.model.geom(name).id for name in ("left", "right")]
         self._block_geoms = [self.model.geom(f"block{i}").id for i in range(BLOCKS)]
         self._renderer: Renderer | None = None
-        self._layout: Layout | None = None
+        self._layout: SceneLayout | None = None
         self._wrong = False
 
     # --- Gymnasium ---------------------------------------------------------------------------------------------------
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         """A new scene, the same for the same seed. Options: `swap` (bool) asks for another block and the other bowl of
-        that same scene; `task` names (block colour, bowl colour). Raises ValueError for colours not in the scene."""
+        that same scene; `task` names (block color, bowl color). Raises ValueError for colors not in the scene."""
         super().reset(seed=seed)
         options = dict(options or {})
         layout = draw_layout(self.np_random)
@@ -124,7 +124,7 @@ class TabletopEnv(gymnasium.Env):
 
     # --- truth and teleporting ---------------------------------------------------------------------------------------
 
-    def randomise(self, rng: np.random.Generator) -> dict:
+    def randomize(self, rng: np.random.Generator) -> dict:
         """Teleport to a random scene (any gripper pose; sometimes holding, sometimes a block in a bowl) and observe it.
 
         No physics is stepped: for images with known facts, not for episodes.
@@ -135,36 +135,36 @@ class TabletopEnv(gymnasium.Env):
 
     @property
     def task(self) -> tuple[str, str]:
-        """(block colour, bowl colour) asked for. Raises RuntimeError before the first reset."""
+        """(block color, bowl color) asked for. Raises RuntimeError before the first reset."""
         if self._layout is None:
             raise RuntimeError("no task before reset(): the table is empty")
         return self._task
 
     def table(self) -> Table:
-        """The truth in metres, fast (no projection)."""
+        """The truth in meters, fast (no projection)."""
         layout, data = self._layout, self.data
         if layout is None:
             raise RuntimeError("table() before reset(): the table is empty")
         quats, speeds = data.xquat[self._blocks], data.qvel[6:].reshape(BLOCKS, 6)
         blocks = tuple(
-            Block(colour, data.xpos[b].copy(), _square_yaw(q), float(np.linalg.norm(v[:3])))
-            for colour, b, q, v in zip(layout.block_colours, self._blocks, quats, speeds, strict=True)
+            Block(color, data.xpos[b].copy(), _square_yaw(q), float(np.linalg.norm(v[:3])))
+            for color, b, q, v in zip(layout.block_colors, self._blocks, quats, speeds, strict=True)
         )
-        bowls = tuple(Bowl(c, data.xpos[b].copy()) for c, b in zip(layout.bowl_colours, self._bowls, strict=True))
+        bowls = tuple(Bowl(c, data.xpos[b].copy()) for c, b in zip(layout.bowl_colors, self._bowls, strict=True))
         held = self._held(layout)
         return Table(blocks, bowls, data.qpos[:3].copy(), float(data.qpos[3]), self._opening(), held)
 
     def facts(self) -> Facts:
-        """The truth in metres and in the pixels of every camera."""
+        """The truth in meters and in the pixels of every camera."""
         table = self.table()
-        names = [f"{b.colour} block" for b in table.blocks] + [f"{b.colour} bowl" for b in table.bowls]
+        names = [f"{b.color} block" for b in table.blocks] + [f"{b.color} bowl" for b in table.bowls]
         bodies = dict(zip(names, [*self._blocks, *self._bowls], strict=True))
         return look(self.model, self.data, table, bodies, self.image_size)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _pour(self, layout: Layout, task: tuple[str, str]) -> None:
-        """Put a layout on the table: poses into the data, colours into the model."""
+    def _pour(self, layout: SceneLayout, task: tuple[str, str]) -> None:
+        """Put a layout on the table: poses into the data, colors into the model."""
         mujoco.mj_resetData(self.model, self.data)
         self._layout, self._task, self._wrong = layout, task, False
         qpos = self.data.qpos
@@ -172,9 +172,9 @@ class TabletopEnv(gymnasium.Env):
         for i, (x, y, z, yaw) in enumerate(layout.block_poses):
             qpos[6 + 7 * i : 13 + 7 * i] = [x, y, z, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
         self.data.mocap_pos[:, :2], self.data.mocap_pos[:, 2] = layout.bowl_xy, 0
-        colours = [*layout.block_colours, *layout.bowl_colours]
-        for body, colour in zip([*self._blocks, *self._bowls], colours, strict=True):
-            self.model.geom_rgba[self.model.geom_bodyid == body] = RGBA[colour]
+        colors = [*layout.block_colors, *layout.bowl_colors]
+        for body, color in zip([*self._blocks, *self._bowls], colors, strict=True):
+            self.model.geom_rgba[self.model.geom_bodyid == body] = RGBA[color]
         self.data.ctrl[:4], self.data.ctrl[4:] = layout.gripper, layout.travel
         mujoco.mj_forward(self.model, self.data)
 
@@ -195,12 +195,12 @@ class TabletopEnv(gymnasium.Env):
     def _opening(self) -> float:
         return float(np.clip(self.data.qpos[4:6].mean() / FINGER_TRAVEL, 0, 1))
 
-    def _held(self, layout: Layout) -> str | None:
+    def _held(self, layout: SceneLayout) -> str | None:
         """The block that both fingers touch."""
         pairs = {tuple(sorted(pair)) for pair in self.data.contact.geom.tolist()}
-        for colour, geom in zip(layout.block_colours, self._block_geoms, strict=True):
+        for color, geom in zip(layout.block_colors, self._block_geoms, strict=True):
             if all(tuple(sorted((geom, finger))) in pairs for finger in self._fingers):
-                return colour
+                return color
         return None
 
     def _info(self, table: Table) -> dict[str, Any]:
@@ -230,17 +230,17 @@ def check_action(action: Any) -> np.ndarray:
     return np.clip(array, -1, 1)
 
 
-def _choose_task(layout: Layout, swap: bool, task: Any) -> tuple[str, str]:
+def _choose_task(layout: SceneLayout, swap: bool, task: Any) -> tuple[str, str]:
     if task is not None:
         if swap:
             raise InputError("reset options: got both 'swap' and 'task', expected one of them")
         block, bowl = task
-        check_colour(block, layout.block_colours, "task: block colour in this scene")
-        return block, check_colour(bowl, layout.bowl_colours, "task: bowl colour in this scene")
+        check_color(block, layout.block_colors, "task: block color in this scene")
+        return block, check_color(bowl, layout.bowl_colors, "task: bowl color in this scene")
     if not swap:
         return layout.task
-    block, bowl = layout.block_colours.index(layout.task[0]), layout.bowl_colours.index(layout.task[1])
-    return layout.block_colours[(block + 1) % BLOCKS], layout.bowl_colours[(bowl + 1) % BOWLS]
+    block, bowl = layout.block_colors.index(layout.task[0]), layout.bowl_colors.index(layout.task[1])
+    return layout.block_colors[(block + 1) % BLOCKS], layout.bowl_colors[(bowl + 1) % BOWLS]
 
 
 def _square_yaw(quat: np.ndarray) -> float:
@@ -257,5 +257,5 @@ def _achieved(table: Table, task: tuple[str, str]) -> bool:
 
 def _misplaced(table: Table, task: tuple[str, str]) -> bool:
     target, goal = task
-    inside = {b.colour: table.container(b.colour) for b in table.blocks}
-    return any(bowl is not None and (colour != target or bowl != goal) for colour, bowl in inside.items())
+    inside = {b.color: table.container(b.color) for b in table.blocks}
+    return any(bowl is not None and (color != target or bowl != goal) for color, bowl in inside.items())

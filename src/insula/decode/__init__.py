@@ -1,0 +1,1 @@
+"""From a prefix to actions: what a trained model does when it serves."""

@@ -1,0 +1,42 @@
+"""Flow sampling: one backbone pass, then Euler steps on the expert alone (π0, Black et al. 2024, §IV)."""
+
+import jax.numpy as jnp
+
+from insula import flow
+from insula.batch import Observation
+from insula.model.backbone import run_backbone
+from insula.model.config import ModelConfig
+from insula.model.expert import run_expert
+from insula.model.insulation import Memory, insulate
+from insula.model.params import Params
+from insula.shapes import AnyArray, Array, Bool, Float
+
+FLOW_STEPS = 10
+
+
+def sample_actions(
+    params: Params,
+    config: ModelConfig,
+    observation: Observation,
+    noise: Float[Array, "B H D"],
+    steps: int = FLOW_STEPS,
+    real: Bool[AnyArray, "H D"] | None = None,
+) -> Float[Array, "B H D"]:
+    """Normalized chunks: the prefix is read once, then the expert alone takes `steps` Euler steps from t = 1 to 0.
+
+    `real` marks the values this robot has, all by default. The others go straight to 0, as the expert saw them do in
+    training: t · noise. (It is not asked for their velocity, on which it was never scored.)
+    """
+    memory = read_prefix(params, config, observation)
+
+    def velocity(x: Array, time: Array) -> Array:
+        found = run_expert(params.expert, config, memory, observation.state, x[:, None], time[:, None])[:, 0]
+        return found if real is None else jnp.where(real, found, noise)
+
+    return flow.integrate(velocity, noise, steps)
+
+
+def read_prefix(params: Params, config: ModelConfig, observation: Observation) -> Memory:
+    """The same path as in training, with no FAST suffix."""
+    prefix = run_backbone(params.vision, params.backbone, config, observation)
+    return insulate(prefix, config.num_memory, stop=config.objective.knowledge_insulation)

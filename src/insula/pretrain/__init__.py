@@ -1,0 +1,1 @@
+"""The embedded backbone: how it was made, on questions about rendered scenes."""

@@ -88,7 +88,7 @@ def test_without_insulation_it_does_not_hold_however_well_it_would(small, proof)
     with pytest.raises(InsulationError, match="off"):
         off.check()
     frozen = joint.with_objective(freeze_backbone=True)
-    assert not frozen.flow_reaches_backbone and joint.flow_reaches_backbone
+    assert not frozen.objective.flow_reaches_backbone and joint.objective.flow_reaches_backbone
 
 
 def test_a_leak_is_found(small, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,7 +207,7 @@ def test_statistics_must_come_from_somewhere(tmp_path: Path) -> None:
 
 def test_what_is_there_is_not_overwritten(run: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="not empty"):
+    with pytest.raises(OSError, match="not empty"):
         convert(run, tmp_path, "insula")
 
 

@@ -85,7 +85,7 @@ def _is_ours(asked: str, page: str) -> bool:
 
 @pytest.fixture
 def server(inspector: Inspector) -> Iterator[str]:
-    running = uvicorn.Server(uvicorn.ModelConfig(application(inspector, "arm", 3), log_level="warning", lifespan="off"))
+    running = uvicorn.Server(uvicorn.Config(application(inspector, "arm", 3), log_level="warning", lifespan="off"))
     listening = socket.create_server((HOST, 0))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
     thread.start()

@@ -469,7 +469,7 @@ def test_what_a_user_can_mend(mixture: Path, found: Findings, tmp_path: Path) ->
         open_subject(InspectConfig(run=tmp_path, serve=True, out=tmp_path / "page.html"))
     with pytest.raises(ValueError, match="--port goes with --serve"):
         open_subject(InspectConfig(run=tmp_path, port=1))
-    with pytest.raises(IsADirectoryError, match="a folder; name a file in it"):
+    with pytest.raises(OSError, match="a folder; name a file in it"):
         write(tmp_path, "page")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "train.json").write_text("{}")

@@ -61,7 +61,7 @@ def test_an_update_stands_for_each_matrix_and_nothing_else() -> None:
     assert (query.a.shape, query.a.axes, query.b.shape, query.b.axes) == ((2, 16, 3), "DWr", (2, 3, 4, 8), "DrNE")
     assert (out.a.shape, out.a.axes, out.b.shape, out.b.axes) == ((2, 4, 8, 3), "DNEr", (2, 3, 16), "DrW")
     assert [w.a.std for w in (query, out, down)] == pytest.approx([16**-0.5, 32**-0.5, 24**-0.5])
-    assert {leaf.b.start for leaf in (query, out, down)} == {"zeros"} and query.scale == BOTH.alpha / BOTH.rank
+    assert {leaf.b.init for leaf in (query, out, down)} == {"zeros"} and query.scale == BOTH.alpha / BOTH.rank
 
     alone = weight_table(dataclasses.replace(SMALL, lora=ON_BACKBONE))
     assert is_lora(alone.backbone.layers.query) and not is_lora(alone.expert.layers.query)
@@ -75,7 +75,7 @@ def test_a_product_is_that_of_the_merged_matrix(dtype: str) -> None:
     x = jax.random.normal(jax.random.key(2), (3, 5, 16))
     heads = layers.matmul(x, layer.query, dtype)
     assert heads.shape == (3, 5, 4, 8)
-    for multiply, y, name in ((layers.linear, x, "query"), (layers.merge_heads, heads, "out")):
+    for multiply, y, name in ((layers.matmul, x, "query"), (layers.merge_heads, heads, "out")):
         weight = getattr(layer, name)
         found = multiply(y, weight, dtype)
         wanted = multiply(y, getattr(merged, name), "float32")

@@ -18,7 +18,7 @@ import numpy as np
 
 import insula.worlds.tabletop  # noqa: F401 - registers the environment
 from insula.collect.scenes import render_scenes
-from insula.data.images import EncodedImages, encode_images, encode_png
+from insula.data.images import EncodedImages, encode_png, encode_pngs
 from insula.data.lerobot.info import Feature, image_feature
 from insula.data.lerobot.writer import LeRobotWriter
 from insula.errors import DatasetError, InputError
@@ -159,7 +159,7 @@ def _demonstration(env: gymnasium.Env, seed: int, noise: float | int) -> _Demons
     if not episode.success:
         return _Demonstration(seed, episode.task, {})
     values: dict[str, np.ndarray | EncodedImages] = {
-        f"observation.images.{camera}": encode_images([o["images"][camera] for o in episode.observations])
+        f"observation.images.{camera}": encode_pngs([o["images"][camera] for o in episode.observations])
         for camera in CAMERAS
     }
     values["observation.state"] = np.stack([o["state"] for o in episode.observations])

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from insula.data.lerobot.statistics import histogram
 from insula.errors import DatasetError, InputError
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -61,7 +60,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def encode_images(images: Sequence[np.ndarray] | np.ndarray) -> EncodedImages:
+def encode_pngs(images: Sequence[np.ndarray] | np.ndarray) -> EncodedImages:
     """uint8 [T, h, w, 3] to PNG. Raises ValueError for another shape or dtype."""
     stack = np.stack(images) if not isinstance(images, np.ndarray) else images
     if stack.dtype != np.uint8 or stack.ndim != 4 or stack.shape[-1] != 3:
@@ -111,3 +110,8 @@ def resize_with_pad(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     inner = Image.fromarray(image).resize((columns, rows), Image.Resampling.BILINEAR)
     out[above : above + rows, left : left + columns] = np.asarray(inner)
     return out
+
+
+def histogram(images: np.ndarray) -> np.ndarray:
+    """How often each value occurs per channel: uint8 [..., 3] to int64 [3, 256]."""
+    return np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)])

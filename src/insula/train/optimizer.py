@@ -59,6 +59,6 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig, steps: int) -> o
             optax.adamw(schedule, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=mask),
         )
 
-    parts = {name: part(name, getattr(config, f"{name}_rate")) for name in PARTS} | {FROZEN: optax.set_to_zero()}
+    parts = {name: part(name, getattr(config, f"{name}_lr")) for name in PARTS} | {FROZEN: optax.set_to_zero()}
     used = set(jax.tree.leaves(labels))
     return optax.partition({label: transform for label, transform in parts.items() if label in used}, labels)

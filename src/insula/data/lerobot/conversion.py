@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from insula.data.images import EncodedImages, EncodedVideo
+from insula.data.images import EncodedImages, EncodedVideo, histogram
 from insula.data.lerobot.info import BOOKKEEPING
 from insula.data.lerobot.reader import LeRobotDataset
-from insula.data.lerobot.statistics import histogram
 from insula.data.lerobot.video import TOLERANCE
 from insula.data.lerobot.writer import LeRobotWriter, Values
 from insula.errors import DatasetError

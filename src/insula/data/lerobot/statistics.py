@@ -19,11 +19,6 @@ def numeric_stats(values: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def histogram(images: np.ndarray) -> np.ndarray:
-    """How often each value occurs per channel: uint8 [..., 3] to int64 [3, 256]."""
-    return np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)])
-
-
 def histogram_stats(counts: np.ndarray) -> dict[str, np.ndarray]:
     """min, max, mean, std and quantiles in [0, 1], each [3, 1, 1] as LeRobot stores them, from int64 [3, 256]."""
     values = np.arange(256) / 255

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from insula.data.images import EncodedImages, EncodedVideo, encode_images
+from insula.data.images import EncodedImages, EncodedVideo, encode_pngs
 from insula.data.lerobot.info import BOOKKEEPING, DATA_PATH, EPISODES_PATH, VERSION, Feature, Info, pick
 from insula.data.lerobot.layout import VIDEO_PATH
 from insula.data.lerobot.statistics import histogram_stats, numeric_stats
@@ -280,7 +280,7 @@ def _checked(name: str, feature: Feature, values: Values, steps: int, episode: i
     if feature.is_camera:
         if (feature.dtype == "video") != isinstance(values, EncodedVideo):
             raise DatasetError(f"{where}: got {type(values).__name__} for a camera stored as {feature.dtype}")
-        encoded = values if isinstance(values, Encoded) else encode_images(values)
+        encoded = values if isinstance(values, Encoded) else encode_pngs(values)
         if encoded.size != feature.size:
             raise DatasetError(f"{where}: got images of {encoded.size}, expected {feature.size} (height, width)")
         return encoded

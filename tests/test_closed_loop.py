@@ -14,6 +14,7 @@ from insula.evaluate.closed_loop import ClosedLoop, EpisodeResult, Recording, ev
 from insula.evaluate.intervals import wilson
 from insula.evaluate.rollout_video import reel, write_video
 from insula.worlds.seeds import DEMONSTRATIONS, EVALUATION
+from insula.worlds.tabletop import demonstrator
 
 HORIZON, SCENES = 3, 5
 

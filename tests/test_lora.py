@@ -58,8 +58,8 @@ def test_an_update_stands_for_each_matrix_and_nothing_else() -> None:
     for part in (table.backbone, table.expert):
         assert {name for name, leaf in vars(part.layers).items() if is_lora(leaf)} == INPUT_AXES.keys()
     query, out, down = (getattr(table.backbone.layers, name) for name in ("query", "out", "down"))
-    assert (query.a.shape, query.a.axes, query.b.shape, query.b.axes) == ((2, 16, 3), "DWr", (2, 3, 4, 8), "DrNE")
-    assert (out.a.shape, out.a.axes, out.b.shape, out.b.axes) == ((2, 4, 8, 3), "DNEr", (2, 3, 16), "DrW")
+    assert (query.a.shape, query.a.axes, query.b.shape, query.b.axes) == ((2, 16, 3), "XWr", (2, 3, 4, 8), "XrNE")
+    assert (out.a.shape, out.a.axes, out.b.shape, out.b.axes) == ((2, 4, 8, 3), "XNEr", (2, 3, 16), "XrW")
     assert [w.a.std for w in (query, out, down)] == pytest.approx([16**-0.5, 32**-0.5, 24**-0.5])
     assert {leaf.b.init for leaf in (query, out, down)} == {"zeros"} and query.scale == BOTH.alpha / BOTH.rank
 

@@ -61,7 +61,7 @@ def language_loss(
     return fast, {"fast": fast} | metrics
 
 
-def predict_tokens(params: Params, config: ModelConfig, batch: Batch) -> tuple[Int[Array, "B s"], "Targets"]:
+def predict_tokens(params: Params, config: ModelConfig, batch: Batch) -> tuple[Int[Array, "B U"], "Targets"]:
     """The likeliest token at each scored position given the true ones before it, and the true ones.
 
     Raises InputError where the batch has no tokens to score.
@@ -128,9 +128,9 @@ class Targets:
     `labels`: the tokens. `valid`: whether a slot holds one. `complete`: every token of `loss_mask` found a slot.
     """
 
-    positions: Int[Array, "B s"]
-    labels: Int[Array, "B s"]
-    valid: Bool[Array, "B s"]
+    positions: Int[Array, "B U"]
+    labels: Int[Array, "B U"]
+    valid: Bool[Array, "B U"]
     complete: Bool[Array, ""]
 
 

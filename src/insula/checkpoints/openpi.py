@@ -40,7 +40,7 @@ def jax_table(config: ModelConfig) -> list[Line]:
         ]
     norms = {"layers.attention_norm": "layers/pre_attention_norm_1", "layers.mlp_norm": "layers/pre_ffw_norm_1"}
     for ours, theirs in (norms | {"norm": "final_norm_1"}).items():
-        depth = "D" if ours.startswith("layers") else ""
+        depth = "X" if ours.startswith("layers") else ""
         if config.time_input == "adarms":
             lines += [
                 Line(f"expert.{ours}.kernel", f"{llm}/{theirs}/Dense_0/kernel", f"{depth}WZ"),

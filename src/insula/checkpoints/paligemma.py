@@ -31,22 +31,22 @@ _GEMMA_LAYER = {
     "down": ("mlp.down_proj.weight", "WF"),
 }
 _JAX_VISION_LAYER = {
-    "attention_norm.scale": ("LayerNorm_0/scale", "DW"),
-    "attention_norm.bias": ("LayerNorm_0/bias", "DW"),
-    "query.kernel": ("MultiHeadDotProductAttention_0/query/kernel", "DWNE"),
-    "query.bias": ("MultiHeadDotProductAttention_0/query/bias", "DNE"),
-    "key.kernel": ("MultiHeadDotProductAttention_0/key/kernel", "DWNE"),
-    "key.bias": ("MultiHeadDotProductAttention_0/key/bias", "DNE"),
-    "value.kernel": ("MultiHeadDotProductAttention_0/value/kernel", "DWNE"),
-    "value.bias": ("MultiHeadDotProductAttention_0/value/bias", "DNE"),
-    "out.kernel": ("MultiHeadDotProductAttention_0/out/kernel", "DNEW"),
-    "out.bias": ("MultiHeadDotProductAttention_0/out/bias", "DW"),
-    "mlp_norm.scale": ("LayerNorm_1/scale", "DW"),
-    "mlp_norm.bias": ("LayerNorm_1/bias", "DW"),
-    "up.kernel": ("MlpBlock_0/Dense_0/kernel", "DWF"),
-    "up.bias": ("MlpBlock_0/Dense_0/bias", "DF"),
-    "down.kernel": ("MlpBlock_0/Dense_1/kernel", "DFW"),
-    "down.bias": ("MlpBlock_0/Dense_1/bias", "DW"),
+    "attention_norm.scale": ("LayerNorm_0/scale", "XW"),
+    "attention_norm.bias": ("LayerNorm_0/bias", "XW"),
+    "query.kernel": ("MultiHeadDotProductAttention_0/query/kernel", "XWNE"),
+    "query.bias": ("MultiHeadDotProductAttention_0/query/bias", "XNE"),
+    "key.kernel": ("MultiHeadDotProductAttention_0/key/kernel", "XWNE"),
+    "key.bias": ("MultiHeadDotProductAttention_0/key/bias", "XNE"),
+    "value.kernel": ("MultiHeadDotProductAttention_0/value/kernel", "XWNE"),
+    "value.bias": ("MultiHeadDotProductAttention_0/value/bias", "XNE"),
+    "out.kernel": ("MultiHeadDotProductAttention_0/out/kernel", "XNEW"),
+    "out.bias": ("MultiHeadDotProductAttention_0/out/bias", "XW"),
+    "mlp_norm.scale": ("LayerNorm_1/scale", "XW"),
+    "mlp_norm.bias": ("LayerNorm_1/bias", "XW"),
+    "up.kernel": ("MlpBlock_0/Dense_0/kernel", "XWF"),
+    "up.bias": ("MlpBlock_0/Dense_0/bias", "XF"),
+    "down.kernel": ("MlpBlock_0/Dense_1/kernel", "XFW"),
+    "down.bias": ("MlpBlock_0/Dense_1/bias", "XW"),
 }
 
 
@@ -63,20 +63,20 @@ def jax_layers(ours: str, config: ModelConfig, theirs: str = "llm", suffix: str 
     c = config.backbone
     attention, mlp = f"{theirs}/layers/attn", f"{theirs}/layers/mlp{suffix}"
     if c.num_heads == c.num_kv_heads:
-        names = {"query": "D0NWE", "key": "D1GWE", "value": "D2GWE"}
+        names = {"query": "X0NWE", "key": "X1GWE", "value": "X2GWE"}
         lines = [Line(f"{ours}.layers.{n}", f"{attention}/qkv_einsum{suffix}/w", a) for n, a in names.items()]
     else:
         lines = [
-            Line(f"{ours}.layers.query", f"{attention}/q_einsum{suffix}/w", "DNWE"),
-            Line(f"{ours}.layers.key", f"{attention}/kv_einsum{suffix}/w", "D0GWE"),
-            Line(f"{ours}.layers.value", f"{attention}/kv_einsum{suffix}/w", "D1GWE"),
+            Line(f"{ours}.layers.query", f"{attention}/q_einsum{suffix}/w", "XNWE"),
+            Line(f"{ours}.layers.key", f"{attention}/kv_einsum{suffix}/w", "X0GWE"),
+            Line(f"{ours}.layers.value", f"{attention}/kv_einsum{suffix}/w", "X1GWE"),
         ]
     return [
         *lines,
-        Line(f"{ours}.layers.out", f"{attention}/attn_vec_einsum{suffix}/w", "DNEW"),
-        Line(f"{ours}.layers.gate", f"{mlp}/gating_einsum", "D0WF"),
-        Line(f"{ours}.layers.up", f"{mlp}/gating_einsum", "D1WF"),
-        Line(f"{ours}.layers.down", f"{mlp}/linear", "DFW"),
+        Line(f"{ours}.layers.out", f"{attention}/attn_vec_einsum{suffix}/w", "XNEW"),
+        Line(f"{ours}.layers.gate", f"{mlp}/gating_einsum", "X0WF"),
+        Line(f"{ours}.layers.up", f"{mlp}/gating_einsum", "X1WF"),
+        Line(f"{ours}.layers.down", f"{mlp}/linear", "XFW"),
     ]
 
 
@@ -119,8 +119,8 @@ def jax_table(config: ModelConfig) -> list[Line]:
         Line("vision.head.bias", "img/head/bias", "O"),
         Line("backbone.embedding", "llm/embedder/input_embedding", "VW"),
         *jax_layers("backbone", config),
-        Line("backbone.layers.attention_norm", "llm/layers/pre_attention_norm/scale", "DW"),
-        Line("backbone.layers.mlp_norm", "llm/layers/pre_ffw_norm/scale", "DW"),
+        Line("backbone.layers.attention_norm", "llm/layers/pre_attention_norm/scale", "XW"),
+        Line("backbone.layers.mlp_norm", "llm/layers/pre_ffw_norm/scale", "XW"),
         Line("backbone.norm", "llm/final_norm/scale", "W"),
     ]
 

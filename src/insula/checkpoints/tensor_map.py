@@ -5,8 +5,8 @@ weight table (`model/weights.py`)::
 
     backbone.layers.query   language_model.layers.{}.self_attn.q_proj.weight   (NE)W
 
-`{}` counts layers; without it the tensor holds all of them, on an axis D. Letters in brackets share one axis. A digit
-is an axis of which this weight is that one index: "D0GWE" and "D1GWE" are the key and the value in one tensor.
+`{}` counts layers; without it the tensor holds all of them, on an axis X. Letters in brackets share one axis. A digit
+is an axis of which this weight is that one index: "X0GWE" and "X1GWE" are the key and the value in one tensor.
 """
 
 import dataclasses
@@ -124,13 +124,13 @@ def _part(line: Line, weight: Weight, layer: int | None, patch: int, picks: int)
         axes, shape = axes[1:], shape[1:]
     sizes = dict(zip(axes, shape, strict=True)) | {"h": patch, "w": patch, "c": 3}
     flat = line.axes.replace("(", "").replace(")", "")
-    ours = axes.replace("X", "hwc") if "h" in flat else axes  # the values of one patch, row by row
+    ours = axes.replace("Z", "hwc") if "h" in flat else axes  # the values of one patch, row by row
     letters = re.sub(r"\d", "", flat)
     assert sorted(letters) == sorted(ours), f"{line}: axes {line.axes} are not those of ours, {ours}"
     return TensorPart(
         ours=line.ours,
         layer=layer,
-        stacked=axes.startswith("D"),
+        stacked=axes.startswith("X"),
         shape=shape,
         spread=tuple(picks if axis.isdigit() else sizes[axis] for axis in flat),
         select=tuple(int(axis) if axis.isdigit() else slice(None) for axis in flat),

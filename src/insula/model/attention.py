@@ -14,11 +14,11 @@ MASKED = -2.3819763e38  # as in Gemma: exp underflows to 0.0, yet a fully masked
 
 def attend(
     q: Float[Array, "B T N E"],
-    k: Float[Array, "B S G E"],
-    v: Float[Array, "B S G E"],
-    mask: Bool[Array, "B T S"] | None,
+    k: Float[Array, "B J G E"],
+    v: Float[Array, "B J G E"],
+    mask: Bool[Array, "B T J"] | None,
 ) -> Float[Array, "B T N E"]:
-    """Softmax attention; `mask[b, t, s]`: may t see s? None: everything."""
+    """Softmax attention; `mask[b, t, j]`: may query t see key j? None: everything."""
     queries = _fold(q, k.shape[-2])
     scores = jnp.einsum("bqge,bsge->bgqs", queries, k)
     if mask is not None:

@@ -46,32 +46,32 @@ class Backbone:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BackboneOutput:
-    """One backbone pass: final hidden states (of the positions asked for), keys and values of every layer (leading axis
-    depth), and what is real."""
+    """One backbone pass: final hidden states (of the positions asked for), keys and values of every layer, and
+    what is real."""
 
-    hidden: Float[Array, "B s W"]
-    keys: Float[Array, "depth B T G E"]
-    values: Float[Array, "depth B T G E"]
+    hidden: Float[Array, "B U W"]
+    keys: Float[Array, "X B T G E"]
+    values: Float[Array, "X B T G E"]
     token_mask: Bool[Array, "B T"]
     ar_mask: Bool[Array, "B T"]
 
 
-def weights(config: ModelConfig) -> Backbone:
-    """The weight table. `D` counts layers (depth)."""
+def backbone_weights(config: ModelConfig) -> Backbone:
+    """The weight table."""
     c = config.backbone
-    d, w, f, n, g, e = c.depth, c.width, c.mlp_dim, c.num_heads, c.num_kv_heads, c.head_dim
+    x, w, f, n, g, e = c.depth, c.width, c.mlp_dim, c.num_heads, c.num_kv_heads, c.head_dim
     return Backbone(
         embedding=Weight((config.vocab_size, w), "VW", "normal", w**-0.5),
         layers=BackboneLayer(
-            attention_norm=zeros("DW", d, w),
-            query=dense("DWNE", d, w, n, e, fan_in=w),
-            key=dense("DWGE", d, w, g, e, fan_in=w),
-            value=dense("DWGE", d, w, g, e, fan_in=w),
-            out=dense("DNEW", d, n, e, w, fan_in=n * e),
-            mlp_norm=zeros("DW", d, w),
-            gate=dense("DWF", d, w, f, fan_in=w),
-            up=dense("DWF", d, w, f, fan_in=w),
-            down=dense("DFW", d, f, w, fan_in=f),
+            attention_norm=zeros("XW", x, w),
+            query=dense("XWNE", x, w, n, e, fan_in=w),
+            key=dense("XWGE", x, w, g, e, fan_in=w),
+            value=dense("XWGE", x, w, g, e, fan_in=w),
+            out=dense("XNEW", x, n, e, w, fan_in=n * e),
+            mlp_norm=zeros("XW", x, w),
+            gate=dense("XWF", x, w, f, fan_in=w),
+            up=dense("XWF", x, w, f, fan_in=w),
+            down=dense("XFW", x, f, w, fan_in=f),
         ),
         norm=zeros("W", w),
     )
@@ -113,7 +113,7 @@ def run_backbone(
     config: ModelConfig,
     observation: Observation,
     ar_mask: Bool[Array, "B L"] | None = None,
-    positions: Int[Array, "B s"] | None = None,
+    positions: Int[Array, "B U"] | None = None,
 ) -> BackboneOutput:
     """Embed and read the whole sequence once. `ar_mask` is None when there is no FAST suffix (serving).
 
@@ -130,7 +130,7 @@ def run_layers(
     x: Float[Array, "B T W"],
     token_mask: Bool[Array, "B T"],
     ar_mask: Bool[Array, "B T"],
-    positions: Int[Array, "B s"] | None = None,
+    positions: Int[Array, "B U"] | None = None,
 ) -> BackboneOutput:
     """What `run_backbone` does with its embeddings."""
     mask = masks.make_attn_mask(token_mask, ar_mask)
@@ -163,6 +163,6 @@ def run_layers(
     return BackboneOutput(layers.rms_norm(x, backbone.norm), keys, values, token_mask, ar_mask)
 
 
-def gather_positions(rows: Shaped[Array, "B T *w"], positions: Int[Array, "B s"]) -> Shaped[Array, "B s *w"]:
+def gather_positions(rows: Shaped[Array, "B T *rest"], positions: Int[Array, "B U"]) -> Shaped[Array, "B U *rest"]:
     """Row `positions[b, i]` of each sample."""
     return jnp.take_along_axis(rows, positions.reshape(*positions.shape, *(1,) * (rows.ndim - 2)), axis=1)

@@ -49,35 +49,34 @@ class Expert:
     """Only where `config.state_input` is "token"."""
 
 
-def weights(config: ModelConfig) -> Expert:
-    """The weight table. `D` counts layers (depth), `a` action dimensions, `s` state dimensions, `Z` 3·W modulations,
-    `Y` 2·W values of action and time, `O` the width of an output."""
+def expert_weights(config: ModelConfig) -> Expert:
+    """The weight table."""
     c = config.expert
-    d, w, f, n, g, e = c.depth, c.width, c.mlp_dim, c.num_heads, c.num_kv_heads, c.head_dim
+    x, w, f, n, g, e = c.depth, c.width, c.mlp_dim, c.num_heads, c.num_kv_heads, c.head_dim
     ada = config.time_input == "adarms"
-    layer_norm = Linear(zeros("DWZ", d, w, 3 * w), zeros("DZ", d, 3 * w)) if ada else zeros("DW", d, w)
+    layer_norm = Linear(zeros("XWY", x, w, 3 * w), zeros("XY", x, 3 * w)) if ada else zeros("XW", x, w)
 
     def table(axes: str, i: int, o: int) -> Linear:
         return Linear(dense(axes, i, o, fan_in=i), zeros(axes[-1], o))
 
     return Expert(
-        action_in=table("aW", config.action_dim, w),
-        time_in=table("WO", w, w) if ada else table("YO", 2 * w, w),
+        action_in=table("DW", config.action_dim, w),
+        time_in=table("WO", w, w) if ada else table("QO", 2 * w, w),
         time_out=table("WO", w, w),
         layers=ExpertLayer(
             attention_norm=layer_norm,
-            query=dense("DWNE", d, w, n, e, fan_in=w),
-            key=dense("DWGE", d, w, g, e, fan_in=w),
-            value=dense("DWGE", d, w, g, e, fan_in=w),
-            out=dense("DNEW", d, n, e, w, fan_in=n * e),
+            query=dense("XWNE", x, w, n, e, fan_in=w),
+            key=dense("XWGE", x, w, g, e, fan_in=w),
+            value=dense("XWGE", x, w, g, e, fan_in=w),
+            out=dense("XNEW", x, n, e, w, fan_in=n * e),
             mlp_norm=layer_norm,
-            gate=dense("DWF", d, w, f, fan_in=w),
-            up=dense("DWF", d, w, f, fan_in=w),
-            down=dense("DFW", d, f, w, fan_in=f),
+            gate=dense("XWF", x, w, f, fan_in=w),
+            up=dense("XWF", x, w, f, fan_in=w),
+            down=dense("XFW", x, f, w, fan_in=f),
         ),
-        norm=Linear(zeros("WZ", w, 3 * w), zeros("Z", 3 * w)) if ada else zeros("W", w),
-        action_out=table("Wa", w, config.action_dim),
-        state_in=table("sW", config.state_dim, w) if config.state_input == "token" else None,
+        norm=Linear(zeros("WY", w, 3 * w), zeros("Y", 3 * w)) if ada else zeros("W", w),
+        action_out=table("WD", w, config.action_dim),
+        state_in=table("SW", config.state_dim, w) if config.state_input == "token" else None,
     )
 
 

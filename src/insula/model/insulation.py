@@ -23,8 +23,8 @@ Tree = TypeVar("Tree")
 class Memory:
     """What the action expert knows of the observation: keys and values of the visible prefix, every layer."""
 
-    keys: Float[Array, "depth B M G E"]
-    values: Float[Array, "depth B M G E"]
+    keys: Float[Array, "X B M G E"]
+    values: Float[Array, "X B M G E"]
     mask: Bool[Array, "B M"]
     length: Int[Array, "B"]
     """Real prefix tokens of each sample: the rotary position of the expert's first token."""

@@ -22,8 +22,8 @@ INPUT_AXES = {"query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "d
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """Multiplies like base + scale · a·b. Stacked over depth: base [D, inputs, outputs], a [D, inputs, r], b
-    [D, r, outputs], where inputs and outputs are as many axes as the base has. `scale` is alpha / rank."""
+    """Multiplies like base + scale · a·b. Stacked over depth: base [X, inputs, outputs], a [X, inputs, r], b
+    [X, r, outputs], where inputs and outputs are as many axes as the base has. `scale` is alpha / rank."""
 
     base: Leaf
     a: Leaf

@@ -24,7 +24,7 @@ class Params:
 
 def weight_table(config: ModelConfig) -> Params:
     """The same tree with a `Weight` (shape, axes, start) at each leaf."""
-    table = Params(vision.weights(config), backbone.weights(config), expert.weights(config))
+    table = Params(vision.vision_weights(config), backbone.backbone_weights(config), expert.expert_weights(config))
     if config.lora is None:
         return table
     return dataclasses.replace(table, **{p: lora.adapt(getattr(table, p), config.lora) for p in config.lora.parts})

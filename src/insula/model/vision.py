@@ -47,32 +47,32 @@ class Vision:
     head: Linear
 
 
-def weights(config: ModelConfig) -> Vision:
-    """The weight table. `D` counts layers (depth), `X` the values of one patch, `O` is the width of an output."""
+def vision_weights(config: ModelConfig) -> Vision:
+    """The weight table."""
     c = config.vision
-    d, w, f, n, e = c.depth, c.width, c.mlp_dim, c.num_heads, c.width // c.num_heads
+    x, w, f, n, e = c.depth, c.width, c.mlp_dim, c.num_heads, c.width // c.num_heads
 
     def norm(*lead: int) -> LayerNorm:
-        return LayerNorm(Weight((*lead, w), "DW"[-len(lead) - 1 :], "ones"), zeros("DW"[-len(lead) - 1 :], *lead, w))
+        return LayerNorm(Weight((*lead, w), "XW"[-len(lead) - 1 :], "ones"), zeros("XW"[-len(lead) - 1 :], *lead, w))
 
     widths = (3, *c.stem_widths, w)
     stem = tuple(
-        Linear(dense("XW", p * p * i, o, fan_in=p * p * i), zeros("W", o))
+        Linear(dense("ZO", p * p * i, o, fan_in=p * p * i), zeros("O", o))
         for p, (i, o) in zip(c.patch_sizes, itertools.pairwise(widths), strict=True)
     )
-    heads = Linear(dense("DWNE", d, w, n, e, fan_in=w), zeros("DNE", d, n, e))
+    heads = Linear(dense("XWNE", x, w, n, e, fan_in=w), zeros("XNE", x, n, e))
     return Vision(
         stem=stem,
         position=Weight((c.num_patches, w), "PW", "grid", 1.0),
         layers=VisionLayer(
-            attention_norm=norm(d),
+            attention_norm=norm(x),
             query=heads,
             key=heads,
             value=heads,
-            out=Linear(dense("DNEW", d, n, e, w, fan_in=w), zeros("DW", d, w)),
-            mlp_norm=norm(d),
-            up=Linear(dense("DWF", d, w, f, fan_in=w), zeros("DF", d, f)),
-            down=Linear(dense("DFW", d, f, w, fan_in=f), zeros("DW", d, w)),
+            out=Linear(dense("XNEW", x, n, e, w, fan_in=w), zeros("XW", x, w)),
+            mlp_norm=norm(x),
+            up=Linear(dense("XWF", x, w, f, fan_in=w), zeros("XF", x, f)),
+            down=Linear(dense("XFW", x, f, w, fan_in=f), zeros("XW", x, w)),
         ),
         norm=norm(),
         head=Linear(dense("WO", w, config.backbone.width, fan_in=w), zeros("O", config.backbone.width)),
@@ -111,7 +111,7 @@ def resize(image: UInt8[AnyArray, "B h w 3"], size: int) -> Float[Array, "B size
     return jnp.pad(pixels, around, constant_values=-1.0)
 
 
-def _encode(vision: Vision, config: ModelConfig, x: Float[Array, "X h w 3"]) -> Float[Array, "X P W"]:
+def _encode(vision: Vision, config: ModelConfig, x: Float[Array, "I h w 3"]) -> Float[Array, "I P W"]:
     c, dtype = config.vision, config.compute.dtype
     for i, (patch, weight) in enumerate(zip(c.patch_sizes, vision.stem, strict=True)):
         x = linear(_patchify(jax.nn.gelu(x) if i else x, patch), weight, dtype)
@@ -130,7 +130,7 @@ def _encode(vision: Vision, config: ModelConfig, x: Float[Array, "X h w 3"]) -> 
 
 
 def _patchify(x: Array, patch: int) -> Array:
-    """[X, h, w, c] → [X, h/patch, w/patch, patch·patch·c]."""
+    """[I, h, w, c] → [I, h/patch, w/patch, patch·patch·c]."""
     n, h, w, c = x.shape
     x = x.reshape(n, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(n, h // patch, w // patch, patch * patch * c)

@@ -9,7 +9,7 @@ import dataclasses
 from insula.checkpoints import paligemma
 from insula.checkpoints.tensor_map import Format, Line
 from insula.model.config import ModelConfig
-from insula.model.expert import weights as expert_weights
+from insula.model.expert import expert_weights
 
 TORCH = "paligemma_with_expert."
 EXPERT = TORCH + "gemma_expert."
@@ -43,8 +43,8 @@ def jax_table(config: ModelConfig) -> list[Line]:
         depth = "X" if ours.startswith("layers") else ""
         if config.time_input == "adarms":
             lines += [
-                Line(f"expert.{ours}.kernel", f"{llm}/{theirs}/Dense_0/kernel", f"{depth}WZ"),
-                Line(f"expert.{ours}.bias", f"{llm}/{theirs}/Dense_0/bias", f"{depth}Z"),
+                Line(f"expert.{ours}.kernel", f"{llm}/{theirs}/Dense_0/kernel", f"{depth}WY"),
+                Line(f"expert.{ours}.bias", f"{llm}/{theirs}/Dense_0/bias", f"{depth}Y"),
             ]
         else:
             lines.append(Line(f"expert.{ours}", f"{llm}/{theirs}/scale", f"{depth}W"))
@@ -67,8 +67,8 @@ def torch_table(config: ModelConfig) -> list[Line]:
     for ours, theirs in (norms | {"norm": "norm"}).items():
         if config.time_input == "adarms":
             lines += [
-                Line(f"expert.{ours}.kernel", f"{EXPERT}model.{theirs}.dense.weight", "ZW"),
-                Line(f"expert.{ours}.bias", f"{EXPERT}model.{theirs}.dense.bias", "Z"),
+                Line(f"expert.{ours}.kernel", f"{EXPERT}model.{theirs}.dense.weight", "YW"),
+                Line(f"expert.{ours}.bias", f"{EXPERT}model.{theirs}.dense.bias", "Y"),
             ]
         else:
             lines.append(Line(f"expert.{ours}", f"{EXPERT}model.{theirs}.weight", "W"))

@@ -19,12 +19,14 @@ def attend(
     mask: Bool[Array, "B T J"] | None,
 ) -> Float[Array, "B T N E"]:
     """Softmax attention; `mask[b, t, j]`: may query t see key j? None: everything."""
-    queries = _fold(q, k.shape[-2])
-    scores = jnp.einsum("bqge,bsge->bgqs", queries, k)
+    queries = _fold(q, k.shape[-2])  # [B, Q = T·R, G, E]
+    scores = jnp.einsum("bqge,bjge->bgqj", queries, k)
+
     if mask is not None:
-        repeated = jnp.repeat(mask, queries.shape[1] // q.shape[1], axis=1)
+        repeated = jnp.repeat(mask, queries.shape[1] // q.shape[1], axis=1)  # the R heads of a query see the same keys
         scores = jnp.where(repeated[:, None], scores, MASKED)
-    return _unfold(jnp.einsum("bgqs,bsge->bqge", jax.nn.softmax(scores, axis=-1), v), q.shape)
+
+    return _unfold(jnp.einsum("bgqj,bjge->bqge", jax.nn.softmax(scores, axis=-1), v), q.shape)
 
 
 def attend_with_memory(
@@ -38,13 +40,15 @@ def attend_with_memory(
 ) -> Float[Array, "B K A N E"]:
     """One softmax over memory and self. The K flow samples are folded into the query axis, so one memory serves all."""
     batch, samples = q.shape[:2]
-    queries = _fold(q, k.shape[-2])  # [B, K, A·R, G, E]
+    queries = _fold(q, k.shape[-2])  # [B, K, Q = A·R, G, E]
     per_sample, groups = queries.shape[2], queries.shape[3]
     weights = _memory_weights(queries, k, memory_k, memory_mask, self_mask)
+
+    # Memory has no sample axis: all K samples read it in one product. Each reads its own actions in another.
     split = memory_k.shape[1]
     from_self = weights[..., split:].reshape(batch, groups, samples, per_sample, -1)
     out = jnp.einsum("bgqm,bmge->bqge", weights[..., :split], memory_v).reshape(queries.shape)
-    return _unfold(out + jnp.einsum("bgkqc,bkcge->bkqge", from_self, v), q.shape)
+    return _unfold(out + jnp.einsum("bgkqa,bkage->bkqge", from_self, v), q.shape)
 
 
 def memory_weights(
@@ -69,7 +73,7 @@ def _memory_weights(queries: Array, k: Array, memory_k: Array, memory_mask: Arra
 
     to_memory = jnp.einsum("bqge,bmge->bgqm", everyone, memory_k)
     to_memory = jnp.where(memory_mask[:, None, None, :], to_memory, MASKED)
-    to_self = jnp.einsum("bkqge,bkcge->bgkqc", queries, k)
+    to_self = jnp.einsum("bkqge,bkage->bgkqa", queries, k)
     to_self = jnp.where(jnp.repeat(self_mask, per_sample // length, axis=0), to_self, MASKED)
     to_self = to_self.reshape(batch, groups, samples * per_sample, length)
 

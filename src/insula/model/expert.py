@@ -61,7 +61,7 @@ def expert_weights(config: ModelConfig) -> Expert:
 
     return Expert(
         action_in=table("DW", config.action_dim, w),
-        time_in=table("WO", w, w) if ada else table("QO", 2 * w, w),
+        time_in=table("WO", w, w) if ada else table("iO", 2 * w, w),
         time_out=table("WO", w, w),
         layers=ExpertLayer(
             attention_norm=layer_norm,

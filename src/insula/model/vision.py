@@ -57,7 +57,7 @@ def vision_weights(config: ModelConfig) -> Vision:
 
     widths = (3, *c.stem_widths, w)
     stem = tuple(
-        Linear(dense("ZO", p * p * i, o, fan_in=p * p * i), zeros("O", o))
+        Linear(dense("ZW", p * p * i, o, fan_in=p * p * i), zeros("W", o))
         for p, (i, o) in zip(c.patch_sizes, itertools.pairwise(widths), strict=True)
     )
     heads = Linear(dense("XWNE", x, w, n, e, fan_in=w), zeros("XNE", x, n, e))

@@ -62,12 +62,12 @@ def grounding_loss(
     unit = tokens / (jnp.linalg.norm(tokens, axis=-1, keepdims=True) + 1e-6)
     names = jnp.mean(backbone.embedding[words], axis=1)
     names = names / (jnp.linalg.norm(names, axis=-1, keepdims=True) + 1e-6)
-    logits = head.scale * jnp.einsum("btw,nw->btn", unit, names) + head.bias
+    logits = head.scale * unit @ names.T + head.bias
     sigmoid = jnp.sum(jax.nn.softplus(jnp.where(present > 0, -logits, logits))) / jnp.sum(present)
 
     inside = (cell - jnp.floor(cell) - 0.5)[:, :, None]  # [B, C, 1, n, 2]
     inside = jnp.broadcast_to(inside, (*where.shape[:2], grid * grid, *where.shape[2:]))
-    error = jnp.square(jnp.einsum("btw,wnd->btnd", tokens, head.offset) - inside.reshape(*present.shape, 2))
+    error = jnp.square(jnp.tensordot(tokens, head.offset, axes=1) - inside.reshape(*present.shape, 2))
     offset = jnp.sum(error * present[..., None]) / jnp.sum(present)
     found = jnp.sum((logits > 0) & (present > 0)) / jnp.sum(present)
     return sigmoid + 10 * offset, {"sigmoid": sigmoid, "offset": offset, "found": found}

@@ -15,8 +15,9 @@ from insula.data.lerobot.info import Feature, image_feature
 from insula.data.loader import Loader
 from insula.data.mapping import Columns, RobotData
 from insula.data.mixture import Mixture, Order
+from insula.data.observe import Sizes
 from insula.data.robot import Robot
-from insula.data.samples import Samples, Sizes
+from insula.data.samples import Samples
 from insula.errors import DatasetError
 from insula.tokens import text
 from insula.tokens.fast import FASTCodec
@@ -124,7 +125,7 @@ def test_some_episodes_only(data, dataset, robot, tokenizer):
     eye = dataclasses.replace(data, cameras={"eye": "observation.images.front"})
     sizes = dataclasses.replace(SIZES, cameras={"eye": (SIZE, SIZE)})
     chosen = Samples(eye, robot, tokenizer, sizes, episodes=[1])
-    assert len(chosen) == LENGTHS[1] and chosen.frames.tolist() == [9, 10, 11, 12]
+    assert len(chosen) == LENGTHS[1] and chosen.frames.index.tolist() == [9, 10, 11, 12]
     assert set(chosen.batch([0]).observation.images) == {"eye"}
     found = fit_stats(data, HORIZON, [1])["actions"].max
     np.testing.assert_array_equal(found, dataset.column("action")[9:13].max(0))

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from insula.data.mapping import QuestionData
+from insula.data.observe import Sizes
 from insula.data.questions import QuestionSamples, pictures
-from insula.data.samples import Sizes
 from insula.errors import DatasetError
 from insula.model.config import TINY
 from insula.pretrain.run import question_tokenizer

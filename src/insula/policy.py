@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from insula.batch import Observation
-from insula.data.samples import pad
+from insula.data.observe import Observer, check_raw, stack_images
 from insula.decode.flow import FLOW_STEPS, sample_actions
-from insula.errors import InputError, NonFiniteError
+from insula.errors import NonFiniteError
 from insula.model.params import Params
 from insula.runs.assets import Assets
 from insula.runs.loading import load_model
@@ -25,9 +25,15 @@ class Policy:
     def __init__(
         self, params: Params, assets: Assets, seed: int = 0, steps: int = FLOW_STEPS, robot: str | None = None
     ):
-        self.params, self.assets, self.config = params, assets, assets.config
+        self.params = params
+        self.assets = assets
+        self.config = assets.config
         self.robot = assets.robot(robot)
-        self._rng, self._calls = jax.random.key(seed), 0
+        in_prompt = self.config.state_input == "prompt"
+        self.observer = Observer(self.robot, assets.tokenizer, self.config.state_dim, in_prompt)
+
+        self._rng = jax.random.key(seed)
+        self._calls = 0
         real = np.zeros((self.config.horizon, self.config.action_dim), bool)
         real[: self.robot.horizon, : self.robot.action_dim] = True
         mask = None if real.all() else real
@@ -59,42 +65,18 @@ class Policy:
         return self.robot.unnormalize_actions(chunk, np.stack([o["state"] for o in observations]))
 
     def observe(self, observations: list[dict[str, Any]]) -> Observation:
-        """Check, normalize and tokenize: exactly the prefix of training."""
+        """Check, normalize and tokenize: exactly the prefix of training. Raises InputError naming what is wrong."""
         for observation in observations:
-            self._check(observation)
-        state = self.robot.stats["state"].normalize(np.stack([o["state"] for o in observations]))
-        in_prompt = self.config.state_input == "prompt" and self.robot.state_dim > 0
-        width = self.config.max_prompt_len
-        rows = [
-            self.assets.tokenizer.tokenize(o["task"], s if in_prompt else None)
-            for o, s in zip(observations, state, strict=True)
-        ]
-        size = self.config.vision.image_size
-        absent = np.zeros((len(rows), size, size, 3), np.uint8)
-        has = {name: name in self.robot.cameras for name in self.config.cameras}
-        return Observation(
-            images={n: np.stack([o["images"][n] for o in observations]) if has[n] else absent for n in has},
-            image_mask={name: np.full(len(rows), has[name]) for name in has},
-            state=pad(state, self.config.state_dim),
-            tokens=np.stack([row.tokens[:width] for row in rows]),
-            token_mask=np.stack([row.token_mask[:width] for row in rows]),
-        )
+            check_raw(observation, self.robot)
 
-    def _check(self, observation: dict[str, Any]) -> None:
-        for key in ("images", "state", "task"):
-            if key not in observation:
-                raise InputError(f"observation has {sorted(observation)}, expected also {key!r}")
-        for name in self.robot.cameras:
-            image = observation["images"].get(name)
-            if image is None:
-                raise InputError(f"observation has cameras {sorted(observation['images'])}, expected also {name!r}")
-            image = np.asarray(image)
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-                raise InputError(f"image {name!r} is {image.dtype}{list(image.shape)}, expected uint8[h, w, 3]")
-        state = np.asarray(observation["state"])
-        if state.shape != (self.robot.state_dim,):
-            raise InputError(f"state has shape {state.shape}, expected ({self.robot.state_dim},)")
-        if not np.isfinite(state).all():
-            raise InputError(f"state[{int(np.argmin(np.isfinite(state)))}] is not finite: {state}")
-        if not isinstance(observation["task"], str):
-            raise InputError(f"task is {type(observation['task']).__name__}, expected a string")
+        images = stack_images(observations, self.robot.cameras)
+        square = (self.config.vision.image_size,) * 2
+        sizes = {c: images[c].shape[1:3] if c in images else square for c in self.config.cameras}
+
+        state = self.observer.normalize_state(np.stack([o["state"] for o in observations]))
+        rows = [self.observer.tokenize(o["task"], s) for o, s in zip(observations, state, strict=True)]
+        width = self.config.max_prompt_len  # no FAST suffix: its columns are left out
+        tokens = np.stack([row.tokens[:width] for row in rows])
+        token_mask = np.stack([row.token_mask[:width] for row in rows])
+
+        return self.observer.observe(images, sizes, state, tokens, token_mask)

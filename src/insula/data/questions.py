@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 from insula.batch import Batch, Observation
 from insula.data.images import decode_any, resize_with_pad
 from insula.data.mapping import QuestionData
-from insula.data.samples import EAGER, Sizes, TokenTable
+from insula.data.observe import Sizes
+from insula.data.token_table import TokenTable, ahead
 from insula.errors import DatasetError, TokenBudgetError, did_you_mean
 from insula.tokens.sequence import FASTTokenizer
 
@@ -97,17 +98,19 @@ class QuestionSamples:
 
     def tokens(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """tokens, token_mask, ar_mask, loss_mask, each [B, L]."""
-        for row in np.unique(rows[~self.table.known[rows]]).tolist():
+        return self.table.take(rows, self._tokenize)
+
+    def tokenize_ahead(self) -> None:
+        """All of them, or many spread evenly: what does not fit is an error now."""
+        self.tokens(ahead(len(self)))
+
+    def _tokenize(self, rows: np.ndarray) -> None:
+        for row in rows.tolist():
             asked = self._question(row)
             try:
                 self.table.put(row, self.tokenizer.question(asked.question, asked.answer))
             except TokenBudgetError as e:
                 raise DatasetError(f"{self.where(row)} ({asked.question!r}): {e}") from e
-        return {name: getattr(self.table, name)[rows] for name in TokenTable.FIELDS}
-
-    def tokenize_ahead(self) -> None:
-        """All of them, or EAGER spread evenly: what does not fit is an error now."""
-        self.tokens(np.unique(np.linspace(0, len(self) - 1, EAGER).astype(np.int64)))
 
     def where(self, row: int) -> str:
         return f"{self.path}, row {self.numbers[row] + 1}"

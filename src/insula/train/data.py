@@ -10,9 +10,10 @@ from insula.data.fitting import action_chunks, robot_stats
 from insula.data.lerobot import LeRobotDataset
 from insula.data.mapping import Mapping, RobotData, parse_mapping, read_mapping, to_json
 from insula.data.mixture import Mixture, SampleSource
+from insula.data.observe import Sizes
 from insula.data.questions import QuestionSamples, pictures
 from insula.data.robot import Robot
-from insula.data.samples import Samples, Sizes
+from insula.data.samples import Samples
 from insula.errors import DatasetError, InputError
 from insula.files import read_json, write_json
 from insula.model.config import ModelConfig

@@ -366,7 +366,7 @@ def test_missing_data_set_and_wrong_names(written, tmp_path):
         dataset.column("observation.stat")
     with pytest.raises(DatasetError, match="ask images"):
         dataset.column(CAMERA)
-    with pytest.raises(DatasetError, match=r"float32 values, expected a camera"):
+    with pytest.raises(DatasetError, match="is no camera, it holds float32 values"):
         dataset.images("action", [0])
     with pytest.raises(ValueError, match="frame 16, expected 0 to 15"):
         dataset.image(CAMERA, 16)

@@ -129,7 +129,7 @@ class LeRobotDataset:
         if not feature.is_camera:
             have = ", ".join(self.cameras) or "none"
             raise DatasetError(
-                f"data set {self.root}: {name!r} holds {feature.dtype} values, expected a camera; its cameras: {have}"
+                f"data set {self.root}: {name!r} is no camera, it holds {feature.dtype} values; its cameras: {have}"
             )
         return feature
 

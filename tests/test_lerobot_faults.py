@@ -140,8 +140,8 @@ def test_rows_of_every_kind_of_list_are_read(column: pa.Array, feature: Feature)
         ([[[1, 2], [3, 4], [5, 6]]], pa.list_(pa.list_(pa.uint8())), GRID, "wrong shape", 0, "has 3 values"),
         (["[1, 2]"], pa.string(), FLOATS, "wrong dtype", None, 'holds string such as "[1, 2]"'),
         ([["a", "b"]], pa.list_(pa.string()), FLOATS, "wrong dtype", None, "meta/info.json says float32"),
-        ([[1.5]], pa.list_(pa.float32()), Feature("int64", (1,)), "wrong dtype", None, "holds float32"),
-        ([1, 300], pa.int64(), Feature("uint8", (1,)), "wrong dtype", 1, "is 300, more than uint8 can hold"),
+        ([[1.5]], pa.list_(pa.float32()), Feature("int64", (1,)), "wrong dtype", 0, "is 1.5, which int64 cannot"),
+        ([1, 300], pa.int64(), Feature("uint8", (1,)), "wrong dtype", 1, "is 300, which uint8 cannot hold"),
         ([1, None], pa.int64(), Feature("int64", (1,)), "null", 1, "is null"),
         ([{"x": 1}], pa.struct([("x", pa.int64())]), Feature("int64", (1,)), "wrong dtype", None, "holds struct"),
     ],
@@ -330,6 +330,10 @@ NUMBERINGS: dict[str, Callable[[Path], Any]] = {
     "episodes from one": lambda root: put(root, "episode_index", lambda rows, n: pa.array([n + 1] * len(rows))),
     "all episode 0": lambda root: put(root, "episode_index", lambda rows, n: pa.array([0] * len(rows))),
     "32 bits": lambda root: put(root, "index", lambda rows, n: pa.array(rows["index"].to_pylist(), pa.int32())),
+    "floats": lambda root: [
+        put(root, name, lambda rows, n: pa.array(rows[name].to_pylist(), pa.float64()))  # noqa: B023
+        for name in ("index", "frame_index", "episode_index", "task_index")
+    ],
     "no index": lambda root: drop(root, "index"),
     "no frame_index": lambda root: drop(root, "frame_index"),
     "no episode_index": lambda root: drop(root, "episode_index"),
@@ -407,6 +411,25 @@ def test_pictures_need_no_clock_but_a_wrong_rate_is_said(old: Path, caplog: Any)
     edit_info(old, fps=30)
     with pytest.raises(DatasetError, match=r'frames are 0\.\d+ s apart, but fps is 30: write "fps": '):
         convert(old, old.parent / "again")
+
+
+def test_no_clock_at_all_is_no_matter_for_pictures(old: Path) -> None:
+    put(old, "timestamp", lambda rows, n: pa.array([None] * len(rows), pa.float32()))
+    made = convert(old, old.parent / "made")
+    np.testing.assert_array_equal(made.images(CAMERA, [3, 9]), LeRobotDataset(old).images(CAMERA, [3, 9]))
+    np.testing.assert_allclose(made.column("timestamp")[:7], np.arange(7) / 10, atol=1e-6)
+
+
+def test_files_in_another_chunk_than_chunks_size_says_are_found(old: Path, tmp_path: Path) -> None:
+    video = v21(tmp_path / "video")
+    before = [everything(root) for root in (old, video)]
+    for root, (actions, pictures) in zip((old, video), before, strict=True):
+        edit_info(root, chunks_size=1000)  # the files lie two to a folder
+        dataset = LeRobotDataset(root)
+        np.testing.assert_array_equal(dataset.column(ACTION), actions)
+        np.testing.assert_array_equal(dataset.images(CAMERA, range(24)), pictures)
+        finding = faults(root)["wrong place"]
+        assert finding.episode == 2 and "chunk 0 by chunks_size, its file is in chunk 1" in finding.message
 
 
 def test_a_column_of_integers_may_point_into_the_task_table(old: Path) -> None:

@@ -105,7 +105,11 @@ def _check_timestamps(dataset: LeRobotDataset) -> None:
 
 def _check_rate(dataset: LeRobotDataset) -> None:
     """Pictures need no clock: their timestamps are written anew, unless they say that fps is wrong."""
-    times = dataset.column("timestamp").astype(np.float64)
+    try:
+        times = dataset.column("timestamp").astype(np.float64)
+    except DatasetError as error:
+        log.warning("%s; timestamps are written anew, as frame_index / fps", error)
+        return
     within = np.ones(max(len(times) - 1, 0), bool)
     within[dataset.episodes.stop[:-1] - 1] = False
     apart = np.diff(times)[within]

@@ -1,6 +1,6 @@
 """Where everything of a LeRobot data set is: which rows of which file, which part of which video, for either version.
 
-The tables of the metadata say it, the rows are asked whether it is true (`insula.data.lerobot.crosscheck`), and the
+The tables of the metadata say it, the rows are asked whether it is true (`insula.data.lerobot.counting`), and the
 rows are believed.
 """
 
@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from insula.data.lerobot.crosscheck import Contradiction, count_rows, recounted
+from insula.data.lerobot.counting import count_rows, recounted
+from insula.data.lerobot.crosscheck import Contradiction
 from insula.data.lerobot.info import Info, read_info
 from insula.data.lerobot.places import Clips, Episodes, Spans
 from insula.data.lerobot.tables import Tasks, read_tables

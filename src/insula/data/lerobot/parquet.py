@@ -35,6 +35,8 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     if pointed_to is not None:
         raise DatasetError(lfs_message(path, pointed_to), "git lfs")
     size = path.stat().st_size
+    if not size:
+        raise DatasetError(f"{path}: is empty (0 bytes); copy the file again", "empty file")
     try:
         file = pq.ParquetFile(path, memory_map=True)
     except (pa.ArrowException, OSError) as error:

@@ -111,6 +111,10 @@ class Places(Sequence[Path]):
         values = {key: value if isinstance(value, str) else value[numbers] for key, value in self.values.items()}
         return Places(self.root, self.template, values, len(numbers))
 
+    def given(self, **values: np.ndarray) -> "Places":
+        """The same with other numbers."""
+        return Places(self.root, self.template, {**self.values, **values}, self.size)
+
     def on_disk(self) -> dict[tuple[int, ...], Path]:
         """Every file there is that the template could have named, by the numbers in its name, in their order."""
         fields = [key for key, value in self.values.items() if not isinstance(value, str)]

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from insula.data.images import decode_image
-from insula.data.lerobot import crosscheck, rows
+from insula.data.lerobot import bookkeeping, crosscheck, rows
 from insula.data.lerobot.info import BOOKKEEPING, Feature, Info, pick
 from insula.data.lerobot.layout import read_layout
 from insula.data.lerobot.parquet import open_parquet, plain, read_columns
@@ -210,27 +210,17 @@ class LeRobotDataset:
 
     def _counted(self, name: str) -> np.ndarray | None:
         """Bookkeeping, which is counted rather than read; None for any other column."""
-        frames = np.arange(len(self))
-        if name == "index":
-            return frames
         if name == "task_index":
             return self._task_index()
-        episode = self.episodes.of_frame(frames)
-        step = frames - self.episodes.start[episode]
-        if name == "episode_index":
-            return episode
-        if name == "frame_index":
-            return step
-        if name == "timestamp" and not all(self._has(file, name) for file in range(self.files)):
-            return (step / self.fps).astype(np.float32)
-        return None
+        if name == "timestamp" and self._all_have(name):
+            return None
+        return bookkeeping.counted(name, self.episodes, self.fps)
 
     def _task_index(self) -> np.ndarray:
         """Positions in `tasks`. Without a column, what the episode table says, where that is one task for each."""
-        if not all(self._has(file, "task_index") for file in range(self.files)):
+        if not self._all_have("task_index"):
             return self._told_tasks("there is no task_index in the rows, and")
-        parts = [self._read_column("task_index", file) for file in range(self.files)]
-        numbers = np.concatenate(parts)
+        numbers = np.concatenate([self._read_column("task_index", file) for file in range(self.files)])
         for found in crosscheck.tasks(self.task_table, self.episodes, 0, numbers):
             if found.fault == "task index" or self._tasks_from is None:
                 raise found.error(self.root)
@@ -239,16 +229,7 @@ class LeRobotDataset:
         return self.task_table.positions(numbers)
 
     def _told_tasks(self, why: str) -> np.ndarray:
-        if len(self.tasks) == 1:
-            return np.zeros(len(self), np.int64)
-        known = {text.strip(): at for at, text in enumerate(self.tasks)}
-        for number, told in zip(self.episodes.number.tolist(), self.episodes.tasks, strict=True):
-            if len(told) != 1 or told[0].strip() not in known:
-                raise DatasetError(
-                    f"data set {self.root}: {why} the episode table has {len(told)} tasks for episode {number}, "
-                    "expected one of the task table"
-                )
-        return np.repeat([known[told[0].strip()] for told in self.episodes.tasks], self.episodes.length)
+        return bookkeeping.told_tasks(self.tasks, self.episodes, f"data set {self.root}: {why}")
 
     def _read_column(self, name: str, file: int) -> np.ndarray:
         with self._lock:
@@ -277,9 +258,9 @@ class LeRobotDataset:
             what += f", episode {episode}, frame {frame}:"
         raise rows.refuse(values, what)
 
-    def _has(self, file: int, name: str) -> bool:
+    def _all_have(self, name: str) -> bool:
         with self._lock:
-            return name in self._shard(file).file.schema_arrow.names
+            return all(name in self._shard(file).file.schema_arrow.names for file in range(self.files))
 
     # --- images ------------------------------------------------------------------------------------------------------
 

@@ -89,13 +89,13 @@ def _numbers(chunk: pa.Array, feature: Feature, first: int) -> np.ndarray | BadR
             "null", f"is null{where}, expected {feature.dtype} ({values.null_count} nulls)", first + at // size
         )
     array = values.to_numpy(zero_copy_only=False)
-    are_integers = array.dtype.kind in "iu" and np.dtype(feature.dtype).kind in "iu"
-    if not (are_integers or np.can_cast(array.dtype, feature.dtype, "same_kind")):
+    to_integers = array.dtype.kind in "iuf" and np.dtype(feature.dtype).kind in "iu"
+    if not (to_integers or np.can_cast(array.dtype, feature.dtype, "same_kind")):
         return BadRows("wrong dtype", f"holds {array.dtype}, meta/info.json says {feature.dtype}")
-    with np.errstate(over="ignore"):  # becomes infinity, which is refused as such
+    with np.errstate(over="ignore", invalid="ignore"):  # too large becomes infinity, which is refused as such
         cast = array.astype(feature.dtype, copy=False)
-    if are_integers and len(wrong := np.flatnonzero(cast != array)):
-        message = f"is {array[wrong[0]]}, more than {feature.dtype} can hold, which meta/info.json says it is"
+    if to_integers and len(wrong := np.flatnonzero(cast != array)):  # whole numbers may be stored as any kind
+        message = f"is {array[wrong[0]]}, which {feature.dtype} cannot hold, as meta/info.json says"
         return BadRows("wrong dtype", message, first + int(wrong[0]) // size)
     return cast.reshape(len(chunk), *(() if feature.shape == (1,) else feature.shape))
 

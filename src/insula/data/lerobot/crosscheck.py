@@ -79,8 +79,9 @@ def tasks(known: Tasks, episodes: Episodes, start: int, numbers: np.ndarray) -> 
         message = f"task_index is {numbers[row]}, the task table has {listed} ({len(wrong)} such rows)"
         yield Contradiction("task index", message, None, episode, frame, fatal=True)
     right = position >= 0
-    pairs = np.unique(np.stack([episodes.of_frame(frames[right]), position[right]]), axis=1)
-    for e, at in pairs.T.tolist():
+    texts = len(known.text)
+    pairs = np.unique(episodes.of_frame(frames[right]) * texts + position[right])
+    for e, at in zip((pairs // texts).tolist(), (pairs % texts).tolist(), strict=True):
         told, text = episodes.tasks[e], known.text[at]
         if not told or text.strip() in {other.strip() for other in told}:
             continue

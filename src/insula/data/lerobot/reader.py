@@ -210,6 +210,8 @@ class LeRobotDataset:
 
     def _counted(self, name: str) -> np.ndarray | None:
         """Bookkeeping, which is counted rather than read; None for any other column."""
+        if name not in BOOKKEEPING:
+            return None
         if name == "task_index":
             return self._task_index()
         if name == "timestamp" and self._all_have(name):
@@ -241,10 +243,9 @@ class LeRobotDataset:
         """Once for each file: its rows follow one another."""
         if file in self._in_order:
             return
-        columns = {}
-        for name in crosscheck.NUMBERING:
-            if name in shard.file.schema_arrow.names:
-                columns[name] = self._checked(rows.numbers(_read(shard, name), BOOKKEEPING[name]), name, shard)
+        names = [name for name in crosscheck.NUMBERING if name in shard.file.schema_arrow.names]
+        table = read_columns(shard.file, names, shard.path)
+        columns = {name: self._checked(rows.numbers(table[name], BOOKKEEPING[name]), name, shard) for name in names}
         for found in crosscheck.numbering(self.episodes, shard.start, columns):
             raise DatasetError(f"{shard.path}: {found}", found.fault)
         self._in_order.add(file)

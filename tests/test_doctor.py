@@ -92,7 +92,16 @@ def constant(root: Path) -> None:
             pq.write_table(table.set_column(table.column_names.index(ACTION), ACTION, values), path)
 
 
-PLANTED_ELSEWHERE = {"git lfs", "empty file", "encoding", "other version", "names", "totals", "episode repeated"} | {
+PLANTED_ELSEWHERE = {
+    "git lfs",
+    "empty file",
+    "web page",
+    "encoding",
+    "other version",
+    "names",
+    "totals",
+    "episode repeated",
+} | {
     "not listed",
     "wrong place",
     "numbering",

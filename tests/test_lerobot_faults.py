@@ -6,6 +6,7 @@ The data sets are written by `lerobot_files`; what is asserted beside each fault
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -507,6 +508,18 @@ def test_git_lfs_pointers_are_recognized(old: Path, name: str) -> None:
     assert "5,145 bytes" in found["git lfs"].message
 
 
+@pytest.mark.parametrize("name", ["meta/info.json", "meta/tasks.jsonl", OLD])
+def test_web_pages_in_place_of_files_are_recognized(old: Path, name: str) -> None:
+    (old / name).write_text("<!DOCTYPE html><html><body>Sign in</body></html>")
+    assert list(faults(old)) == ["web page"]
+
+
+def test_no_data_at_all_is_one_line(old: Path) -> None:
+    shutil.rmtree(old / "data")
+    found = examine(old)
+    assert len(found) == 1 and "3 of 3 data files are not there" in found[0].message
+
+
 @pytest.mark.parametrize(("write", "told", "there"), [(v21, "v3.0", "v2.1"), (v30, "v2.1", "v3.0")])
 @pytest.mark.parametrize("with_paths", [True, False])
 def test_the_layout_of_the_other_version_is_recognized_and_the_remedy_works(
@@ -685,3 +698,13 @@ def test_rows_that_mean_another_task_than_the_table_are_refused(write: Callable,
     by_table = convert(root, tmp_path / "episodes", tasks_from="episodes")
     assert [by_table.tasks[i] for i in by_table.column("task_index")[[0, 7, 19]]] == [TASKS[0], TASKS[1], TASKS[0]]
     assert examine(tmp_path / "rows") == [] and examine(tmp_path / "episodes") == []
+
+
+def test_videos_of_several_episodes_are_converted_as_well(tmp_path: Path) -> None:
+    root = v30(tmp_path / "set")
+    before = everything(root)
+    edit_episodes(root, lambda entries: entries[2].update({"data/file_index": 0, "length": 1}))
+    convert(root, tmp_path / "made")
+    for one, other in zip(before, everything(tmp_path / "made"), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert len(list((tmp_path / "made/videos").rglob("*.mp4"))) == 2 and examine(tmp_path / "made") == []

@@ -288,7 +288,7 @@ def data_convert(
     overwrite: bool = False,
     tasks_from: Literal["rows", "episodes"] | None = None,
 ) -> None:
-    """Write a data set (v2.1) anew as v3.0: the same rows and pictures, true global statistics.
+    """Write a data set (v2.1 or v3.0) anew as v3.0: the same rows and pictures, true global statistics.
 
     Args:
         source: A LeRobot data set.

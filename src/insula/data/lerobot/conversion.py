@@ -83,9 +83,7 @@ def _values(dataset: LeRobotDataset, name: str, frames: np.ndarray) -> Values:
     if feature.dtype == "image":
         return EncodedImages(tuple(dataset.encoded_images(name, frames)), counts, feature.size)
     clip = dataset.clip(name, int(dataset.episodes.of_frame(frames[:1])[0]))
-    if clip.start:
-        raise DatasetError(f"{clip.path}: holds several episodes, so it is v3.0 already; nothing to convert")
-    return EncodedVideo(clip.path, len(frames), counts, feature.size)
+    return EncodedVideo(clip.path, len(frames), counts, feature.size, clip.start)
 
 
 def _check_timestamps(dataset: LeRobotDataset) -> None:

@@ -20,6 +20,8 @@ from insula.data.lerobot.places import Episodes, Places, Spans
 from insula.data.lerobot.tables import FILE_COLUMNS, Tables
 from insula.errors import DatasetError, did_you_mean
 
+ABSENT_LISTED = 1000
+"""Up to this many data files that are not there are listed one by one, unless it is all of them."""
 READERS = 8
 """Files opened at a time: a file system far away answers slowly, but many questions at once."""
 
@@ -62,6 +64,10 @@ def count_rows(tables: Tables) -> Counted:
 
 def _count_v2(tables: Tables) -> Counted:
     tables, found = _in_their_chunks(tables)
+    absent = [path for path in tables.data if not path.exists()]
+    if len(absent) > min(ABSENT_LISTED, len(tables.data) - 1):  # one cause, so one line
+        message = f"{len(absent)} of {len(tables.data)} data files are not there, such as {absent[0]}; copy data/ again"
+        raise DatasetError(f"data set {tables.root}: {message}", "file missing")
     files = _opened(list(tables.data), with_episodes=False)
     length = np.array([n if file is None else file.rows for n, file in zip(tables.length, files, strict=True)])
     found += [

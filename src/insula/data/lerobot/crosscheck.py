@@ -89,6 +89,7 @@ def tasks(known: Tasks, episodes: Episodes, start: int, numbers: np.ndarray) -> 
         way = f"task_index {numbered[0]}" if numbered else "another task_index"
         message = (
             f"the rows have task_index {known.number[at]}, which is {shown(text)}, the episode table says "
-            f"{shown(list(told))}: write {shown([text])} into the table, or {way} into the rows"
+            f"{shown(list(told))}: write {shown([text])} into the table, or {way} into the rows "
+            "(insula data convert --tasks-from rows, or episodes, does that)"
         )
         yield Contradiction("tasks differ", message, None, int(episodes.number[e]), fatal=True)

@@ -33,7 +33,7 @@ REMEDIES = METADATA | {
     "not listed": "add its entry to meta/, or leave it: it is not read",
     "wrong place": "write the numbers above into the episode table",
     "numbering": "nothing needs to be done; insula data convert renumbers",
-    "tasks differ": "correct the side that is wrong; insula data convert --tasks-from rows or episodes writes it anew",
+    "tasks differ": "decide which side is right, and have the other one written anew",
     "null": "remove the episode, or fill the values in",
     "file missing": "copy the file again",
     "file damaged": "copy the file again, or remove its episodes",

@@ -15,6 +15,7 @@ from insula.files import JSON_LIMIT, TEXT_LIMIT, lfs_size_of, parse_json, read_b
 FAULTS = {
     "git lfs": "the files were cloned without their contents: run git lfs install and git lfs pull in the data set",
     "empty file": "the copy broke off: copy the file again",
+    "web page": "download the file again, signed in where its source asks for it",
     "encoding": "save the file as UTF-8",
     "other version": "correct codebase_version in meta/info.json",
 }
@@ -36,6 +37,8 @@ def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
         raise DatasetError(f"{error}; restore it from the data set's source") from None
     if (size := lfs_size_of(raw)) is not None:
         raise DatasetError(lfs_message(path, size), "git lfs")
+    if is_web_page(raw):
+        raise DatasetError(f"{path}: is a web page, not the file itself; download it again", "web page")
     if not raw.strip():
         raise DatasetError(f"{path}: is empty ({len(raw)} bytes){_empty_too(path)}; copy meta/ again", "empty file")
     try:
@@ -50,6 +53,11 @@ def lfs_message(path: Path, size: int) -> str:
         f"{path}: is a Git LFS pointer, not the file itself ({size:,} bytes); run git lfs install, then git lfs pull "
         "where the data set was cloned"
     )
+
+
+def is_web_page(raw: bytes) -> bool:
+    """What a download leaves where its source wanted somebody to sign in."""
+    return raw[:64].lstrip().lower().startswith((b"<!doctype html", b"<html"))
 
 
 def _empty_too(path: Path) -> str:

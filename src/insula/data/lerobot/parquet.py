@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from insula.data.lerobot.metadata import MANY, lfs_message, shown
+from insula.data.lerobot.metadata import MANY, is_web_page, lfs_message, shown
 from insula.errors import DatasetError, FileError, did_you_mean
 from insula.files import MIB, lfs_size
 
@@ -37,6 +37,9 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     size = path.stat().st_size
     if not size:
         raise DatasetError(f"{path}: is empty (0 bytes); copy the file again", "empty file")
+    with path.open("rb") as start:
+        if is_web_page(start.read(64)):
+            raise DatasetError(f"{path}: is a web page, not the file itself; download it again", "web page")
     try:
         file = pq.ParquetFile(path, memory_map=True)
     except (pa.ArrowException, OSError) as error:

@@ -63,6 +63,7 @@ class LeRobotWriter:
         self._tasks: dict[str, int] = {}
         self._episodes = 0
         self._pending: list[dict[str, Any]] = []
+        self._videos: dict[str, dict[Path, int]] = {}
         self._episode_table: pq.ParquetWriter | None = None
         self._columns: dict[str, list[np.ndarray]] = {k: [] for k, f in self._all_features() if f.is_numeric}
         self._histograms = {k: np.zeros((3, 256), np.int64) for k, f in self._all_features() if f.is_camera}
@@ -117,7 +118,7 @@ class LeRobotWriter:
                 "dataset_to_index": self._frames + steps,
                 "meta/episodes/chunk_index": 0,
                 "meta/episodes/file_index": 0,
-                **self._copy_videos(values, episode),
+                **self._copy_videos(values),
                 **{f"stats/{k}/{name}": v.tolist() for k, s in self._note(values).items() for name, v in s.items()},
             }
         )
@@ -202,17 +203,22 @@ class LeRobotWriter:
         self._rows.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
         return self._file
 
-    def _copy_videos(self, values: Mapping[str, Any], episode: int) -> dict[str, Any]:
-        """A file for each episode and camera; where they are, for the episode table."""
+    def _copy_videos(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Each file once, however many episodes it shows; where they are, for the episode table."""
         row: dict[str, Any] = {}
         for key, video in values.items():
-            if isinstance(video, EncodedVideo):
-                place = {"chunk_index": episode // 1000, "file_index": episode % 1000}
+            if not isinstance(video, EncodedVideo):
+                continue
+            copied = self._videos.setdefault(key, {})
+            is_new = video.path not in copied
+            number = copied.setdefault(video.path, len(copied))
+            place = {"chunk_index": number // 1000, "file_index": number % 1000}
+            if is_new:
                 path = self._partial / VIDEO_PATH.format(video_key=key, **place)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(video.path, path)
-                times = {"from_timestamp": 0.0, "to_timestamp": video.frames / self.fps}
-                row |= {f"videos/{key}/{name}": value for name, value in (place | times).items()}
+            times = {"from_timestamp": video.start, "to_timestamp": video.start + video.frames / self.fps}
+            row |= {f"videos/{key}/{name}": value for name, value in (place | times).items()}
         return row
 
     def _write_pending(self) -> None:

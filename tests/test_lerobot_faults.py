@@ -508,6 +508,18 @@ def test_git_lfs_pointers_are_recognized(old: Path, name: str) -> None:
     assert "5,145 bytes" in found["git lfs"].message
 
 
+@pytest.mark.parametrize("write", [v21, v30])
+def test_a_clone_without_git_lfs_is_one_line(write: Callable, tmp_path: Path) -> None:
+    root = write(tmp_path / "set", video=False)
+    files = list((root / "data").rglob("*.parquet"))
+    for path in files:
+        path.write_text(LFS)
+    found = examine(root)
+    assert len(found) == 1 and f"{len(files)} of {len(files)} data files are Git LFS pointers" in found[0].message
+    with pytest.raises(DatasetError, match="git lfs pull"):
+        convert(root, tmp_path / "made")
+
+
 @pytest.mark.parametrize("name", ["meta/info.json", "meta/tasks.jsonl", OLD])
 def test_web_pages_in_place_of_files_are_recognized(old: Path, name: str) -> None:
     (old / name).write_text("<!DOCTYPE html><html><body>Sign in</body></html>")

@@ -19,6 +19,7 @@ from insula.data.lerobot.parquet import open_parquet, read_columns
 from insula.data.lerobot.places import Episodes, Places, Spans
 from insula.data.lerobot.tables import FILE_COLUMNS, Tables
 from insula.errors import DatasetError, did_you_mean
+from insula.files import lfs_size
 
 ABSENT_LISTED = 1000
 """Up to this many data files that are not there are listed one by one, unless it is all of them."""
@@ -68,7 +69,9 @@ def _count_v2(tables: Tables) -> Counted:
     if len(absent) > min(ABSENT_LISTED, len(tables.data) - 1):  # one cause, so one line
         message = f"{len(absent)} of {len(tables.data)} data files are not there, such as {absent[0]}; copy data/ again"
         raise DatasetError(f"data set {tables.root}: {message}", "file missing")
-    files = _opened(list(tables.data), with_episodes=False)
+    paths = list(tables.data)
+    files = _opened(paths, with_episodes=False)
+    _refuse_pointers(tables.root, paths, files)
     length = np.array([n if file is None else file.rows for n, file in zip(tables.length, files, strict=True)])
     found += [
         Contradiction(
@@ -138,7 +141,9 @@ def _count_v3(tables: Tables) -> Counted:
     assert tables.first is not None
     there = tables.data.on_disk()
     keys = list(there)
-    files = _opened([there[key] for key in keys], with_episodes=True)
+    paths = list(there.values())
+    files = _opened(paths, with_episodes=True)
+    _refuse_pointers(tables.root, paths, files)
     columns = next((file.columns for file in files if file is not None), None)
     told = _as_told(tables, columns)
     known = [file for file in files if file is not None and file.number is not None]
@@ -259,6 +264,18 @@ def _opened(paths: list[Path], with_episodes: bool) -> list[_File | None]:
         return [_look(path, with_episodes) for path in paths]
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(lambda path: _look(path, with_episodes), paths))
+
+
+def _refuse_pointers(root: Path, paths: list[Path], files: list[_File | None]) -> None:
+    """Of a clone without Git LFS every data file is a pointer: one cause, so one line."""
+    unopened = [path for path, file in zip(paths, files, strict=True) if file is None]
+    pointers = [path for path in unopened if path.is_file() and lfs_size(path) is not None]
+    if len(pointers) > 1:
+        raise DatasetError(
+            f"data set {root}: {len(pointers)} of {len(paths)} data files are Git LFS pointers, not the files "
+            f"themselves, such as {pointers[0]}; run git lfs install, then git lfs pull where it was cloned",
+            "git lfs",
+        )
 
 
 def _look(path: Path, with_episodes: bool) -> _File | None:

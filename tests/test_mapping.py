@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import lerobot_files
+import pyarrow.parquet as pq
 import pytest
 
 from insula.data.describe import describe, pair_cameras
@@ -157,9 +158,16 @@ def test_unused_cameras_are_said_and_odd_columns_found(tmp_path: Path) -> None:
     features = raw["features"]
     features["observation.images.side"] = features["observation.images.front"]
     features["observation.joints"] = features.pop("observation.state")
+    features["observation.tactile"] = {"dtype": "float8", "shape": [4]}
     path.write_text(json.dumps(raw))
+    for file in (root / "data").rglob("*.parquet"):
+        table = pq.read_table(file)
+        table = table.append_column("observation.images.side", table["observation.images.front"])
+        names = [name.replace("observation.state", "observation.joints") for name in table.column_names]
+        pq.write_table(table.rename_columns(names), file)
     text = describe(root, ("front",))
     assert "# not used: observation.images.side" in text and 'state = ["observation.joints"]' in text
+    assert '# cannot be read: "observation.tactile": dtype is "float8"' in text
     features.pop("action")
     path.write_text(json.dumps(raw))
     with pytest.raises(DatasetError, match=r"no column is called 'action' or like it; its numbers: observation.joints"):

@@ -283,18 +283,22 @@ def data_fit_fast(
 
 
 def data_convert(
-    source: tyro.conf.Positional[Path], destination: tyro.conf.Positional[Path], overwrite: bool = False
+    source: tyro.conf.Positional[Path],
+    destination: tyro.conf.Positional[Path],
+    overwrite: bool = False,
+    tasks_from: Literal["rows", "episodes"] | None = None,
 ) -> None:
-    """Write a data set (v2.1) anew as v3.0: the same rows and pictures, true global statistics.
+    """Write a data set (v2.1 or v3.0) anew as v3.0: the same rows and pictures, true global statistics.
 
     Args:
         source: A LeRobot data set.
         destination: A new folder.
         overwrite: Replace what is there.
+        tasks_from: Whom to believe where the rows mean another task than the episode table says.
     """
     from insula.data.lerobot.conversion import convert as run
 
-    done = run(source, destination, overwrite=overwrite)
+    done = run(source, destination, overwrite=overwrite, tasks_from=tasks_from)
     print(f"{len(done.episodes)} episodes, {len(done)} frames, {done.info.codebase_version}: {destination}")
 
 

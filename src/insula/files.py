@@ -1,18 +1,85 @@
-"""JSON files, as this package writes and reads them."""
+"""Files as this package reads and writes them: regular files only, of bounded size, in UTF-8."""
 
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
-from insula.errors import InputError
+from insula.errors import FileError, InputError, MissingFileError
+
+MIB = 2**20
+TEXT_LIMIT = 64 * MIB
+"""The largest file of JSON lines."""
+JSON_LIMIT = 8 * MIB
+"""The largest text parsed as one JSON value, which may take forty times its size in memory."""
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+
+
+def regular_size(path: Path) -> int:
+    """The size of a file in bytes. Raises MissingFileError, or FileError for whatever is no regular file: reading a
+    pipe would wait for ever, reading a device never end."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise MissingFileError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "a device")
+        raise FileError(f"{path}: is {kind}, expected a file")
+    return status.st_size
+
+
+def read_bytes(path: Path, limit: int = TEXT_LIMIT) -> bytes:
+    """All of a regular file of at most `limit` bytes. Raises MissingFileError or FileError."""
+    size = regular_size(path)
+    if size > limit:
+        raise FileError(f"{path}: has {size / MIB:.0f} MiB, at most {limit / MIB:g} MiB are read")
+    try:
+        with path.open("rb") as file:
+            return file.read(limit)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def lfs_size(path: Path) -> int | None:
+    """The size of the real file where `path` is only a Git LFS pointer to it, else None."""
+    if regular_size(path) > 1024:
+        return None
+    return lfs_size_of(read_bytes(path, 1024))
+
+
+def lfs_size_of(raw: bytes) -> int | None:
+    if not raw.startswith(LFS_POINTER):
+        return None
+    sizes = [line[5:] for line in raw.split(b"\n") if line.startswith(b"size ")]
+    return int(sizes[0]) if sizes and sizes[0].isdigit() and len(sizes[0]) < 20 else 0
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The JSON value of `text`. Raises InputError naming `where`."""
+    if len(text) > JSON_LIMIT:
+        raise InputError(f"{where}: {len(text) / MIB:.0f} MiB of JSON in one value, at most {JSON_LIMIT / MIB:g} MiB")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error})") from None
+    except RecursionError:
+        raise InputError(f"{where}: not usable as JSON (nested too deeply)") from None
+    except ValueError:  # Python's own limit on the digits of an integer
+        raise InputError(f"{where}: not usable as JSON (a number of more than 4300 digits)") from None
 
 
 def read_json(path: Path, *needed: str) -> dict[str, Any]:
-    """A JSON object with at least the keys `needed`. Raises FileNotFoundError, or ValueError naming the file and what
-    is wrong in it."""
+    """A JSON object with at least the keys `needed`. Raises MissingFileError, FileError, or InputError naming the file
+    and what is wrong in it."""
+    raw = read_bytes(path, JSON_LIMIT)
+    if lfs_size_of(raw) is not None:
+        raise InputError(f"{path}: a Git LFS pointer, not the file itself; run git lfs pull where it was cloned")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = parse_json(raw.decode("utf-8-sig"), str(path))
+    except UnicodeDecodeError as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
@@ -24,4 +91,5 @@ def read_json(path: Path, *needed: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
+    """`content` as indented JSON, numbers and texts as they are."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -25,7 +25,7 @@ def describe(root: Path, cameras: tuple[str, ...]) -> str:
     name = plain_name(root.resolve().name)
     dims = {"state": _dims(info, state), "action": _dims(info, actions)}
     sizes = " ".join(f"--model.{part}-dim {dim}" for part, dim in dims.items() if dim)
-    texts = [key for key, feature in info.features.items() if feature.dtype == "string"]
+    texts = [key for key, feature in info.features.items() if feature.is_text]
     kind = info.robot_type or "unknown robot"
     lines = [
         f"# {kind}: {info.total_episodes} episodes, {info.total_frames} frames at {info.fps} fps, "
@@ -53,6 +53,8 @@ def describe(root: Path, cameras: tuple[str, ...]) -> str:
             lines.append(f"# {camera}: no camera is left for it; the model gets a masked one")
     unused = [key for key, feature in info.features.items() if feature.is_camera and key not in paired.values()]
     lines += [f"# not used: {key}" for key in unused]
+    broken = {key: feature.problem for key, feature in info.features.items() if feature.problem is not None}
+    lines += [f"# cannot be read: {_text(key)}: {' '.join(problem.split())}" for key, problem in broken.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -31,12 +31,13 @@ class EncodedImages:
 
 @dataclass(frozen=True)
 class EncodedVideo:
-    """The `frames` of one camera as a video file that starts with the first; the other fields as above."""
+    """The `frames` of one camera as a part of a video file, the first at `start` seconds; the other fields as above."""
 
     path: Path
     frames: int
     histogram: np.ndarray
     size: tuple[int, int]
+    start: float = 0.0
 
     def __len__(self) -> int:
         return self.frames

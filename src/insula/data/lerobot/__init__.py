@@ -8,7 +8,7 @@ data/chunk-000/file-000.parquet             a row per frame, a row group per epi
 videos/CAMERA/chunk-000/file-000.mp4        cameras stored as video, which have no column in the rows
 """
 
-from insula.data.lerobot.layout import Episodes
+from insula.data.lerobot.places import Episodes
 from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.lerobot.writer import LeRobotWriter
 

@@ -1,8 +1,10 @@
 """`insula data convert`: any LeRobot data set we read, written anew as v3.0 with true global statistics.
 
-Images keep their bytes and videos their files, so no picture is coded twice.
+Images keep their bytes and videos their files, so no picture is coded twice. Episodes, frames and tasks are numbered
+from 0 without gaps, and what the format cannot hold is left out; both are said.
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,41 +12,70 @@ from typing import Any
 import numpy as np
 
 from insula.data.images import EncodedImages, EncodedVideo, histogram
-from insula.data.lerobot.info import BOOKKEEPING
-from insula.data.lerobot.reader import LeRobotDataset
+from insula.data.lerobot.info import BOOKKEEPING, Feature
+from insula.data.lerobot.reader import LeRobotDataset, TasksFrom
 from insula.data.lerobot.video import TOLERANCE
 from insula.data.lerobot.writer import LeRobotWriter, Values
 from insula.errors import DatasetError
 
+log = logging.getLogger(__name__)
+RATE_TOLERANCE = 0.05
+"""How far, relative to fps, the frames of a data set of images may be apart on average. A recorder's clock jitters;
+another rate is a mistake."""
 SAMPLED_FRAMES = 64
 """Of a camera and episode, evenly spread: what its pixel statistics are made of."""
 
 
 def convert(
-    source: Path, destination: Path, *, overwrite: bool = False, progress: Callable[[int], Any] | None = None
+    source: Path,
+    destination: Path,
+    *,
+    overwrite: bool = False,
+    tasks_from: TasksFrom | None = None,
+    progress: Callable[[int], Any] | None = None,
 ) -> LeRobotDataset:
-    """Write the data set at `source` as v3.0. `progress` is called with the episodes written so far.
+    """Write the data set at `source` as v3.0. `progress` is called with the episodes written so far; `tasks_from` says
+    whom to believe where the rows mean another task than the episode table.
 
-    Raises DatasetError where the source is damaged, its timestamps are not at multiples of 1 / fps (v3.0 readers count
-    on that), or the destination holds something and `overwrite` is not set.
+    Raises DatasetError where the source is damaged, the timestamps of its videos are not at multiples of 1 / fps (v3.0
+    readers count on that), or the destination holds something and `overwrite` is not set.
     """
-    dataset = LeRobotDataset(source, cache_bytes=0)
+    dataset = LeRobotDataset(source, cache_bytes=0, tasks_from=tasks_from)
     _check_timestamps(dataset)
-    features = {name: feature for name, feature in dataset.features.items() if name not in BOOKKEEPING}
-    with LeRobotWriter(destination, dataset.fps, features, dataset.info.robot_type, overwrite=overwrite) as writer:
+    features = {}
+    for name, feature in dataset.features.items():
+        if why := _cannot_be_written(name, feature):
+            log.warning("data set %s: %r is left out: %s", source, name, why)
+        elif name not in BOOKKEEPING:
+            features[name] = feature
+
+    options: dict[str, Any] = {"overwrite": overwrite, "keep_non_finite": True}
+    with LeRobotWriter(destination, dataset.fps, features, dataset.info.robot_type, **options) as writer:
         for episode in range(len(dataset.episodes)):
             frames = np.arange(dataset.episodes.start[episode], dataset.episodes.stop[episode])
             texts = [dataset.tasks[i] for i in dataset.column("task_index")[frames]]
             writer.add_episode({name: _values(dataset, name, frames) for name in features}, texts)
             if progress:
                 progress(episode + 1)
+    if writer.non_finite:
+        log.warning("data set %s: %d values are NaN or infinite, and are kept as they are", source, writer.non_finite)
     return LeRobotDataset(destination)
+
+
+def _cannot_be_written(name: str, feature: Feature) -> str | None:
+    if feature.problem is not None:
+        return feature.problem
+    if not name or "/" in name:
+        return "a name must not be empty nor contain '/'"
+    if not feature.is_camera and len(feature.shape) != 1:
+        return f"shape is {list(feature.shape)}, only lists of numbers are written"
+    return None
 
 
 def _values(dataset: LeRobotDataset, name: str, frames: np.ndarray) -> Values:
     feature = dataset.features[name]
     if feature.dtype == "string":
-        return dataset.texts(name)[frames[0] : frames[-1] + 1]
+        return dataset.nullable_texts(name)[frames[0] : frames[-1] + 1]
     if not feature.is_camera:
         return dataset.column(name)[frames]
     sampled = frames[np.unique(np.linspace(0, len(frames) - 1, SAMPLED_FRAMES).astype(int))]
@@ -52,17 +83,43 @@ def _values(dataset: LeRobotDataset, name: str, frames: np.ndarray) -> Values:
     if feature.dtype == "image":
         return EncodedImages(tuple(dataset.encoded_images(name, frames)), counts, feature.size)
     clip = dataset.clip(name, int(dataset.episodes.of_frame(frames[:1])[0]))
-    if clip.start:
-        raise DatasetError(f"{clip.path}: holds several episodes, so it is v3.0 already; nothing to convert")
-    return EncodedVideo(clip.path, len(frames), counts, feature.size)
+    return EncodedVideo(clip.path, len(frames), counts, feature.size, clip.start)
 
 
 def _check_timestamps(dataset: LeRobotDataset) -> None:
+    if not dataset.info.videos:
+        _check_rate(dataset)
+        return
     step = np.concatenate([np.arange(n) for n in dataset.episodes.length])
     off = np.abs(dataset.column("timestamp") - step / dataset.fps)
+    off[~np.isfinite(off)] = np.inf
     if off.max() > TOLERANCE:
         episode, frame = dataset.episodes.locate(int(off.argmax()))
         raise DatasetError(
             f"data set {dataset.root}: episode {episode}, frame {frame} lies {off.max():.4f} s from a multiple of "
             f"1 / fps ({dataset.fps}); correct fps or the timestamps"
         )
+
+
+def _check_rate(dataset: LeRobotDataset) -> None:
+    """Pictures need no clock: their timestamps are written anew, unless they say that fps is wrong."""
+    try:
+        times = dataset.column("timestamp").astype(np.float64)
+    except DatasetError as error:
+        if error.fault not in ("null", "wrong dtype", "wrong shape"):
+            raise
+        log.warning("%s; timestamps are written anew, as frame_index / fps", error)
+        return
+    within = np.ones(max(len(times) - 1, 0), bool)
+    within[dataset.episodes.stop[:-1] - 1] = False
+    apart = np.diff(times)[within]
+    apart = apart[np.isfinite(apart) & (apart > 0)]
+    if len(apart) and abs(np.median(apart) * dataset.fps - 1) > RATE_TOLERANCE:
+        raise DatasetError(
+            f"data set {dataset.root}: frames are {np.median(apart):.4f} s apart, but fps is {dataset.fps}: write "
+            f'"fps": {1 / np.median(apart):.4g} into meta/info.json, or correct the timestamps'
+        )
+    episode = dataset.episodes.of_frame(np.arange(len(dataset)))
+    off = np.abs(times - (np.arange(len(dataset)) - dataset.episodes.start[episode]) / dataset.fps)
+    if not (off <= TOLERANCE).all():
+        log.warning("data set %s: timestamps are written anew, as frame_index / fps", dataset.root)

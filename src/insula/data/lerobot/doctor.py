@@ -11,25 +11,37 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from insula.data.images import decode_image
+from insula.data.lerobot import crosscheck, rows
 from insula.data.lerobot.info import BOOKKEEPING, Feature
-from insula.data.lerobot.layout import Layout, Span, open_parquet, read_layout
+from insula.data.lerobot.layout import Layout, read_layout
+from insula.data.lerobot.metadata import FAULTS as METADATA
+from insula.data.lerobot.parquet import open_parquet, read_columns
+from insula.data.lerobot.places import Span
 from insula.data.lerobot.video import TOLERANCE, VideoReader
 from insula.errors import DatasetError
 
-REMEDIES = {
+REMEDIES = METADATA | {
     "metadata": "restore meta/ from the data set's source, or record again",
     "path outside": "correct data_path and video_path in meta/info.json: they must stay below the data set",
-    "empty episode": "remove the episode and count the others anew",
+    "empty episode": "take its entry out of meta/, or copy its data file again",
+    "cannot be read": "nothing needs to be done unless a mapping names it; insula data convert leaves it out",
+    "names": "correct the names in meta/info.json, or leave them: dimensions are then called by number",
+    "totals": "write the number above into meta/info.json",
+    "episode repeated": "leave one entry of it in meta/",
+    "not listed": "add its entry to meta/, or leave it: it is not read",
+    "wrong place": "write the numbers above into the episode table",
+    "numbering": "nothing needs to be done; insula data convert renumbers",
+    "tasks differ": "decide which side is right, and have the other one written anew",
+    "null": "remove the episode, or fill the values in",
     "file missing": "copy the file again",
     "file damaged": "copy the file again, or remove its episodes",
     "column missing": "remove the feature from meta/info.json, or restore the column",
     "wrong dtype": "correct the feature in meta/info.json, or convert the column",
     "wrong shape": "correct the feature's shape in meta/info.json, or record again",
-    "row count": "the file and the episode table are from different states: restore both from one copy",
-    "index gap": "renumber index, frame_index and episode_index without gaps",
+    "row count": "write the length above into the episode table, or restore file and table from one copy",
+    "index gap": "rows are missing or out of order: restore the file, or renumber its rows",
     "task index": "add the task to the task table, or correct task_index",
     "timestamps": "correct fps in meta/info.json, or write timestamps as frame_index / fps",
     "not finite": "remove the episode, or mend the sensor's values",
@@ -41,7 +53,6 @@ REMEDIES = {
     "duplicate episode": "remove one of the two, or it counts double in training",
 }
 """Every fault the doctor knows."""
-EPISODE_COLUMNS = ("index", "frame_index", "episode_index")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +97,13 @@ class _Examination:
         self.videos = VideoReader()
 
     def findings(self) -> Iterator[Finding]:
+        for found in self.layout.contradictions:
+            yield Finding(found.fault, found.message, found.file, found.episode, found.frame)
+        for name, feature in self.layout.info.features.items():
+            if feature.problem is not None:
+                yield Finding("cannot be read", f"{name!r}: {feature.problem}", "meta/info.json")
+            if feature.names_problem is not None:
+                yield Finding("names", f"{name!r}: {feature.names_problem}", "meta/info.json")
         for span in self.layout.spans:
             yield from self._data_file(span)
         for key in self.layout.clips:
@@ -98,28 +116,37 @@ class _Examination:
     def _data_file(self, span: Span) -> Iterator[Finding]:
         file = str(span.path.relative_to(self.layout.root))
         try:
-            table = open_parquet(span.path).read()
-        except (DatasetError, pa.ArrowException, OSError) as error:
-            yield Finding("file damaged" if span.path.is_file() else "file missing", str(error), file)
+            opened = open_parquet(span.path)
+        except DatasetError as error:
+            yield Finding(error.fault, str(error), file)
             return
-        if len(table) != span.stop - span.start:
+        if opened.metadata.num_rows != span.stop - span.start:
             promised = span.stop - span.start
-            yield Finding("row count", f"holds {len(table)} rows, the episode table promises {promised}", file)
+            yield Finding(
+                "row count", f"holds {opened.metadata.num_rows} rows, the episode table promises {promised}", file
+            )
             return
         known = {}
         for name, feature in self.layout.info.features.items():
-            if feature.dtype == "video":
+            if feature.dtype == "video" or feature.problem is not None:
                 continue
-            if name not in table.column_names:
-                yield Finding("column missing", f"no column {name!r}, which meta/info.json lists", file)
-            elif feature.dtype == "image":
-                yield from self._images(table[name], name, feature, span, file)
+            if name not in opened.schema_arrow.names:
+                if name not in BOOKKEEPING:
+                    yield Finding("column missing", f"no column {name!r}, which meta/info.json lists", file)
+                continue
+            try:
+                column = read_columns(opened, [name], span.path)[name]
+            except DatasetError as error:
+                yield Finding(error.fault, str(error), file)
+                continue
+            if feature.dtype == "image":
+                yield from self._images(column, name, feature, span, file)
             elif feature.is_numeric:
-                values = _numbers(table[name], feature)
+                values = rows.numbers(column, feature)
                 if isinstance(values, np.ndarray):
                     known[name] = values
                 else:
-                    yield Finding(values[0], f"{name!r} {values[1]}", file)
+                    yield self._bad_rows(values, name, span, file)
         yield from self._bookkeeping(known, span, file)
         for name, values in known.items():
             yield from self._finite(name, values, span, file)
@@ -128,21 +155,16 @@ class _Examination:
         yield from self._duplicates(known, span, file)
 
     def _bookkeeping(self, known: dict[str, np.ndarray], span: Span, file: str) -> Iterator[Finding]:
+        found = crosscheck.numbering(self.layout.episodes, span.start, known)
+        for one in found:
+            yield Finding(one.fault, one.message, file, one.episode, one.frame)
+        if "task_index" in known:
+            layout = self.layout
+            for one in crosscheck.tasks(layout.task_table, layout.episodes, span.start, known["task_index"]):
+                yield Finding(one.fault, one.message, file, one.episode, one.frame)
         frames = np.arange(span.start, span.stop)
         episode = self.layout.episodes.of_frame(frames)
         step = frames - self.layout.episodes.start[episode]
-        expected = {"index": frames, "frame_index": step, "episode_index": episode}
-        for name in EPISODE_COLUMNS:
-            if name in known and len(wrong := np.flatnonzero(known[name] != expected[name])):
-                row = int(wrong[0])
-                message = f"{name} is {known[name][row]}, expected {expected[name][row]} ({len(wrong)} such rows)"
-                yield Finding("index gap", message, file, int(episode[row]), int(step[row]))
-        if "task_index" in known:
-            task, count = known["task_index"], len(self.layout.tasks)
-            if len(wrong := np.flatnonzero((task < 0) | (task >= count))):
-                row = int(wrong[0])
-                message = f"task_index is {task[row]}, the task table has 0 to {count - 1} ({len(wrong)} such rows)"
-                yield Finding("task index", message, file, int(episode[row]), int(step[row]))
         if "timestamp" in known:
             off = np.abs(known["timestamp"] - step / self.layout.info.fps)
             off[~np.isfinite(off)] = np.inf
@@ -152,7 +174,11 @@ class _Examination:
                     f"timestamp is {known['timestamp'][row]:.4f} s, at {fps} fps expected {step[row] / fps:.4f} s "
                     f"({len(wrong)} such rows)"
                 )
-                yield Finding("timestamps", message, file, int(episode[row]), int(step[row]))
+                yield Finding("timestamps", message, file, *self.layout.episodes.locate(span.start + row))
+
+    def _bad_rows(self, bad: rows.BadRows, name: str, span: Span, file: str) -> Finding:
+        place = self.layout.episodes.locate(span.start + bad.row) if bad.row is not None else (None, None)
+        return Finding(bad.fault, f"{name!r} {bad.message}", file, *place)
 
     def _finite(self, name: str, values: np.ndarray, span: Span, file: str) -> Iterator[Finding]:
         if values.dtype.kind != "f":
@@ -177,7 +203,8 @@ class _Examination:
             fingerprint = b"".join(np.ascontiguousarray(values[rows]).tobytes() for values in numbers)
             twin = self.fingerprints.setdefault(fingerprint, episode)
             if twin != episode:
-                yield Finding("duplicate episode", f"has the same numbers as episode {twin}", file, episode)
+                number, twin = int(episodes.number[episode]), int(episodes.number[twin])
+                yield Finding("duplicate episode", f"has the same numbers as episode {twin}", file, number)
 
     # --- pictures ----------------------------------------------------------------------------------------------------
 
@@ -185,10 +212,10 @@ class _Examination:
         return np.arange(length) if self.every_frame else np.unique([0, length // 2, length - 1])
 
     def _images(self, column: pa.ChunkedArray, name: str, feature: Feature, span: Span, file: str) -> Iterator[Finding]:
-        if not pa.types.is_struct(column.type) or column.type.get_field_index("bytes") < 0:
-            yield Finding("wrong dtype", f"{name!r} is {column.type}, expected images as {{bytes, path}}", file)
+        files = rows.image_files(column)
+        if isinstance(files, rows.BadRows):
+            yield self._bad_rows(files, name, span, file)
             return
-        files = pc.struct_field(column, "bytes")
         episodes = self.layout.episodes
         for episode in episodes.between(span.start, span.stop):
             first = int(episodes.start[episode]) - span.start
@@ -197,17 +224,18 @@ class _Examination:
                     decode_image(files[first + step].as_py() or b"", feature.size, repr(name))
                 except DatasetError as error:
                     fault = "wrong shape" if "height×width" in str(error) else "unreadable image"
-                    yield Finding(fault, str(error), file, episode, step)
+                    yield Finding(fault, str(error), file, int(episodes.number[episode]), step)
                     break  # one of an episode says enough
 
     def _camera(self, key: str) -> Iterator[Finding]:
         fps, size = self.layout.info.fps, self.layout.info.features[key].size
-        for episode, clip in enumerate(self.layout.clips[key]):
+        for position, clip in enumerate(self.layout.clips[key]):
+            episode = int(self.layout.episodes.number[position])
             file = str(clip.path.relative_to(self.layout.root))
             if not clip.path.is_file():
                 yield Finding("file missing", f"{key!r} has no video here", file, episode)
                 continue
-            length = int(self.layout.episodes.length[episode])
+            length = int(self.layout.episodes.length[position])
             steps = self._look_at(length)
             try:
                 there = self.videos.times(clip.path)
@@ -264,21 +292,3 @@ class _Examination:
                     message = f"{which} of {name!r} is {got.round(4).tolist()}, the rows give {value.round(4).tolist()}"
                     yield Finding("statistics", message, file)
                     break
-
-
-def _numbers(column: pa.ChunkedArray, feature: Feature) -> np.ndarray | tuple[str, str]:
-    """[rows, *shape], or the fault and what it is."""
-    rows, values = len(column), column.combine_chunks()
-    while isinstance(values, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
-        values = values.flatten()
-    try:
-        array = values.to_numpy(zero_copy_only=False)
-        compatible = array.dtype.kind in "biuf" and np.can_cast(array.dtype, feature.dtype, "same_kind")
-    except (pa.ArrowException, TypeError):
-        compatible = False
-    if not compatible:
-        return "wrong dtype", f"is {values.type}, meta/info.json says {feature.dtype}"
-    if values.null_count or len(values) != rows * int(np.prod(feature.shape)):
-        per_row = f"{len(values) - values.null_count} values in {rows} rows"
-        return "wrong shape", f"has {per_row}, meta/info.json says {list(feature.shape)} in each"
-    return array.reshape(rows, *(() if feature.shape == (1,) else feature.shape))

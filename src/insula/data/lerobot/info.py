@@ -5,12 +5,13 @@
     "observation.state": {"dtype": "float32", "shape": [5], "names": ["x", "y", "z", "yaw", "opening"]}, ...}}
 """
 
-import json
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from insula.data.lerobot.metadata import read_object, shown, visible
 from insula.errors import DatasetError, did_you_mean
 
 VERSION = "v3.0"
@@ -19,24 +20,42 @@ READABLE = ("v2.0", "v2.1", VERSION)
 NUMERIC = ("float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")
 DTYPES = (*NUMERIC, "string", "image", "video")
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+VALUES_LIMIT = 2**20
+"""Numbers of one column in one frame: more is a picture written as numbers, or a shape that cannot be meant."""
+PIXELS_LIMIT = 2**26
+FPS_LIMITS = (1e-6, 1e6)
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 
 
 @dataclass(frozen=True)
 class Feature:
-    """One column: `dtype` (numpy's, "string", "image" or "video"), the `shape` of one frame, names of its parts."""
+    """One column: `dtype` (numpy's, "string", "image" or "video"), the `shape` of one frame, names of its parts.
+
+    `names` has one name for each number of a frame (of a camera: for each axis), or is None. What meta/info.json says
+    instead, and that it is left aside, is in `names_problem`. A feature with a `problem` cannot be read, and the
+    problem says why; it is neither camera nor numbers, and matters to nobody who does not ask for it.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     names: tuple[str, ...] | None = None
+    problem: str | None = field(default=None, compare=False)
+    names_problem: str | None = field(default=None, compare=False)
 
     @property
     def is_camera(self) -> bool:
-        return self.dtype in ("image", "video")
+        """Whether frames of it can be shown."""
+        return self.dtype in ("image", "video") and self.problem is None
 
     @property
     def is_numeric(self) -> bool:
-        return self.dtype in NUMERIC
+        """Whether it can be read as numbers."""
+        return self.dtype in NUMERIC and self.problem is None
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it can be read as texts."""
+        return self.dtype == "string" and self.problem is None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -82,7 +101,7 @@ class Info:
     @property
     def videos(self) -> tuple[str, ...]:
         """Cameras stored as video."""
-        return tuple(name for name, feature in self.features.items() if feature.dtype == "video")
+        return tuple(name for name, feature in self.features.items() if feature.dtype == "video" and feature.is_camera)
 
     def to_json(self) -> dict[str, Any]:
         """Every key LeRobot writes, in its order."""
@@ -106,69 +125,121 @@ class Info:
 def read_info(root: Path) -> Info:
     """Read `root/meta/info.json`. Raises DatasetError naming the key that is missing or wrong."""
     path = root / "meta" / "info.json"
-    if not root.is_dir():
+    if not _is_folder(root):
         raise DatasetError(f"data set: no directory {root}; check the path, or make one with `insula collect`")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_object(path)
     except FileNotFoundError:
-        found = ", ".join(sorted(p.name for p in root.iterdir())) or "nothing"
+        found = ", ".join(entry.name for entry in visible(root)[:20]) or "nothing"
         raise DatasetError(
             f"data set {root}: no meta/info.json; expected the root of a LeRobot data set, found {found}"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise DatasetError(f"{path}: not readable as JSON ({e}); restore it from the data set's source") from None
-    if not isinstance(raw, dict):
-        raise DatasetError(f"{path}: got a JSON {type(raw).__name__}, expected an object (codebase_version, fps, ...)")
     return parse_info(raw, str(path))
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name that is too long, or holds a null byte
+        return False
+
+
 def parse_info(raw: Mapping[str, Any], where: str) -> Info:
-    """`raw` as Info. Keys that later versions of the format add are left aside; known ones must be right."""
+    """`raw` as Info. Keys that later versions of the format add are left aside; known ones must be right. A feature
+    that cannot be read is kept with its problem."""
     version = _get(raw, "codebase_version", str, where)
     if version not in READABLE:
-        raise DatasetError(f"{where}: codebase_version is {version!r}, this reader knows {', '.join(READABLE)}")
-    features = {k: parse_feature(v, f"{where}: features[{k!r}]") for k, v in _get(raw, "features", dict, where).items()}
-    missing = [name for name in BOOKKEEPING if name not in features]
-    if missing:
-        hint = did_you_mean(missing[0], features)
-        raise DatasetError(f"{where}: features lack {', '.join(missing)}{hint}; every LeRobot data set has them")
+        hint = did_you_mean(version if version.startswith("v") else f"v{version}", READABLE)
+        raise DatasetError(
+            f"{where}: codebase_version is {version[:40]!r}{hint}, this reader knows {', '.join(READABLE)}"
+        )
     fps = _get(raw, "fps", (int, float), where)
-    if not fps > 0:
-        raise DatasetError(f"{where}: fps is {fps}, expected a positive number of frames per second")
+    if not FPS_LIMITS[0] <= fps <= FPS_LIMITS[1]:
+        raise DatasetError(f"{where}: fps is {shown(fps)}, expected a positive number of frames per second, such as 30")
+    robot_type = raw.get("robot_type")
     return Info(
         codebase_version=version,
         fps=fps,
-        features=features,
+        features=parse_features(_get(raw, "features", dict, where)),
         total_episodes=_count(raw, "total_episodes", where),
         total_frames=_count(raw, "total_frames", where),
         total_tasks=_count(raw, "total_tasks", where),
-        robot_type=raw.get("robot_type"),
+        robot_type=" ".join(robot_type.split()) if isinstance(robot_type, str) else None,
         data_path=_get(raw, "data_path", str, where),
-        video_path=raw.get("video_path"),
-        chunks_size=int(raw.get("chunks_size", 1000)),
-        data_files_size_in_mb=raw.get("data_files_size_in_mb", 100),
+        video_path=_get(raw, "video_path", str, where) if raw.get("video_path") is not None else None,
+        chunks_size=_count(raw, "chunks_size", where, least=1) if raw.get("chunks_size") is not None else 1000,
     )
 
 
-def parse_feature(raw: Any, where: str) -> Feature:
-    if not isinstance(raw, dict):
-        raise DatasetError(f"{where}: got {raw!r}, expected an object with dtype, shape and names")
-    dtype = _get(raw, "dtype", str, where)
+def parse_features(raw: Mapping[str, Any]) -> dict[str, Feature]:
+    """Features by name. The bookkeeping columns are always among them: what is not stored can be counted."""
+    features = {name: parse_feature(value) for name, value in raw.items()}
+    for name, usual in BOOKKEEPING.items():
+        given = features.get(name, usual)
+        features[name] = given if given.is_numeric and given.shape == (1,) else usual
+    return features
+
+
+def parse_feature(raw: Any) -> Feature:
+    """Never an error: what is wrong is a problem of this feature alone."""
+    if not isinstance(raw, dict) or not isinstance(raw.get("dtype"), str):
+        return Feature("unknown", (), problem=f"meta/info.json says {shown(raw)}, expected dtype, shape and names")
+    dtype, shape = raw["dtype"], raw.get("shape")
     if dtype not in DTYPES:
-        raise DatasetError(f"{where}: dtype is {dtype!r}{did_you_mean(dtype, DTYPES)}, known are {', '.join(DTYPES)}")
-    shape = _get(raw, "shape", list, where)
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape):
-        raise DatasetError(f"{where}: shape is {shape}, expected a list of positive integers")
-    if dtype in ("image", "video") and (len(shape) != 3 or not {shape[0], shape[2]} & {1, 3}):
-        raise DatasetError(f"{where}: shape is {shape}, expected [height, width, channels] for an {dtype}")
-    return Feature(dtype, tuple(shape), _names(raw.get("names")))
+        hint = did_you_mean(dtype, DTYPES)
+        return Feature(dtype, (), problem=f"dtype is {shown(dtype)}{hint}, known are {', '.join(DTYPES)}")
+    if problem := _shape_problem(shape, dtype):
+        return Feature(dtype, (), problem=f"shape is {shown(shape)}, {problem}")
+    size = tuple(shape or (1,))
+    names, names_problem = _names(raw.get("names"), size, is_camera=dtype in ("image", "video"))
+    return Feature(dtype, size, names, names_problem=names_problem)
 
 
-def _names(raw: Any) -> tuple[str, ...] | None:
-    """Names are null, a list, or (older recorders) {"motors": [...]}; others carry no meaning for us."""
-    if isinstance(raw, dict) and len(raw) == 1:
-        raw = next(iter(raw.values()))
-    return tuple(map(str, raw)) if isinstance(raw, list) and raw else None
+def _shape_problem(shape: Any, dtype: str) -> str | None:
+    if not isinstance(shape, list) or len(shape) > 32 or not all(type(n) is int and n > 0 for n in shape):
+        return "expected a list of positive integers"
+    if dtype in ("image", "video"):
+        if len(shape) != 3 or not {shape[0], shape[2]} & {1, 3}:
+            return f"expected [height, width, channels] for an {dtype}"
+        return f"at most {PIXELS_LIMIT:,} pixels are read" if math.prod(shape) > 3 * PIXELS_LIMIT else None
+    if dtype == "string" and math.prod(shape) != 1:
+        return "expected [1]: one text in a frame"
+    return f"at most {VALUES_LIMIT:,} values of a frame are read" if math.prod(shape) > VALUES_LIMIT else None
+
+
+def _names(raw: Any, shape: tuple[int, ...], is_camera: bool) -> tuple[tuple[str, ...] | None, str | None]:
+    """(names, why they are left aside). Recorders write a list, lists by part of the robot ({"motors": [...]}, or
+    [[...], [...]]), or numbers by name ({"x": 0, "y": 1})."""
+    if raw is None or raw == [] or raw == {}:
+        return None, None
+    if is_camera:
+        is_plain = isinstance(raw, list) and len(raw) == 3 and all(isinstance(name, str) for name in raw)
+        return (tuple(raw) if is_plain else None), None  # names of axes, which nobody reads
+    numbered = isinstance(raw, dict) and sorted(map(str, raw.values())) == sorted(map(str, range(len(raw))))
+    flat = sorted(raw, key=lambda name: int(raw[name])) if numbered else _flat(raw)
+    count = math.prod(shape)
+    if any(not isinstance(name, str | int) or isinstance(name, bool) for name in flat):
+        return None, f"names are {shown(raw)}, expected texts; they are left aside"
+    if len(flat) != count:
+        if len(shape) > 1 and len(flat) == len(shape):
+            return None, None  # one for each axis, as cameras have: no names of numbers, and no mistake
+        return None, f"{len(flat)} names for {count} dimensions; they are left aside"
+    return tuple(str(name) for name in flat), None
+
+
+def _flat(raw: Any) -> list[Any]:
+    """Everything in nested lists and tables, in order. No recursion: files may nest as deep as they like."""
+    found: list[Any] = []
+    waiting = [raw]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += reversed(value.values())
+        elif isinstance(value, list):
+            waiting += reversed(value)
+        else:
+            found.append(value)
+    return found
 
 
 def pick(name: str, features: Iterable[str], what: str, where: object) -> str:
@@ -176,7 +247,7 @@ def pick(name: str, features: Iterable[str], what: str, where: object) -> str:
     known = list(features)
     if name not in known:
         hint = did_you_mean(name, known)
-        raise DatasetError(f"{where}: no {what} {name!r}{hint}; it has {', '.join(known) or 'none'}")
+        raise DatasetError(f"{where}: no {what} {name!r}{hint}; it has {', '.join(known[:50]) or 'none'}")
     return name
 
 
@@ -186,12 +257,12 @@ def _get(raw: Mapping[str, Any], key: str, kind: type | tuple[type, ...], where:
     value = raw[key]
     if not isinstance(value, kind) or isinstance(value, bool):
         expected = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        raise DatasetError(f"{where}: {key!r} is {value!r}, expected {expected}")
+        raise DatasetError(f"{where}: {key!r} is {shown(value)}, expected {expected}")
     return value
 
 
-def _count(raw: Mapping[str, Any], key: str, where: str) -> int:
+def _count(raw: Mapping[str, Any], key: str, where: str, least: int = 0) -> int:
     value = _get(raw, key, int, where)
-    if value < 0:
-        raise DatasetError(f"{where}: {key!r} is {value}, expected a count")
+    if value < least:
+        raise DatasetError(f"{where}: {key!r} is {shown(value)}, expected {'a count' if least == 0 else 'at least 1'}")
     return value

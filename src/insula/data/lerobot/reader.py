@@ -1,25 +1,36 @@
 """Reading LeRobot v2.1 and v3.0, images in parquet or video: columns as numpy, frames decoded when asked for."""
 
+import logging
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from insula.data.images import decode_image
-from insula.data.lerobot.info import Feature, Info, pick
-from insula.data.lerobot.layout import Clip, Episodes, open_parquet, read_layout
+from insula.data.lerobot import bookkeeping, crosscheck, rows
+from insula.data.lerobot.info import BOOKKEEPING, Feature, Info, pick
+from insula.data.lerobot.layout import read_layout
+from insula.data.lerobot.parquet import open_parquet, plain, read_columns
+from insula.data.lerobot.places import Clip, Episodes
 from insula.data.lerobot.video import VideoReader
 from insula.errors import DatasetError, InputError
+
+log = logging.getLogger(__name__)
 
 GIB = 2**30
 ENCODED_BYTES = GIB // 4  # PNG bytes of recently read row groups, kept so that neighbors need no second read
 OPEN_FILES = 64  # v2.1 has a file per episode
 DECODE_FRAMES = 256  # at a time into the cache
+TasksFrom = Literal["rows", "episodes"]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -40,30 +51,50 @@ class LeRobotDataset:
         dataset.images("observation.images.front", [3, 14])     uint8 [2, h, w, 3]
         dataset.episodes.start, .stop, .tasks;  dataset.tasks[dataset.column("task_index")[i]]
 
-    Decoded frames are kept while all frames of a camera fit under `cache_bytes` (cameras count together); a camera that
-    does not fit is decoded anew each time. Of a video, the frame at exactly its timestamp is decoded. Raises
-    DatasetError for whatever is missing, damaged or inconsistent.
+    Episodes, frames and tasks are numbered from 0 without gaps here, whatever the files call them (`episodes.number`,
+    `task_table.number`). Where tables and rows contradict each other, the rows are believed, and `contradictions` says
+    so. Decoded frames are kept while all frames of a camera fit under `cache_bytes` (cameras count together); a camera
+    that does not fit is decoded anew each time. Of a video, the frame at exactly its timestamp is decoded. Raises
+    DatasetError for whatever is missing, damaged or inconsistent beyond that. `tasks_from`: whom to believe where the
+    rows mean another task than the episode table says; an error unless given.
     """
 
-    def __init__(self, root: str | Path, cache_bytes: int = 4 * GIB):
+    def __init__(self, root: str | Path, cache_bytes: int = 4 * GIB, tasks_from: TasksFrom | None = None):
         self.root = Path(root)
         layout = read_layout(self.root)
         self.info: Info = layout.info
+        self.task_table = layout.task_table
         self.tasks: tuple[str, ...] = layout.tasks
         self.episodes: Episodes = layout.episodes
-        self._spans, self._clips = layout.spans, layout.clips
-        self._stops = [span.stop for span in layout.spans]
+        self.contradictions = layout.contradictions
+        self._believe_rows()
+
+        self._spans = layout.spans
+        self._clips = layout.clips
+        self._tasks_from = tasks_from
         self._videos = VideoReader()
         self._shards: OrderedDict[int, _Shard] = OrderedDict()
+        self._in_order: set[int] = set()
         self._columns: dict[str, np.ndarray] = {}
         self._decoded: dict[str, tuple[np.ndarray, np.ndarray] | None] = {}
-        self._encoded: OrderedDict[tuple[str, int, int], pa.BinaryArray] = OrderedDict()
-        self._encoded_bytes, self._cache_bytes, self._cache_left = 0, cache_bytes, cache_bytes
+        self._encoded: OrderedDict[tuple[str, int, int], pa.Array] = OrderedDict()
+        self._encoded_bytes = 0
+        self._cache_bytes = cache_bytes
+        self._cache_left = cache_bytes
         self._lock = threading.RLock()
+
+    def _believe_rows(self) -> None:
+        fatal = next((found for found in self.contradictions if found.fatal), None)
+        if fatal is not None:
+            raise fatal.error(self.root)
+        if self.contradictions:
+            count = len(self.contradictions)
+            more = f" (and {count - 1} more; insula data doctor lists them)" if count > 1 else ""
+            _warn_once(f"data set {self.root}: the rows are believed: {self.contradictions[0]}{more}")
 
     def __reduce__(self) -> tuple:
         """Another process opens it anew."""
-        return type(self), (self.root, self._cache_bytes)
+        return type(self), (self.root, self._cache_bytes, self._tasks_from)
 
     def __len__(self) -> int:
         return self.info.total_frames
@@ -78,16 +109,33 @@ class LeRobotDataset:
 
     @property
     def cameras(self) -> tuple[str, ...]:
-        """The feature names of all cameras."""
+        """The feature names of all cameras that can be read."""
         return tuple(name for name, feature in self.features.items() if feature.is_camera)
 
     def feature(self, name: str) -> Feature:
         """Raises DatasetError with the nearest name when there is no such feature."""
         return self.features[pick(name, self.features, "feature", f"data set {self.root}")]
 
+    def readable(self, name: str) -> Feature:
+        """Raises DatasetError where there is no such feature, or it cannot be read."""
+        feature = self.feature(name)
+        if feature.problem is not None:
+            raise DatasetError(f"data set {self.root}: {name!r} cannot be read: {feature.problem}")
+        return feature
+
+    def camera(self, name: str) -> Feature:
+        """Raises DatasetError unless it holds pictures."""
+        feature = self.readable(name)
+        if not feature.is_camera:
+            have = ", ".join(self.cameras) or "none"
+            raise DatasetError(
+                f"data set {self.root}: {name!r} is no camera, it holds {feature.dtype} values; its cameras: {have}"
+            )
+        return feature
+
     def numeric(self, name: str) -> Feature:
         """Raises DatasetError unless it holds numbers."""
-        feature = self.feature(name)
+        feature = self.readable(name)
         if not feature.is_numeric:
             way = "ask images() for frames" if feature.is_camera else "only numbers are read as columns"
             raise DatasetError(f"data set {self.root}: {name!r} holds {feature.dtype} values; {way}")
@@ -96,12 +144,15 @@ class LeRobotDataset:
     # --- numbers -----------------------------------------------------------------------------------------------------
 
     def column(self, name: str) -> np.ndarray:
-        """All frames of a numeric feature, [frames] (shape (1,)) or [frames, *shape], read-only."""
+        """All frames of a numeric feature, [frames] (shape (1,)) or [frames, *shape], read-only. Bookkeeping (`index`,
+        `frame_index`, `episode_index`, `task_index`) is numbered as here, from 0 without gaps."""
         self.numeric(name)
         with self._lock:
             if name not in self._columns:
-                parts = [self.read_column(name, i) for i in range(self.files)]
-                self._columns[name] = np.concatenate(parts)
+                values = self._counted(name)
+                if values is None:
+                    values = np.concatenate([self._read_column(name, file) for file in range(self.files)])
+                self._columns[name] = values
                 self._columns[name].flags.writeable = False
             return self._columns[name]
 
@@ -112,42 +163,105 @@ class LeRobotDataset:
 
     def frames_of(self, file: int) -> tuple[int, int]:
         """(first frame, one past the last) of a data file."""
-        return self._spans[file].start, self._spans[file].stop
+        span = self._spans[file]
+        return span.start, span.stop
 
     def read_column(self, name: str, file: int) -> np.ndarray:
         """A numeric feature as one data file holds it, read anew: for passes over more than fits into memory."""
-        feature = self.numeric(name)
-        with self._lock:
-            shard = self._shard(file)
-        table = _read(shard, [name, "index"])
-        index = table["index"].to_numpy()
-        if not np.array_equal(index, np.arange(shard.start, shard.stop)):
-            row = int(np.argmax(index != np.arange(shard.start, shard.stop)))
-            raise DatasetError(
-                f"{shard.path}: row {row} has index {index[row]}, expected {shard.start + row}; "
-                "rows must follow the episode table without gaps"
-            )
-        values = table[name].combine_chunks()
-        while pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type):
-            values = values.flatten()
-        rows, shape = shard.stop - shard.start, () if feature.shape == (1,) else feature.shape
-        if values.null_count or len(values) != rows * int(np.prod(feature.shape)):
-            raise DatasetError(
-                f"{shard.path}: {name!r} has {len(values) - values.null_count} values in {rows} rows, "
-                f"expected {list(feature.shape)} in each"
-            )
-        array = values.to_numpy(zero_copy_only=False)
-        if not np.can_cast(array.dtype, feature.dtype, "same_kind"):
-            raise DatasetError(f"{shard.path}: {name!r} is {array.dtype}, info.json says {feature.dtype}")
-        return array.astype(feature.dtype, copy=False).reshape(rows, *shape)
+        self.numeric(name)
+        if name in BOOKKEEPING:
+            start, stop = self.frames_of(file)
+            return self.column(name)[start:stop]
+        return self._read_column(name, file)
 
     def texts(self, name: str) -> list[str]:
-        """All frames of a string feature."""
-        if self.feature(name).dtype != "string":
+        """All frames of a string feature. Raises DatasetError where one is null, with their number."""
+        found = self.nullable_texts(name)
+        if None in found:
+            episode, frame = self.episodes.locate(found.index(None))
+            raise DatasetError(
+                f"data set {self.root}, episode {episode}, frame {frame}: {name!r} is null, expected a text "
+                f"({found.count(None)} of {len(found)} frames)",
+                "null",
+            )
+        return [text for text in found if text is not None]
+
+    def nullable_texts(self, name: str) -> list[str | None]:
+        """The same, with None where there is no text."""
+        if not self.readable(name).is_text:
             raise DatasetError(f"data set {self.root}: {name!r} holds {self.features[name].dtype} values, not strings")
         with self._lock:
-            parts = [_read(self._shard(i), [name])[name].to_pylist() for i in range(len(self._spans))]
-        return [str(text) for part in parts for text in part]
+            shards = [self._shard(file) for file in range(self.files)]
+            parts = [self._checked(rows.texts(_read(shard, name)), name, shard) for shard in shards]
+        return [text for part in parts for text in part]
+
+    def task_positions(self, numbers: np.ndarray, name: str) -> np.ndarray:
+        """Which of `tasks` each frame means, int64 [frames], where a column `name` holds numbers of the task table.
+        Raises DatasetError for a number without a text."""
+        positions = self.task_table.positions(numbers)
+        if len(wrong := np.flatnonzero(positions < 0)):
+            episode, frame = self.episodes.locate(int(wrong[0]))
+            have = self.task_table.number
+            raise DatasetError(
+                f"data set {self.root}, episode {episode}, frame {frame}: {name!r} is {numbers[wrong[0]]}, the task "
+                f"table has {have[0]} to {have[-1]} ({len(wrong)} such frames)"
+            )
+        return positions
+
+    def _counted(self, name: str) -> np.ndarray | None:
+        """Bookkeeping, which is counted rather than read; None for any other column."""
+        if name not in BOOKKEEPING:
+            return None
+        if name == "task_index":
+            return self._task_index()
+        if name == "timestamp" and self._all_have(name):
+            return None
+        return bookkeeping.counted(name, self.episodes, self.fps)
+
+    def _task_index(self) -> np.ndarray:
+        """Positions in `tasks`. Without a column, what the episode table says, where that is one task for each."""
+        if not self._all_have("task_index"):
+            return self._told_tasks("there is no task_index in the rows, and")
+        numbers = np.concatenate([self._read_column("task_index", file) for file in range(self.files)])
+        for found in crosscheck.tasks(self.task_table, self.episodes, 0, numbers):
+            if found.fault == "task index" or self._tasks_from is None:
+                raise found.error(self.root)
+            if self._tasks_from == "episodes":
+                return self._told_tasks("the episode table is to be believed, but")
+        return self.task_table.positions(numbers)
+
+    def _told_tasks(self, why: str) -> np.ndarray:
+        return bookkeeping.told_tasks(self.tasks, self.episodes, f"data set {self.root}: {why}")
+
+    def _read_column(self, name: str, file: int) -> np.ndarray:
+        with self._lock:
+            shard = self._shard(file)
+            self._check_order(file, shard)
+        return self._checked(rows.numbers(_read(shard, name), self.features[name]), name, shard)
+
+    def _check_order(self, file: int, shard: _Shard) -> None:
+        """Once for each file: its rows follow one another."""
+        if file in self._in_order:
+            return
+        names = [name for name in crosscheck.NUMBERING if name in shard.file.schema_arrow.names]
+        table = read_columns(shard.file, names, shard.path)
+        columns = {name: self._checked(rows.numbers(table[name], BOOKKEEPING[name]), name, shard) for name in names}
+        for found in crosscheck.numbering(self.episodes, shard.start, columns):
+            raise DatasetError(f"{shard.path}: {found}", found.fault)
+        self._in_order.add(file)
+
+    def _checked(self, values: _T | rows.BadRows, name: str, shard: _Shard) -> _T:
+        if not isinstance(values, rows.BadRows):
+            return values
+        what = f"{shard.path}: {name!r}"
+        if values.row is not None:
+            episode, frame = self.episodes.locate(shard.start + values.row)
+            what += f", episode {episode}, frame {frame}:"
+        raise rows.refuse(values, what)
+
+    def _all_have(self, name: str) -> bool:
+        with self._lock:
+            return all(name in self._shard(file).file.schema_arrow.names for file in range(self.files))
 
     # --- images ------------------------------------------------------------------------------------------------------
 
@@ -159,6 +273,7 @@ class LeRobotDataset:
         """Frames of a camera, uint8 [n, h, w, 3], decoded now or found in the cache."""
         wanted = np.asarray(indices, np.int64)
         self._check_indices(wanted)
+        self.camera(key)
         cache = self._frame_cache(key)
         if cache is None:
             return self._decode(key, wanted)
@@ -189,14 +304,12 @@ class LeRobotDataset:
     def _frame_cache(self, key: str) -> tuple[np.ndarray, np.ndarray] | None:
         """(frames, which are decoded), or None when they do not fit. Untouched pages cost no memory."""
         if key not in self._decoded:
-            feature = self.feature(key)
-            if not feature.is_camera:
-                raise DatasetError(f"data set {self.root}: {key!r} holds {feature.dtype} values, expected a camera")
+            feature = self.camera(key)
             with self._lock:
                 shape = (len(self), *feature.size, 3)
-                fits = int(np.prod(shape)) <= self._cache_left
+                fits = math.prod(shape) <= self._cache_left
                 if key not in self._decoded and fits:
-                    self._cache_left -= int(np.prod(shape))
+                    self._cache_left -= math.prod(shape)
                 if key not in self._decoded:
                     self._decoded[key] = (np.empty(shape, np.uint8), np.zeros(len(self), bool)) if fits else None
         return self._decoded[key]
@@ -208,9 +321,10 @@ class LeRobotDataset:
         out = np.empty((len(indices), *feature.size, 3), np.uint8)
         episodes = self.episodes.of_frame(indices)
         for episode in np.unique(episodes).tolist():
-            rows, clip = np.flatnonzero(episodes == episode), self._clips[key][episode]
-            at = clip.start + timestamps[indices[rows]].astype(np.float64)
-            out[rows] = self._videos.frames(clip.path, at.tolist(), feature.size, f"{key!r}, episode {episode}")
+            here, clip = np.flatnonzero(episodes == episode), self._clips[key][episode]
+            at = clip.start + timestamps[indices[here]].astype(np.float64)
+            number = self.episodes.number[episode]
+            out[here] = self._videos.frames(clip.path, at.tolist(), feature.size, f"{key!r}, episode {number}")
         return out
 
     def _decode_image(self, key: str, index: int) -> np.ndarray:
@@ -228,12 +342,13 @@ class LeRobotDataset:
     def _encoded_image(self, key: str, index: int) -> tuple[bytes | None, Path]:
         """The stored bytes of one frame; its row group is read unless it was read lately."""
         with self._lock:
-            number = int(np.searchsorted(self._stops, index, side="right"))
+            number = int(np.searchsorted(self._spans.stop, index, side="right"))
             shard = self._shard(number)
             group = int(np.searchsorted(shard.groups, index, side="right")) - 1
             column = self._encoded.get((key, number, group))
             if column is None:
-                column = _read(shard, [f"{key}.bytes"], group)[key].combine_chunks().field("bytes")
+                files = self._checked(rows.image_files(_read(shard, key, group)), key, shard)
+                column = plain(files)
                 self._encoded[key, number, group] = column
                 self._encoded_bytes += column.nbytes
                 while self._encoded_bytes > ENCODED_BYTES and len(self._encoded) > 1:
@@ -256,21 +371,21 @@ class LeRobotDataset:
                     f"{path}: holds {sum(sizes)} rows, the episode table promises {stop - start}; "
                     "the file or meta/episodes is from another state of the data set"
                 )
-            columns = set(file.schema_arrow.names)
-            for name, feature in self.features.items():
-                if feature.dtype != "video":
-                    pick(name, columns, "column", path)
             self._shards[number] = _Shard(path, start, stop, file, start + np.cumsum([0, *sizes[:-1]]))
             if len(self._shards) > OPEN_FILES:
                 self._shards.popitem(last=False)
         return self._shards[number]
 
 
-def _read(shard: _Shard, columns: list[str], group: int | None = None) -> pa.Table:
-    try:
-        if group is None:
-            return shard.file.read(columns=columns, use_threads=False)
-        return shard.file.read_row_group(group, columns=columns, use_threads=False)
-    except (pa.ArrowException, OSError) as e:
-        part = "" if group is None else f", row group {group}"
-        raise DatasetError(f"{shard.path}{part}: damaged ({str(e).splitlines()[0]}); restore the file") from None
+@lru_cache(maxsize=64)
+def _warn_once(message: str) -> None:
+    """A data set is opened several times on the way to training."""
+    log.warning(message)
+
+
+def _read(shard: _Shard, name: str, group: int | None = None) -> pa.ChunkedArray:
+    """One column; of pictures, their bytes alone. Raises DatasetError where it is missing, damaged or too large."""
+    pick(name, shard.file.schema_arrow.names, "column", shard.path)
+    kind = shard.file.schema_arrow.field(name).type
+    has_bytes = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    return read_columns(shard.file, [f"{name}.bytes" if has_bytes else name], shard.path, group)[name]

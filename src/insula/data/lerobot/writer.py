@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 
 from insula.data.images import EncodedImages, EncodedVideo, encode_pngs
 from insula.data.lerobot.info import BOOKKEEPING, DATA_PATH, EPISODES_PATH, VERSION, Feature, Info, pick
-from insula.data.lerobot.layout import VIDEO_PATH
 from insula.data.lerobot.statistics import histogram_stats, numeric_stats
+from insula.data.lerobot.tables import VIDEO_PATH
 from insula.errors import DatasetError, InputError
 from insula.files import write_json
 
@@ -33,7 +33,9 @@ class LeRobotWriter:
             writer.add_episode({"observation.state": state, "action": action, ...}, task="put the ...")
 
     `features` names what `add_episode` will be given; the bookkeeping columns (timestamp, index, ...) are added.
-    Raises DatasetError when `root` holds something already and `overwrite` is not set, ValueError for a bad feature.
+    NaN and infinity are refused, or, with `keep_non_finite`, written as they are, left out of the statistics and
+    counted in `non_finite`. Raises DatasetError when `root` holds something already and `overwrite` is not set,
+    ValueError for a bad feature.
     """
 
     def __init__(
@@ -44,20 +46,29 @@ class LeRobotWriter:
         robot_type: str | None = None,
         *,
         overwrite: bool = False,
+        keep_non_finite: bool = False,
         file_megabytes: float | int = 100,
     ):
-        self.root, self.fps, self.robot_type = Path(root), fps, robot_type
+        self.root = Path(root)
+        self.fps = fps
+        self.robot_type = robot_type
         self.features = _checked_features(features)
-        self._overwrite, self._file_megabytes = overwrite, file_megabytes
+        self.non_finite = 0
+        self._keep_non_finite = keep_non_finite
+        self._overwrite = overwrite
+        self._file_megabytes = file_megabytes
         if self.root.exists() and not overwrite and (self.root.is_file() or any(self.root.iterdir())):
             raise DatasetError(f"{self.root}: exists and is not empty; choose another place or ask for overwriting")
         self._schema = _schema(self.features | BOOKKEEPING)
         self._tasks: dict[str, int] = {}
-        self._episodes, self._pending = 0, list[dict[str, Any]]()
+        self._episodes = 0
+        self._pending: list[dict[str, Any]] = []
+        self._videos: dict[str, dict[Path, int]] = {}
         self._episode_table: pq.ParquetWriter | None = None
         self._columns: dict[str, list[np.ndarray]] = {k: [] for k, f in self._all_features() if f.is_numeric}
         self._histograms = {k: np.zeros((3, 256), np.int64) for k, f in self._all_features() if f.is_camera}
-        self._frames, self._file = 0, 0
+        self._frames = 0
+        self._file = 0
         self._sink: pa.NativeFile | None = None
         self._rows: pq.ParquetWriter | None = None
         self.root.parent.mkdir(parents=True, exist_ok=True)
@@ -76,6 +87,9 @@ class LeRobotWriter:
             raise RuntimeError(f"{self.root}: add_episode() after close()")
         episode, steps = self._episodes, _check_episode(frames, self.features, self._episodes)
         values = {k: _checked(k, f, frames[k], steps, episode) for k, f in self.features.items()}
+        for name, array in values.items():
+            if isinstance(array, np.ndarray):
+                self.non_finite += self._non_finite(array, self.features[name], f"episode {episode}, feature {name!r}")
         texts = [task] * steps if isinstance(task, str) else list(task)
         if len(texts) != steps:
             raise DatasetError(
@@ -104,7 +118,7 @@ class LeRobotWriter:
                 "dataset_to_index": self._frames + steps,
                 "meta/episodes/chunk_index": 0,
                 "meta/episodes/file_index": 0,
-                **self._copy_videos(values, episode),
+                **self._copy_videos(values),
                 **{f"stats/{k}/{name}": v.tolist() for k, s in self._note(values).items() for name, v in s.items()},
             }
         )
@@ -158,6 +172,19 @@ class LeRobotWriter:
     def _all_features(self) -> list[tuple[str, Feature]]:
         return list((self.features | BOOKKEEPING).items())
 
+    def _non_finite(self, values: np.ndarray, feature: Feature, where: str) -> int:
+        """How many values are NaN or infinite. Raises DatasetError naming the first, unless they are to be kept."""
+        flat = values.reshape(len(values), -1)
+        bad = np.argwhere(~np.isfinite(flat))
+        if not len(bad) or self._keep_non_finite:
+            return len(bad)
+        frame, dim = bad[0].tolist()
+        label = feature.names[dim] if feature.names else dim
+        raise DatasetError(
+            f"{where}: {flat[frame, dim]} at frame {frame}, dimension {label} ({len(bad)} such values); expected "
+            "finite numbers"
+        )
+
     def _write_rows(self, values: Mapping[str, Any]) -> int:
         """One row group. Returns the number of the file it went to."""
         if self._sink is not None and self._sink.tell() >= self._file_megabytes * 2**20:
@@ -176,17 +203,22 @@ class LeRobotWriter:
         self._rows.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
         return self._file
 
-    def _copy_videos(self, values: Mapping[str, Any], episode: int) -> dict[str, Any]:
-        """A file for each episode and camera; where they are, for the episode table."""
+    def _copy_videos(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Each file once, however many episodes it shows; where they are, for the episode table."""
         row: dict[str, Any] = {}
         for key, video in values.items():
-            if isinstance(video, EncodedVideo):
-                place = {"chunk_index": episode // 1000, "file_index": episode % 1000}
+            if not isinstance(video, EncodedVideo):
+                continue
+            copied = self._videos.setdefault(key, {})
+            is_new = video.path not in copied
+            number = copied.setdefault(video.path, len(copied))
+            place = {"chunk_index": number // 1000, "file_index": number % 1000}
+            if is_new:
                 path = self._partial / VIDEO_PATH.format(video_key=key, **place)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(video.path, path)
-                times = {"from_timestamp": 0.0, "to_timestamp": video.frames / self.fps}
-                row |= {f"videos/{key}/{name}": value for name, value in (place | times).items()}
+            times = {"from_timestamp": video.start, "to_timestamp": video.start + video.frames / self.fps}
+            row |= {f"videos/{key}/{name}": value for name, value in (place | times).items()}
         return row
 
     def _write_pending(self) -> None:
@@ -287,22 +319,13 @@ def _checked(name: str, feature: Feature, values: Values, steps: int, episode: i
     if isinstance(values, Encoded):
         raise DatasetError(f"{where}: got images, expected {feature.dtype}{list(feature.shape)}")
     if feature.dtype == "string":
-        return [str(value) for value in values]
+        return [None if value is None else str(value) for value in values]
     array = np.asarray(values)
     if not np.can_cast(array.dtype, feature.dtype, "same_kind"):
         raise DatasetError(f"{where}: got {array.dtype}, expected {feature.dtype}")
     if array.shape not in ((steps, *feature.shape), (steps,) if feature.shape == (1,) else ()):
         raise DatasetError(f"{where}: got shape {array.shape}, expected {(steps, *feature.shape)}")
-    array = array.astype(feature.dtype).reshape((steps,) if feature.shape == (1,) else (steps, *feature.shape))
-    bad = np.argwhere(~np.isfinite(array.reshape(steps, -1)))
-    if len(bad):
-        frame, dim = bad[0].tolist()
-        label = feature.names[dim] if feature.names else dim
-        raise DatasetError(
-            f"{where}: {array.reshape(steps, -1)[frame, dim]} at frame {frame}, dimension {label} "
-            f"({len(bad)} such values); expected finite numbers"
-        )
-    return array
+    return array.astype(feature.dtype).reshape((steps,) if feature.shape == (1,) else (steps, *feature.shape))
 
 
 def _schema(features: Mapping[str, Feature]) -> pa.Schema:

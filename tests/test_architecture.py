@@ -18,7 +18,7 @@ from insula.tokens.masks import make_attn_mask
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "insula"
 
 # Each room, and what it may import besides itself. A room stands after all it imports: left never imports right.
-GROUND = {"errors", "files", "shapes", "batch", "flow"}
+GROUND = {"errors", "files", "shapes", "batch", "flow", "letterbox"}
 MODEL = GROUND | {"tokens", "model"}
 RUNS = MODEL | {"losses", "data", "checkpoints", "runs"}
 POLICY = RUNS | {"decode", "policy"}
@@ -29,6 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "terminal": set(),
     "page": {"errors"},
     "shapes": {"errors"},
+    "letterbox": set(),
     "batch": {"errors", "shapes"},
     "flow": {"errors", "shapes"},
     "tokens": GROUND,

@@ -240,6 +240,34 @@ def test_a_tied_head_may_stand_alone_but_not_differ(tmp_path: Path) -> None:
         load(tmp_path, SMALL)
 
 
+def test_tied_tensors_are_compared_over_rows_that_tokens_use(tmp_path: Path) -> None:
+    tensors = load_file(write(LEROBOT, SMALL, tmp_path / "a") / "model.safetensors")
+    head, embedding = LEROBOT.tied[0]
+    padding = np.ones((64, 16), np.float32)
+    for padded, other in ((head, embedding), (embedding, head)):
+        longer = tensors | {padded: np.concatenate([tensors[padded], padding])}
+        save_file(longer, tmp_path / "model.safetensors")
+        assert equal(load(tmp_path, SMALL), model(SMALL)[0])
+        save_file(longer | {other: np.concatenate([tensors[other], 2 * padding])}, tmp_path / "model.safetensors")
+        assert equal(load(tmp_path, SMALL), model(SMALL)[0])
+    rounded = tensors | {head: tensors[head].astype(ml_dtypes.bfloat16)}
+    save_file(rounded, tmp_path / "model.safetensors")
+    assert equal(load(tmp_path, SMALL), model(SMALL)[0])
+    rounded[head][47, 3] += 1
+    save_file(rounded, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="tied"):
+        load(tmp_path, SMALL)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", '{"weight_map": [3]}', '{"weight_map": {"a": 3}}', "{}", "\udcff"])
+def test_a_damaged_index_of_shards_is_one_line(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(content, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(CheckpointError, match=r"index\.json.*anew") as caught:
+        load(tmp_path, SMALL)
+    assert "\n" not in str(caught.value)
+
+
 def test_sharded_files(tmp_path: Path) -> None:
     tensors = hugging_face(tmp_path)
     names = sorted(tensors)
@@ -274,7 +302,7 @@ def test_openpi_leaves_may_end_in_value(tmp_path: Path) -> None:
 @by_name
 def test_formats_are_recognized(format: Format, tmp_path: Path) -> None:
     path = write(format, SMALL, tmp_path)
-    assert recognize(open_source(path), SMALL) is format
+    assert recognize(open_source(path), SMALL) == (format, "")
 
 
 TWO_DEVICES = """
@@ -355,6 +383,113 @@ def test_a_pattern_that_matches_nothing_is_refused(option: str, near: str, tmp_p
         settle(reader, **{option: [near]})
 
 
+def test_fresh_is_not_judged(tmp_path: Path) -> None:
+    """Another robot, another number of actions: the very weights that are to be fresh have other shapes."""
+    path = write(OPENPI, SMALL, tmp_path)
+    other = dataclasses.replace(SMALL, action_dim=5)
+    with pytest.raises(
+        CheckpointError, match=r"that do not fit \(3; .*--fresh 'expert.action_in.\*' 'expert.action_out"
+    ):
+        load(path, other)
+    params, report = load_params(path, other, jax.random.key(1), ["expert.action_*"])
+    assert set(report.fresh) == {f"expert.action_{end}.{leaf}" for end in ("in", "out") for leaf in ("kernel", "bias")}
+    assert params.expert.action_in.kernel.shape == (5, 12) and not report.leftover
+    assert np.array_equal(params.backbone.embedding, model(SMALL)[0].backbone.embedding)
+    longer = dataclasses.replace(SMALL, horizon=9, max_prompt_len=30, max_fast_len=11)  # no weight knows these
+    assert equal(load(path, longer), model(SMALL)[0])
+
+
+def test_fresh_covers_a_tensor_of_another_kind_or_that_differs_from_its_twin(tmp_path: Path) -> None:
+    tensors = load_file(write(LEROBOT, SMALL, tmp_path / "a") / "model.safetensors")
+    tensors[LEROBOT.tied[0][0]] += 1
+    tensors["model.action_in_proj.bias"] = np.zeros(12, np.int8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    load_params(tmp_path, SMALL, jax.random.key(1), ["backbone.embedding", "expert.action_in.bias"])
+    with pytest.raises(CheckpointError, match=r"action_in_proj\.bias holds int8, .* expects one of float32"):
+        load_params(tmp_path, SMALL, jax.random.key(1), ["backbone.embedding"])
+    with pytest.raises(
+        CheckpointError, match=r"tied embeddings.*--ignore 'model\.paligemma_with_expert\.paligemma\.lm"
+    ):
+        load_params(tmp_path, SMALL, jax.random.key(1), ["expert.action_in.bias"])
+    head = LEROBOT.tied[0][0]
+    load_params(tmp_path, SMALL, jax.random.key(1), ["expert.action_in.bias"], [head])
+
+
+def test_whole_numbers_are_ordinary_leftovers(tmp_path: Path) -> None:
+    """Position ids and counters of batches, as PyTorch stores its buffers; and kinds NumPy has no name for."""
+    tensors = load_file(write(HUGGING_FACE, SMALL, tmp_path / "a") / "model.safetensors")
+    tensors["model.vision_tower.vision_model.embeddings.position_ids"] = np.arange(4)[None]
+    tensors["n_averaged"] = np.array(7, np.int64)
+    tensors["is_ready"] = np.array([True])
+    tensors["scales"] = np.zeros(3, ml_dtypes.float8_e4m3fn)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"left over \(4; [\s\S]*position_ids[\s\S]*n_averaged"):
+        load(tmp_path, SMALL, HUGGING_FACE)
+    buffers = ["*.position_ids", "n_averaged", "is_ready", "scales"]
+    assert equal(load(tmp_path, SMALL, HUGGING_FACE, ignore=buffers), model(SMALL)[0], skip="expert.")
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.uint8, np.bool_, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
+def test_a_weight_of_another_kind_is_named(kind: type, tmp_path: Path) -> None:
+    tensors = load_file(write(INSULA, SMALL, tmp_path / "a") / "model.safetensors")
+    save_file(tensors | {"backbone.norm": np.zeros(16, kind)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"backbone\.norm holds \w+, config 'small' expects one of float32"):
+        load(tmp_path, SMALL)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_other_floats_are_read(dtype: str, tmp_path: Path) -> None:
+    tensors = load_file(write(INSULA, SMALL, tmp_path / "a") / "model.safetensors")
+    save_file({name: value.astype(dtype) for name, value in tensors.items()}, tmp_path / "model.safetensors")
+    expected = jax.tree.map(lambda x: np.asarray(x).astype(dtype).astype(np.float32), model(SMALL)[0])
+    assert equal(load(tmp_path, SMALL), expected)
+
+
+PREFIXES = ["module.", "_orig_mod.", "module._orig_mod.", "model.", "policy.", "ema_model.module.", "state_dict.model."]
+
+
+@pytest.mark.parametrize("format", [OPENPI_TORCH, LEROBOT, HUGGING_FACE, INSULA], ids=lambda format: format.name)
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_prefix_shared_by_all_names_is_taken_off(prefix: str, format: Format, tmp_path: Path) -> None:
+    tensors = load_file(write(format, SMALL, tmp_path / "a") / "model.safetensors")
+    save_file({prefix + name: value for name, value in tensors.items()}, tmp_path / "model.safetensors")
+    skip = "expert." if format is HUGGING_FACE else "-"
+    assert equal(load(tmp_path, SMALL, format), model(SMALL)[0], skip=skip)
+
+
+def test_wrappers_of_a_part_and_prefixes_of_trees(tmp_path: Path) -> None:
+    tensors = load_file(write(OPENPI_TORCH, SMALL, tmp_path / "a") / "model.safetensors")
+    wrapped = relayout(
+        tensors, ("gemma_expert.model.", "gemma_expert._orig_mod.model."), (".layers.1.", ".layers.1.module.")
+    )
+    save_file(wrapped, tmp_path / "model.safetensors")
+    assert equal(load(tmp_path, SMALL), model(SMALL)[0])
+    arrays = dict(foreign_tensors(BIG_VISION, SMALL, from_params(model(SMALL)[0]), "float32"))
+    np.savez(tmp_path / "weights.npz", **{f"opt/target/{name}": value for name, value in arrays.items()})
+    assert equal(load(tmp_path / "weights.npz", SMALL, BIG_VISION), model(SMALL)[0], skip="expert.")
+
+
+def test_a_running_average_beside_the_weights_must_be_chosen(tmp_path: Path) -> None:
+    tensors = load_file(write(OPENPI_TORCH, SMALL, tmp_path / "a") / "model.safetensors")
+    both = {f"model.{name}": value for name, value in tensors.items()}
+    both |= {f"ema.{name}": value + 1 for name, value in tensors.items()}
+    save_file(both, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"twice, under names like model\.action\S+ and ema\.\S+; .*'ema\.\*'"):
+        load(tmp_path, SMALL)
+    assert equal(load(tmp_path, SMALL, ignore=["ema.*"]), model(SMALL)[0])
+    assert not equal(load(tmp_path, SMALL, ignore=["model.*"]), model(SMALL)[0])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_weight_that_is_not_finite_is_named(value: float, tmp_path: Path) -> None:
+    path = write(LEROBOT, SMALL, tmp_path, "bfloat16")
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.time_mlp_in.weight"][3, 4] = value
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"time_mlp_in\.weight holds NaN or infinite values"):
+        load(path, SMALL)
+
+
 # Bad files
 
 
@@ -381,12 +516,6 @@ def test_pickled_arrays_are_refused(tmp_path: Path) -> None:
         load(tmp_path / "weights.npz", SMALL, BIG_VISION)
 
 
-def test_whole_numbers_are_no_weights(tmp_path: Path) -> None:
-    save_file({"backbone.norm": np.zeros(16, np.int32)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"backbone\.norm holds I32"):
-        load(tmp_path, SMALL)
-
-
 @pytest.mark.parametrize("name", ["absent", "empty", "other.bin", "pytorch_model.bin"])
 def test_a_path_without_weights(name: str, tmp_path: Path) -> None:
     if name != "absent":
@@ -406,6 +535,47 @@ def test_a_header_that_claims_too_much_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     with pytest.raises(CheckpointError, match="damaged or truncated"):
         load(tmp_path, SMALL)
+
+
+def safetensors_of(header: bytes, length: int | None = None, data: bytes = b"") -> bytes:
+    return struct.pack("<Q", len(header) if length is None else length) + header + data
+
+
+def described(*ranges: tuple[int, int]) -> bytes:
+    tensors = {
+        f"backbone.{n}": {"dtype": "F32", "shape": [1], "data_offsets": [*span]} for n, span in enumerate(ranges)
+    }
+    return json.dumps(tensors).encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"PK\3\4",
+        safetensors_of(b"{}", length=1 << 62),
+        safetensors_of(b"[" * 100_000),
+        safetensors_of(b'{"backbone.norm": 3}'),
+        safetensors_of(described((0, 4), (0, 4)), data=bytes(8)),
+        safetensors_of(described((0, 4), (2, 6)), data=bytes(8)),
+        safetensors_of(described((4, 0)), data=bytes(8)),
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n",
+    ],
+    ids=["empty", "zip", "endless header", "deep", "no tensor", "same place", "overlap", "backwards", "pointer"],
+)
+def test_a_hostile_file_is_one_clear_error(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*damaged or truncated") as caught:
+        load(tmp_path, SMALL)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    os.mkfifo(tmp_path / "model.safetensors.index.json")
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(CheckpointError, match="no weights of a known kind"):
+            load(path, SMALL)
 
 
 # The hub

@@ -4,7 +4,7 @@ import dataclasses
 import fnmatch
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from insula.checkpoints.formats import recognize
-from insula.checkpoints.sources import WeightSource, open_source
-from insula.checkpoints.tensor_map import Format, TensorPart, paths, resolve
+from insula.checkpoints.sources import FLOATS, WeightSource, open_source
+from insula.checkpoints.tensor_map import Format, Tensor, TensorPart, paths, resolve
 from insula.errors import CheckpointError, did_you_mean
 from insula.files import write_json
 from insula.model.config import ModelConfig
@@ -21,73 +21,109 @@ from insula.model.params import Params, weight_table
 from insula.model.weights import initialize, is_weight
 from insula.shapes import PRNGKeyArray
 
+EMBEDDING = "backbone.embedding"
 PADDED_ROWS = 64
 """PaliGemma's embedding on the hub ends in this many rows that no token uses."""
 
 
 class Reader:
-    """A source read as weights of ours. Shapes and names are checked before any value is read.
+    """A source read as weights of ours. Shapes and names are compared before any value is read.
 
     `loaded` maps each weight found to the foreign names that hold it, `missing` are weights of the config without any,
-    `leftover` foreign names without a place. Raises CheckpointError where a tensor has another shape than the config
-    expects, or a tied one other values.
+    `misfits` says of each weight whose tensor has another shape or kind than the config expects what it has, and
+    `leftover` are foreign names without a place. What is wrong is judged by `settle`, which knows what is wanted.
+    Raises CheckpointError where two names stand for one weight.
     """
 
-    def __init__(self, source: WeightSource, format: Format, config: ModelConfig):
-        self.source, self.format = source, format
+    def __init__(self, source: WeightSource, format: Format, config: ModelConfig, prefix: str = "") -> None:
+        self.source = source
+        self.format = format
         tensors = resolve(format.table(config), config)
-        actual: dict[str, str] = {}
-        for name in source.entries:
-            canonical = format.canonical(name)
-            if canonical in actual:
-                raise CheckpointError(f"{source.path}: {name} and {actual[canonical]} are the same weight")
-            actual[canonical] = name
-        for second, first in format.tied:
-            self._merge(actual, second, first)
+        actual = self._by_canonical_name(prefix)
+        self._tied = self._merge_tied(actual)
         for name in format.unused(config):
             actual.pop(name, None)
 
         self._parts: dict[str, list[tuple[str, TensorPart]]] = defaultdict(list)
+        self.misfits: dict[str, str] = {}
         for canonical, tensor in tensors.items():
-            if canonical in actual:
-                name = actual.pop(canonical)
-                self._check(name, tensor.shape, tensor.parts[0].ours, config)
-                for part in tensor.parts:
+            if canonical not in actual:
+                continue
+            name = actual.pop(canonical)
+            found = self._misfit(name, tensor, config)
+            for part in tensor.parts:
+                if found:
+                    self.misfits[part.ours] = f"{found} for {part.ours}"
+                else:
                     self._parts[part.ours].append((name, part))
+
         weights = paths(weight_table(config))
         self.shapes = {path: weight.shape for path, weight in weights.items()}
-        absent = {part.ours for name, t in tensors.items() for part in t.parts if not self._has(name, part)}
-        self.missing = [path for path in weights if path in absent or path not in self._parts]
-        self.loaded = {path: [name for name, _ in self._parts[path]] for path in weights if path not in self.missing}
+        absent = {part.ours for t in tensors.values() for part in t.parts if not self._has(part)}
+        self.missing = [
+            path for path in weights if path not in self.misfits and (path in absent or path not in self._parts)
+        ]
+        unread = {*self.missing, *self.misfits}
+        self.loaded = {path: [name for name, _ in self._parts[path]] for path in weights if path not in unread}
         self.leftover = sorted(actual.values())
         self._last: tuple[str, np.ndarray] | None = None
 
-    def _has(self, canonical: str, part: TensorPart) -> bool:
+    def _by_canonical_name(self, prefix: str) -> dict[str, str]:
+        """The table's name → the file's; what does not begin with the prefix keeps its own."""
+        actual: dict[str, str] = {}
+        for name in self.source.entries:
+            canonical = self.format.canonical(name.removeprefix(prefix)) if name.startswith(prefix) else name
+            if canonical in actual:
+                raise CheckpointError(f"{self.source.path}: {name} and {actual[canonical]} are the same weight")
+            actual[canonical] = name
+        return actual
+
+    def _merge_tied(self, actual: dict[str, str]) -> list[tuple[str, str]]:
+        """Leaves one of two names for a tensor, and returns the pairs in the file that are yet to be compared."""
+        pairs = []
+        for second, first in self.format.tied:
+            if second not in actual:
+                continue
+            name = actual.pop(second)
+            if first in actual:
+                pairs.append((name, actual[first]))
+            else:
+                actual[first] = name
+        return pairs
+
+    def _has(self, part: TensorPart) -> bool:
         return any(p is part for _, p in self._parts[part.ours])
 
-    def _merge(self, actual: dict[str, str], second: str, first: str) -> None:
-        if second not in actual:
-            return
-        name = actual.pop(second)
-        if first not in actual:
-            actual[first] = name
-        elif self._digest(name) != self._digest(actual[first]):
-            raise CheckpointError(
-                f"{self.source.path}: {name} and {actual[first]} differ; this model has tied embeddings, one for both"
-            )
-
-    def _digest(self, name: str) -> bytes:
-        """Two large tensors are compared without holding both."""
-        return hashlib.blake2b(np.ascontiguousarray(self.source.read(name)).view(np.uint8).data).digest()
-
-    def _check(self, name: str, expected: tuple[int, ...], ours: str, config: ModelConfig) -> None:
-        shape = self.source.entries[name].shape
+    def _misfit(self, name: str, tensor: Tensor, config: ModelConfig) -> str | None:
+        """What is wrong with a tensor's shape or kind, or None."""
+        entry, expected, where = self.source.entries[name], tensor.shape, f"config {config.name!r} expects"
+        if entry.dtype not in FLOATS:
+            return f"{name} holds {entry.dtype}, {where} one of {', '.join(FLOATS)}"
         padded = (expected[0] + PADDED_ROWS, *expected[1:])
-        if shape != expected and not (ours == "backbone.embedding" and shape == padded):
-            raise CheckpointError(
-                f"{self.source.path}: {name} has shape {list(shape)}, config {config.name!r} expects {list(expected)} "
-                f"for {ours}"
-            )
+        if entry.shape == expected or (tensor.parts[0].ours == EMBEDDING and entry.shape == padded):
+            return None
+        return f"{name} has shape {list(entry.shape)}, {where} {list(expected)}"
+
+    def compare_tied(self, ignore: Sequence[str] = ()) -> None:
+        """Raises CheckpointError where a tensor that is stored twice has different values, unless the second of the
+        names is to be left over. Rows that no token uses do not count, and where one was rounded the other is rounded
+        for the comparison."""
+        rows = self.shapes[EMBEDDING][0]
+        for second, first in self._tied:
+            if _matches(second, ignore):
+                continue
+            kinds = [self.source.entries[name].dtype for name in (second, first)]
+            coarser = min(kinds, key=lambda kind: np.dtype(kind).itemsize if kind in FLOATS else 0)
+            if coarser not in FLOATS or self._digest(second, rows, coarser) != self._digest(first, rows, coarser):
+                raise CheckpointError(
+                    f"{self.source.path}: {second} and {first} differ; this model has tied embeddings, one for both. "
+                    f"Leave one of them over: --ignore '{second}'"
+                )
+
+    def _digest(self, name: str, rows: int, dtype: str) -> bytes:
+        """Two large tensors are compared without holding both."""
+        values = np.ascontiguousarray(self.source.read(name)[:rows], dtype)
+        return hashlib.blake2b(values.view(np.uint8).data).digest()
 
     def read(self, path: str, layer: int | None = None) -> np.ndarray:
         """One weight, or one layer of it, in the dtype it is stored in."""
@@ -109,9 +145,18 @@ class Reader:
         if self._last is None or self._last[0] != name:
             self._last = None  # not two at a time
             self._last = name, self.source.read(name)
+            self._refuse_non_finite(*self._last)
         tensor = self._last[1]
         rows = part.spread[0]
-        return tensor[:rows] if part.ours == "backbone.embedding" else tensor
+        return tensor[:rows] if part.ours == EMBEDDING else tensor
+
+    def _refuse_non_finite(self, name: str, tensor: np.ndarray) -> None:
+        """A sum is NaN or infinite where any value is, and takes no memory."""
+        if not np.isfinite(np.sum(tensor, dtype=np.promote_types(tensor.dtype, np.float32))):
+            raise CheckpointError(
+                f"{self.source.path}: {name} holds NaN or infinite values; this model was saved after its training "
+                "failed, take an earlier checkpoint"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,16 +179,20 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def open_weights(path: Path, config: ModelConfig) -> Reader:
-    """Raises CheckpointError where the file is damaged, of no known format, or does not fit the config."""
+def open_weights(path: Path, config: ModelConfig, ignore: Sequence[str] = ()) -> Reader:
+    """A reader of the weights at `path`. Foreign names that match a pattern of `ignore` are not what the format is
+    told by. Raises CheckpointError where the file is damaged or of no known format."""
     source = open_source(path)
-    return Reader(source, recognize(source, config), config)
+    format, prefix = recognize(source, config, ignore)
+    return Reader(source, format, config, prefix)
 
 
 def settle(reader: Reader, fresh: Sequence[str] = (), ignore: Sequence[str] = ()) -> LoadReport:
     """Nothing is loaded in part unless named: `fresh` are patterns ("expert.*") of weights to initialize rather than
-    load, `ignore` of foreign tensors to leave over. Raises CheckpointError naming what is not covered, and patterns
-    that match nothing."""
+    load, whatever the file has for them, `ignore` of foreign tensors to leave over.
+
+    Raises CheckpointError naming everything that does not fit and is not covered, and patterns that match nothing.
+    """
     path = str(reader.source.path)
     known = {"fresh": list(reader.shapes), "ignore": list(reader.source.entries)}
     for option, patterns in (("fresh", fresh), ("ignore", ignore)):
@@ -152,17 +201,30 @@ def settle(reader: Reader, fresh: Sequence[str] = (), ignore: Sequence[str] = ()
             if not fnmatch.filter(names, pattern):
                 near = did_you_mean(pattern, names)
                 raise CheckpointError(f"{path}: {option} {pattern!r} matches nothing{near}")
+
     started = [name for name in reader.shapes if _matches(name, fresh)]
     missing = [name for name in reader.missing if name not in started]
+    misfits = {name: said for name, said in reader.misfits.items() if name not in started}
     leftover = [name for name in reader.leftover if not _matches(name, ignore)]
-    if missing or leftover:
+    if missing or leftover or misfits:
         raise CheckpointError(
             f"{path} ({reader.format.name}) does not fit the config exactly.\n"
-            + _listed("missing", missing, "to initialize them: insula train --init ... --fresh 'expert.*'")
+            + _listed("that do not fit", list(misfits.values()), _remedy(misfits))
+            + _listed("missing", missing, _remedy(missing))
             + _listed("left over", leftover, "to leave them: --ignore PATTERN")
         )
+    if EMBEDDING not in started:
+        reader.compare_tied(ignore)
     loaded = {name: theirs for name, theirs in reader.loaded.items() if name not in started}
     return LoadReport(path, reader.format.name, loaded, started, reader.leftover)
+
+
+def _remedy(names: Iterable[str]) -> str:
+    """The flag that covers these weights, as short as it can be said."""
+    parts = sorted({f"{name.rpartition('.')[0]}.*" for name in names})
+    if len(parts) > 4:
+        parts = sorted({f"{name.partition('.')[0]}.*" for name in names})
+    return f"to initialize them: insula train --init ... --fresh {' '.join(map(repr, parts))}"
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -191,7 +253,7 @@ def load_params(
     Weights go to their device(s) one by one: `shardings` is a tree like the parameters, or None for the default device.
     Raises CheckpointError as `open_weights` and `settle` do.
     """
-    reader = open_weights(path, config)
+    reader = open_weights(path, config, ignore)
     report = settle(reader, fresh, ignore)
     table = weight_table(config)
     names, tree = list(paths(table)), jax.tree.structure(table, is_leaf=is_weight)

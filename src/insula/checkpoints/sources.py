@@ -5,7 +5,6 @@ Nothing else is read: no pickle, no code. A source knows names, shapes and dtype
 
 import contextlib
 import dataclasses
-import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,16 +16,24 @@ import numpy as np
 import orbax.checkpoint as ocp
 from safetensors import SafetensorError, safe_open
 
-from insula.errors import CheckpointError
+from insula.errors import CheckpointError, InsulaError
+from insula.files import read_json
 
 SAFETENSORS, SHARDS = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FLOATS = ("float32", "bfloat16", "float16", "float64")
+"""What a weight may be stored as."""
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
+_DTYPES |= {
+    f"{letter}{bits}": f"{kind}{bits}" for letter, kind in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
+    """`dtype` by name: one of FLOATS, or something that can be listed and left over but is no weight of ours."""
+
     shape: tuple[int, ...]
-    dtype: np.dtype
+    dtype: str
 
 
 @runtime_checkable
@@ -61,6 +68,8 @@ def open_source(path: Path) -> WeightSource:
 
 
 class SafetensorsSource:
+    """One file, or several as one."""
+
     def __init__(self, path: Path, files: list[Path]):
         self.path = path
         self.entries: dict[str, Entry] = {}
@@ -69,12 +78,10 @@ class SafetensorsSource:
             with _reading(file), safe_open(file, framework="numpy") as opened:
                 for name in opened.keys():  # noqa: SIM118 (not a dict)
                     piece = opened.get_slice(name)
-                    dtype = _DTYPES.get(piece.get_dtype())
-                    if dtype is None:
-                        raise CheckpointError(f"{file}: {name} holds {piece.get_dtype()}, expected floating point")
                     if name in self.entries:
                         raise CheckpointError(f"{file}: {name} is also in {self._file[name]}")
-                    self.entries[name] = Entry(tuple(piece.get_shape()), np.dtype(dtype))
+                    stored = piece.get_dtype()
+                    self.entries[name] = Entry(tuple(piece.get_shape()), _DTYPES.get(stored, stored))
                     self._file[name] = file
 
     def read(self, name: str) -> np.ndarray:
@@ -111,7 +118,7 @@ class OrbaxSource:
                 raise CheckpointError(f"{path}: no Orbax tree here")
             for keys, leaf in jax.tree_util.tree_leaves_with_path(metadata.tree):
                 names = tuple(str(getattr(key, "key", key)) for key in keys)
-                self.entries["/".join(names)] = Entry(tuple(leaf.shape), np.dtype(leaf.dtype))
+                self.entries["/".join(names)] = Entry(tuple(leaf.shape), np.dtype(leaf.dtype).name)
                 self._keys["/".join(names)] = names
 
     def read(self, name: str) -> np.ndarray:
@@ -124,6 +131,9 @@ class OrbaxSource:
             return jax.tree.leaves(checkpointer.restore(self.path.absolute(), wanted))[0]
 
 
+_DAMAGE = (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile, EOFError, TypeError, NotImplementedError)
+
+
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Libraries raise dozens of kinds for a damaged file; each means the same to the caller."""
@@ -131,13 +141,28 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile, EOFError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read, it is damaged or truncated: {error}") from error
+    except _DAMAGE as error:
+        raise CheckpointError(f"{path} cannot be read, it is damaged or truncated: {error}; fetch it anew") from error
+
+
+def read_settings(path: Path, *needed: str) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint. Raises CheckpointError naming the file and what is wrong in it."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: {'is no regular file' if path.exists() else 'is not there'}; fetch it anew")
+    try:
+        return read_json(path, *needed)
+    except InsulaError as error:
+        raise CheckpointError(f"{error}; fetch the file anew") from None
+    except (OSError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); fetch the file anew") from None
 
 
 def _shards(index: Path) -> list[Path]:
-    with _reading(index):
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    """The files that an index of shards names."""
+    shards = read_settings(index, "weight_map")["weight_map"]
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise CheckpointError(f"{index}: weight_map is no table of tensors and their files; fetch the file anew")
+    names = sorted(set(shards.values()))
     for name in names:
         if Path(name).name != name or not (index.parent / name).is_file():
             raise CheckpointError(f"{index} names {name!r}, which is not a file beside it; fetch all shards")
@@ -148,7 +173,7 @@ def _npy_entry(file: Any) -> Entry:
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
-    return Entry(shape, np.dtype(ml_dtypes.bfloat16) if dtype == np.dtype("V2") else dtype)
+    return Entry(shape, "bfloat16" if dtype == np.dtype("V2") else dtype.name)
 
 
 def _as_float(array: np.ndarray) -> np.ndarray:

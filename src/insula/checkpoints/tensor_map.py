@@ -34,6 +34,10 @@ class Line:
     axes: str
 
 
+WRAPPERS = r"(^|\.)((_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
+"""What PyTorch puts into the names of a model that was compiled, or trained in parallel: left out."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Format:
     """One way of storing a model.
@@ -52,6 +56,8 @@ class Format:
     unused: Callable[[ModelConfig], dict[str, tuple[int, ...]]] = lambda config: {}
 
     def canonical(self, name: str) -> str:
+        """The table's name for a name in a file."""
+        name = re.sub(WRAPPERS, r"\1", name)
         for pattern, replacement in self.renames:
             name = re.sub(pattern, replacement, name)
         return name

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from insula import letterbox
 from insula.errors import DatasetError, InputError
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -100,16 +101,13 @@ def decode_any(data: bytes, where: str, check: Callable[[int, int], None] | None
 
 def resize_with_pad(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """uint8 [h, w, 3] to `size` (height, width): shrunk or grown without stretching, the rest black, as the device
-    does it. For pictures of several sizes in one batch; others travel as they are."""
-    height, width = image.shape[:2]
-    if (height, width) == size:
+    does it (`insula.letterbox`). For pictures of several sizes in one batch; others travel as they are."""
+    if image.shape[:2] == size:
         return image
-    scale = max(height / size[0], width / size[1])
-    rows, columns = max(1, int(height / scale)), max(1, int(width / scale))
-    above, left = (size[0] - rows) // 2, (size[1] - columns) // 2
+    box = letterbox.fit((image.shape[0], image.shape[1]), size)
+    inner = Image.fromarray(image).resize((box.columns, box.rows), Image.Resampling.BILINEAR)
     out = np.zeros((*size, 3), np.uint8)
-    inner = Image.fromarray(image).resize((columns, rows), Image.Resampling.BILINEAR)
-    out[above : above + rows, left : left + columns] = np.asarray(inner)
+    out[box.above : box.above + box.rows, box.left : box.left + box.columns] = np.asarray(inner)
     return out
 
 

@@ -6,6 +6,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
+from insula import letterbox
 from insula.errors import InputError
 from insula.model import layers
 from insula.model.attention import attend
@@ -98,17 +99,25 @@ def encode_images(
 
 def resize(image: UInt8[AnyArray, "B h w 3"], size: int) -> Float[Array, "B size size 3"]:
     """uint8 → [−1, 1]. A camera of another resolution is resized on the device and padded with black to a square, so
-    that nothing is stretched (openpi's `resize_with_pad`)."""
-    pixels = image.astype(jnp.float32) / 127.5 - 1
+    that nothing is stretched (`insula.letterbox`: the same grey levels as on the host, up to a rare rounding by 1)."""
+    pixels = jnp.asarray(image).astype(jnp.float32)
     height, width = image.shape[1:3]
-    if (height, width) == (size, size):
-        return pixels
-    longer = max(height, width)
-    rows, columns = max(1, height * size // longer), max(1, width * size // longer)
-    pixels = jax.image.resize(pixels, (image.shape[0], rows, columns, 3), "bilinear")
-    above, left = (size - rows) // 2, (size - columns) // 2
-    around = ((0, 0), (above, size - rows - above), (left, size - columns - left), (0, 0))
-    return jnp.pad(pixels, around, constant_values=-1.0)
+    if (height, width) != (size, size):
+        box = letterbox.fit((height, width), (size, size))
+        pixels = _shrink_or_grow(pixels, box.rows, box.columns)
+        below, right = size - box.rows - box.above, size - box.columns - box.left
+        pixels = jnp.pad(pixels, ((0, 0), (box.above, below), (box.left, right), (0, 0)))
+    return pixels / 127.5 - 1
+
+
+def _shrink_or_grow(pixels: Float[Array, "B h w 3"], rows: int, columns: int) -> Float[Array, "B rows columns 3"]:
+    """Along the width, then along the height; whole grey levels after each, with halves rounded up."""
+    height, width = pixels.shape[1:3]
+    across, down = letterbox.triangle_weights(width, columns), letterbox.triangle_weights(height, rows)
+    exact = jax.lax.Precision.HIGHEST  # GPUs would multiply with 10 bits, and be off by a grey level
+    pixels = jnp.floor(jnp.tensordot(pixels, across, ((2,), (1,)), precision=exact) + 0.5)  # [B, h, 3, columns]
+    pixels = jnp.floor(jnp.tensordot(pixels, down, ((1,), (1,)), precision=exact) + 0.5)  # [B, 3, columns, rows]
+    return pixels.transpose(0, 3, 2, 1)
 
 
 def _encode(vision: Vision, config: ModelConfig, x: Float[Array, "I h w 3"]) -> Float[Array, "I P W"]:

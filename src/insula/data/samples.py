@@ -9,12 +9,13 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 
 from insula.batch import Batch, Observation
 from insula.data.chunks import check_delta, chosen_episodes, chunk_indices, dim_names, frames_of, joined, named_cameras
+from insula.data.config import TokenOverflow
 from insula.data.fitting import refuse_non_finite
 from insula.data.images import resize_with_pad
 from insula.data.lerobot.reader import LeRobotDataset
@@ -26,7 +27,6 @@ from insula.tokens.sequence import FASTTokenizer, Tokenized
 EAGER = 200_000
 """Up to so many samples are tokenized before training, so that an overlong one is known then; of more, those spread
 evenly, and the others when they are drawn."""
-TokenOverflow = Literal["error", "drop_token_loss"]
 log = logging.getLogger(__name__)
 
 

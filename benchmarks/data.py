@@ -26,6 +26,7 @@ import numpy as np
 
 from insula.batch import Batch
 from insula.collect.demonstrations import collect, collect_questions
+from insula.data.config import DataConfig
 from insula.data.fitting import action_chunks, fit_stats, measure_fast
 from insula.data.lerobot import LeRobotWriter
 from insula.data.lerobot.info import Feature
@@ -100,8 +101,7 @@ def prepare(folder: Path, workers: int) -> TrainConfig:
         run=folder / "run",
         data=folder / "data.toml",
         batch_size=BATCH,
-        fast_vocab=512,
-        fast_scale=5.0,
+        reading=DataConfig(fast_vocab=512, fast_scale=5.0),
         workers=workers,
         model=dataclasses.replace(TINY_BFLOAT16),
     )

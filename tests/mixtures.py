@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from insula.data.config import DataConfig
 from insula.data.lerobot import LeRobotWriter
 from insula.data.lerobot.info import Feature, image_feature
 from insula.model.config import TINY, TransformerConfig, VisionConfig
@@ -92,8 +93,7 @@ def settings(folder: Path, run: Path, **changes: object) -> TrainConfig:
         evaluate_every=2,
         checkpoint_every=2,
         log_every=1,
-        fast_vocab=400,
-        fast_scale=4.0,
+        reading=DataConfig(fast_vocab=400, fast_scale=4.0),
         certify=False,  # two more programs to compile
     )
     return dataclasses.replace(config, **changes)

@@ -18,13 +18,14 @@ from insula.tokens.masks import make_attn_mask
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "insula"
 
 # Each room, and what it may import besides itself. A room stands after all it imports: left never imports right.
-GROUND = {"errors", "files", "shapes", "batch", "flow", "letterbox"}
+GROUND = {"errors", "checks", "files", "shapes", "batch", "flow", "letterbox"}
 MODEL = GROUND | {"tokens", "model"}
 RUNS = MODEL | {"losses", "data", "checkpoints", "runs"}
 POLICY = RUNS | {"decode", "policy"}
 TRAIN = RUNS | {"certificate", "train"}
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
+    "checks": {"errors"},
     "files": {"errors"},
     "terminal": set(),
     "page": {"errors"},

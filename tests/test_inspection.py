@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 from mixtures import SMALL, write_mixture
 
-from insula import cli, losses
+from insula import losses
 from insula.batch import Batch
 from insula.certificate import read_certificate
+from insula.data.config import DataConfig
 from insula.data.lerobot import LeRobotWriter
 from insula.data.lerobot.info import Feature, image_feature
 from insula.decode.flow import sample_actions
 from insula.errors import DatasetError
-from insula.inspection.command import certify, inspect
-from insula.inspection.config import InspectConfig
+from insula.inspection.command import certify, inspect, run
+from insula.inspection.config import INSPECTED, InspectConfig
 from insula.inspection.findings import Findings, Inspector
 from insula.inspection.influence import AFTER, influence
 from insula.inspection.measure import LOOK_TIMES, TIMES, TOP
@@ -337,11 +338,9 @@ def test_a_leaky_model_names_the_path_and_exits_with_1(
 ) -> None:
     leak(monkeypatch)
     config = InspectConfig(data=mixture, model=SMALL, out=tmp_path / "page.html", certificate=tmp_path / "c.json")
-    monkeypatch.setattr(cli, "_parsed", lambda *_: config)
-    with pytest.raises(SystemExit) as done:
-        cli.inspect()
+    code = run(config)
     printed = capsys.readouterr().out
-    assert done.value.code == 1 and "insulation: leaks" in printed and finding in printed
+    assert code == 1 and "insulation: leaks" in printed and finding in printed
     assert read_certificate(tmp_path / "c.json")["outcome"] == "leaks"
     assert finding in (tmp_path / "page.html").read_text()
 
@@ -438,7 +437,8 @@ def test_tokens_only_needs_no_memory_for_the_model(
     with pytest.raises(ValueError, match=r"'pi05' \(1\d\.\d GiB of float32 parameters\) takes about .*--tokens-only"):
         open_subject(InspectConfig(data=mixture, model=model))
     page = tmp_path / "page.html"
-    config = InspectConfig(data=mixture, model=model, fast_last_id=257_023, tokens_only=True, out=page)
+    reading = DataConfig(fast_last_id=257_023)
+    config = InspectConfig(data=mixture, model=model, reading=reading, tokens_only=True, out=page)
     assert inspect(config) and page.stat().st_size < 3_000_000
     assert "the model was not run" in page.read_text()
     with pytest.raises(ValueError, match="--certificate goes without --tokens-only"):
@@ -460,7 +460,7 @@ def test_what_a_user_can_mend(mixture: Path, found: Findings, tmp_path: Path) ->
     with pytest.raises(ValueError, match="give either --run RUN, or --data DATA"):
         open_subject(InspectConfig(run=tmp_path, data=mixture))
     with pytest.raises(ValueError, match="--fast-last-id goes without --run"):
-        open_subject(InspectConfig(run=tmp_path, fast_last_id=1))
+        open_subject(InspectConfig(run=tmp_path, reading=dataclasses.replace(INSPECTED, fast_last_id=1)))
     with pytest.raises(ValueError, match="--preset or --model goes without --run"):
         open_subject(InspectConfig(run=tmp_path, model=SMALL))
     with pytest.raises(ValueError, match="--training goes with --run"):

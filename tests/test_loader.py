@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from insula.data import normalize as normalize
-from insula.data.chunks import chunk_indices, split
+from insula.data.chunks import chunk_indices
 from insula.data.fitting import action_chunks, fit_stats
 from insula.data.lerobot import LeRobotDataset, LeRobotWriter
 from insula.data.lerobot.info import Feature, image_feature
@@ -208,18 +208,6 @@ def test_wrong_requests_are_named(data, robot, tokenizer, change, message, unche
     right = {"data": dataclasses.replace(data, **mapped), "robot": robot, "tokenizer": tokenizer, "sizes": SIZES}
     with pytest.raises(ValueError, match=message):
         Samples(**(right | others))
-
-
-def test_split_by_episode():
-    train, held_out = split(40, 0.1, seed=3)
-    assert len(held_out) == 4 and sorted([*train, *held_out]) == list(range(40))
-    again, other = (split(40, 0.1, seed)[1].tolist() for seed in (3, 4))
-    assert held_out.tolist() == again != other
-    assert len(split(5, 0.0, 0)[1]) == 0 and len(split(5, 0.01, 0)[1]) == 1
-    with pytest.raises(ValueError, match="leaves none to train on"):
-        split(1, 0.5, 0)
-    with pytest.raises(ValueError, match="at least 0 and below 1"):
-        split(9, 1.0, 0)
 
 
 # --- order and loader ------------------------------------------------------------------------------------------------

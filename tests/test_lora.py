@@ -17,6 +17,7 @@ from insula.checkpoints.pretrained import load_pretrained
 from insula.checkpoints.store import CheckpointStore
 from insula.collect.demonstrations import collect
 from insula.convert import convert
+from insula.data.config import DataConfig
 from insula.decode.flow import sample_actions
 from insula.errors import CheckpointError
 from insula.losses import compute_loss
@@ -301,7 +302,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
         batch_size=2,
         from_scratch=True,
         held_out_fraction=0.0,
-        fast_vocab=512,
+        reading=DataConfig(fast_vocab=512),
         certify=False,  # two more programs to compile
     )
     assert training.train(settings, quiet=True)

@@ -16,6 +16,7 @@ import pytest
 from mixtures import MAPPING, SMALL, settings, write_mixture
 
 from insula.checkpoints.store import CheckpointStore
+from insula.data.config import DataConfig
 from insula.data.lerobot import LeRobotWriter
 from insula.data.lerobot.info import Feature
 from insula.data.loader import Loader
@@ -30,6 +31,8 @@ from insula.train.config import TrainConfig
 from insula.train.data import fit_assets, held_out_sources, open_data, training_mixture
 from insula.train.run import make_held_out_losses, train
 from insula.train.step import TrainState
+
+QUARANTINE = DataConfig(fast_vocab=400, fast_scale=4.0, on_bad_sample="quarantine")
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +282,7 @@ def test_a_bad_sample_among_the_held_out_ones(folder: Path, made: SimpleNamespac
     path = folder / "questions" / f"{unseen['scenes'].numbers[row]}.png"
     whole = path.read_bytes()
     path.write_bytes(b"")
-    config = dataclasses.replace(made.config, run=tmp_path, on_bad_sample="quarantine")
+    config = dataclasses.replace(made.config, run=tmp_path, reading=QUARANTINE)
     try:
         look = make_held_out_losses(config, made.data.mapping, {"scenes": unseen["scenes"]}, jax.random.key(0))
         params = randomize(abstract_params(SMALL), jax.random.key(0))
@@ -307,7 +310,7 @@ def test_numbers_that_are_no_numbers(tmp_path: Path, folder: Path) -> None:
     config = settings(folder, tmp_path / "run", data=tmp_path / "data.toml", held_out_fraction=0.0, steps=1)
     with pytest.raises(ValueError, match=r"episode 2, frame 5: action\[1\] is nan"):
         train(config, quiet=True)
-    kept = dataclasses.replace(config, run=tmp_path / "kept", on_bad_sample="quarantine")
+    kept = dataclasses.replace(config, run=tmp_path / "kept", reading=QUARANTINE)
     assert train(kept, quiet=True)
     row = json.loads((kept.run / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["quarantined"] == 6  # frames 0 to 5: their chunks reach the NaN

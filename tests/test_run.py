@@ -14,6 +14,7 @@ from insula.certificate import read_certificate
 from insula.checkpoints.store import CheckpointStore
 from insula.collect.demonstrations import collect
 from insula.convert import convert
+from insula.data.config import DataConfig
 from insula.errors import CheckpointError, DatasetError, InsulationError
 from insula.model.config import TINY, ModelConfig, TransformerConfig, VisionConfig
 from insula.model.params import abstract_params
@@ -34,6 +35,7 @@ SMALL = dataclasses.replace(
     max_fast_len=40,
 )
 STEPS = 6
+READING = DataConfig(fast_vocab=512)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def settings(data: Path | None, run: Path, **changes: object) -> TrainConfig:
         evaluate_every=3,
         checkpoint_every=3,
         log_every=2,
-        fast_vocab=512,
+        reading=READING,
         certify=False,  # two more programs to compile
     )
     return dataclasses.replace(config, **changes)
@@ -178,7 +180,13 @@ def test_bad_runs_are_refused_by_name(finished: Path, data: Path, tmp_path: Path
 
 def test_dropping_token_losses_is_counted(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = dataclasses.replace(SMALL, max_fast_len=4)
-    config = settings(data, tmp_path / "run", model=model, on_overflow="drop_token_loss", steps=2)
+    config = settings(
+        data,
+        tmp_path / "run",
+        model=model,
+        reading=dataclasses.replace(READING, on_overflow="drop_token_loss"),
+        steps=2,
+    )
     assert training.train(config, quiet=True)
     assert "have no token loss" in caplog.text
     assert np.isfinite(rows(config.run)[0]["flow"])
@@ -207,9 +215,11 @@ def test_a_run_starts_from_a_checkpoint(data: Path, finished: Path, tmp_path: Pa
         from_scratch=False,
         init=tmp_path / "weights",
         fresh=("expert.action_out.*",),
-        text_tokenizer=tmp_path / "weights" / "tokenizer" / "text",
-        fast=tmp_path / "weights" / "tokenizer" / "fast",
-        fast_last_id=tokenizers.fast_last_id,
+        reading=DataConfig(
+            text_tokenizer=tmp_path / "weights" / "tokenizer" / "text",
+            fast=tmp_path / "weights" / "tokenizer" / "fast",
+            fast_last_id=tokenizers.fast_last_id,
+        ),
         steps=1,
     )
     config.run.mkdir()
@@ -222,7 +232,7 @@ def test_a_run_starts_from_a_checkpoint(data: Path, finished: Path, tmp_path: Pa
     assert "backbone.embedding" in record["loaded"] and not record["leftover"]
 
     assert training.train(config, quiet=True)
-    resumed = dataclasses.replace(settings(None, config.run), resume=True)
+    resumed = TrainConfig(run=config.run, resume=True, steps=2)
     assert training.train(resumed, quiet=True)  # and finds all of it again
     trained = Policy.load(config.run).assets.tokenizer
     assert trained.fast.vocab_size == tokenizers.fast.vocab_size and trained.fast_last_id == tokenizers.fast_last_id

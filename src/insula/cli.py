@@ -1,336 +1,206 @@
-"""`insula COMMAND`: thin commands over the package."""
+"""`insula COMMAND`: a table of commands. Each is a frozen config, whose fields are its flags, and what runs it.
 
+Exit codes:
+
+    0    done
+    1    an error that can be mended (one line), faults that `data doctor` found, insulation that leaks, or a bug of
+         ours (a traceback)
+    2    the command line cannot be understood
+    130  interrupted by Ctrl-C, SIGTERM or SIGHUP; what says so can go on
+"""
+
+import argparse
 import dataclasses
+import errno
+import importlib
 import logging
 import os
 import sys
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
 
 import tyro
 from rich.console import Console
 
-if TYPE_CHECKING:
-    from insula.model.config import ModelConfig
+from insula.errors import InsulaError, did_you_mean
 
-T = TypeVar("T")
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 console = Console(stderr=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Where a command lives; loaded when it is asked for, so that `insula collect` need not wait for JAX.
+
+    `module` has the dataclass `config` and the function `run(config)`, which returns an exit code, or None for 0.
+    `default(preset, arguments)`, where given, makes the config that flags change.
+    """
+
+    about: str
+    module: str
+    config: str
+    run: str = "run"
+    default: str | None = None
+
+
+COMMANDS = {
+    "collect": Command(
+        "demonstrations of the tabletop's scripted expert, as a LeRobot data set",
+        "insula.collect.command",
+        "CollectConfig",
+        "run_collect",
+    ),
+    "questions": Command(
+        "questions about rendered scenes, with answers", "insula.collect.command", "QuestionsConfig", "run_questions"
+    ),
+    "data describe": Command(
+        "a mapping for a data set, to be corrected", "insula.train.prepare", "DescribeConfig", "run_describe"
+    ),
+    "data doctor": Command(
+        "everything that is wrong with a data set", "insula.data.lerobot.command", "DoctorConfig", "run_doctor"
+    ),
+    "data stats": Command("statistics of state and actions", "insula.train.prepare", "StatsConfig", "run_stats"),
+    "data fit-fast": Command(
+        "a FAST tokenizer for these actions, with a report", "insula.train.prepare", "FitFastConfig", "run_fit_fast"
+    ),
+    "data convert": Command(
+        "a data set as LeRobot v3.0", "insula.data.lerobot.command", "DataConvertConfig", "run_convert"
+    ),
+    "pretrain": Command("the small backbone, from questions alone", "insula.pretrain.run", "PretrainConfig"),
+    "train": Command("a knowledge-insulated policy", "insula.train.command", "TrainConfig", default="default_settings"),
+    "evaluate": Command("a trained policy in closed loop", "insula.evaluate.command", "EvaluateConfig"),
+    "inspect": Command(
+        "one sample as a model sees it, and where gradients go",
+        "insula.inspection.command",
+        "InspectConfig",
+        default="default_settings",
+    ),
+    "convert": Command("a checkpoint into another format", "insula.convert", "ConvertConfig"),
+    "demo": Command("all of it, to one report.html", "insula.demo", "DemoConfig"),
+}
+
+_OF_THE_MACHINE = {
+    getattr(errno, name)
+    for name in (
+        *("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "ENAMETOOLONG", "ELOOP", "EISDIR", "ENOTDIR"),
+        *("EEXIST", "ENOENT", "EIO", "ESTALE", "EMFILE", "ENFILE"),
+    )
+}
+
+
 def main() -> None:
-    """Run one command. An error the user can mend is one line and exit code 1; INSULA_DEBUG=1 shows where it arose."""
+    """Run the command of this process."""
     _use_huge_pages()
     logging.basicConfig(level=logging.WARNING, format="insula: %(message)s")
     warnings.formatwarning = lambda message, *_: f"insula: {message}\n"
-    commands: dict[str, Callable[..., Any]] = {
-        "collect": collect,
-        "questions": questions,
-        "pretrain": pretrain,
-        "train": train,
-        "evaluate": evaluate,
-        "inspect": inspect,
-        "convert": convert,
-        "demo": demo,
-        "data": data,
-    }
+    sys.exit(execute(sys.argv[1:]))
+
+
+def execute(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code. An error the user can mend is one line, where INSULA_DEBUG=1 does not
+    ask for all of it; any other error is ours, and is shown as such."""
     try:
-        if sys.argv[1:2] in (["train"], ["inspect"], ["data"]):  # --preset chooses the defaults of all other flags
-            return commands[sys.argv[1]](*sys.argv[2:])
-        tyro.extras.subcommand_cli_from_dict(commands, prog="insula", description=__doc__)
+        return _run(list(arguments))
     except KeyboardInterrupt as error:
-        console.print(f"insula: {error.args[0] if error.args else 'interrupted'}", markup=False, highlight=False)
-        sys.exit(130)
+        _say(str(error.args[0]) if error.args else "interrupted")
+        return 130
     except BrokenPipeError:  # whoever read our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except (ValueError, LookupError, OSError, RuntimeError, ArithmeticError) as error:
-        if os.environ.get("INSULA_DEBUG"):
-            raise
-        message = error.args[0] if isinstance(error, KeyError) else error
-        console.print(f"insula: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
+        return 1
+    except Exception as error:
+        message = _mendable(error)
+        if message is None:
+            traceback.print_exc()
+            command = " ".join(["insula", *arguments])
+            _say(
+                f"this is a bug in insula {version('insula')}, not in what you did; please report the traceback above "
+                f"and the command: {command}",
+                style="red",
+            )
+        elif os.environ.get("INSULA_DEBUG"):
+            traceback.print_exc()
+        else:
+            _say(message, style="red")
+        return 1
+
+
+def _run(arguments: list[str]) -> int:
+    name, rest = _named(arguments)
+    command = COMMANDS[name]
+    module = importlib.import_module(command.module)
+    kind, default = getattr(module, command.config), None
+    if command.default is not None:
+        preset, rest = _preset(name, rest)
+        default = getattr(module, command.default)(preset, rest)
+
+    optional: dict[str, Any] = {} if default is None else {"default": default}
+    cascade = (tyro.conf.CascadeSubcommandArgs,)  # flags before or after model.lora:lora-config
+    config = tyro.cli(kind, prog=f"insula {name}", args=rest, config=cascade, **optional)
+    return getattr(module, command.run)(config) or 0
+
+
+def _named(arguments: list[str]) -> tuple[str, list[str]]:
+    """The command that is asked for, and its flags. Exits with an overview, or with code 2 where there is none."""
+    for words in (2, 1):
+        if (name := " ".join(arguments[:words])) in COMMANDS:
+            return name, arguments[words:]
+
+    group = arguments[0] if arguments and any(name.startswith(f"{arguments[0]} ") for name in COMMANDS) else None
+    asked = arguments[1:] if group else arguments
+    if asked[:1] in (["-h"], ["--help"]):
+        print(_overview(group))
+        sys.exit(0)
+    if asked:
+        known = [name.removeprefix(f"{group} ") for name in COMMANDS if not group or name.startswith(f"{group} ")]
+        _say(f"no command {' '.join(arguments)!r}{did_you_mean(asked[0], known)}; known: {', '.join(known)}", "red")
+    else:
+        print(_overview(group), file=sys.stderr)
+    sys.exit(2)
+
+
+def _overview(group: str | None) -> str:
+    shown = {name: command for name, command in COMMANDS.items() if not group or name.startswith(f"{group} ")}
+    lines = [f"  {name:<14} {command.about}" for name, command in shown.items()]
+    return "\n".join(["usage: insula COMMAND [FLAGS]; insula COMMAND --help lists its flags", "", *lines])
+
+
+def _preset(name: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """--preset NAME chooses the defaults of all other flags, so it is read before them."""
+    parser = argparse.ArgumentParser(f"insula {name}", add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    found, rest = parser.parse_known_args(arguments)
+    return found.preset, rest
+
+
+def _mendable(error: Exception) -> str | None:
+    """What to say of an error that something outside this package can mend; None for a bug of ours."""
+    if isinstance(error, InsulaError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE and error.filename is not None:
+        paths = " → ".join(str(path) for path in (error.filename, error.filename2) if path is not None)
+        return f"{paths}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE):
+        return f"{error.strerror}"  # a write that fails knows no name
+
+    # JAX says so in a RuntimeError of its own; it is not imported here.
+    exhausted = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error)
+    if exhausted or isinstance(error, MemoryError):
+        first = str(error).splitlines()[0] if str(error) else "no memory is left"
+        return f"out of memory: {first}; ask for less at once, such as a smaller --batch-size"
+    return None
+
+
+def _say(text: str, style: str | None = None) -> None:
+    console.print(f"insula: {text}", style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _use_huge_pages() -> None:
-    """XLA:CPU allocates its buffers anew each step; huge pages make that much cheaper, but glibc reads the setting
+    """XLA:CPU allocates its buffers again each step; huge pages make that much cheaper, but glibc reads the setting
     only when a process starts. So start again, once."""
     known = os.environ.get("GLIBC_TUNABLES", "")
     if sys.platform == "linux" and "hugetlb" not in known:
         os.environ["GLIBC_TUNABLES"] = f"{known}:{HUGE_PAGES}" if known else HUGE_PAGES
         os.execv(sys.executable, [sys.executable, "-m", "insula", *sys.argv[1:]])
-
-
-def collect(out: Path, episodes: int = 400, first_seed: int = 0, noise: float = 0.3, overwrite: bool = False) -> None:
-    """Write demonstrations of the tabletop's scripted expert as a LeRobot v3.0 data set.
-
-    Args:
-        out: Folder of the new data set.
-        episodes: Successful demonstrations to write.
-        first_seed: Scene seeds count up from here.
-        noise: DART noise on the executed moves; the clean action is recorded.
-        overwrite: Replace what is in `out`.
-    """
-    from insula.collect.demonstrations import collect as run
-
-    done = run(out, episodes, first_seed, noise, overwrite=overwrite)
-    print(f"{len(done.seeds)} demonstrations, {done.frames} frames, {len(done.discarded)} discarded: {done.root}")
-
-
-def questions(out: Path, scenes: int = 1500, each: int = 8, overwrite: bool = False) -> None:
-    """Write questions about rendered tabletop scenes, with answers: vision-language samples to mix into training.
-
-    Args:
-        out: Folder for questions.jsonl and images.
-        scenes: Scenes to render.
-        each: Questions about each.
-        overwrite: Replace what is in `out`.
-    """
-    from insula.collect.demonstrations import collect_questions
-
-    print(f"{collect_questions(out, scenes, each, overwrite=overwrite)} questions about {scenes} scenes: {out}")
-
-
-def pretrain(out: Path, steps: int | None = None, scenes: int | None = None, seed: int = 0) -> None:
-    """Train the small backbone on questions about rendered scenes, without robot actions.
-
-    Args:
-        out: Folder for backbone.safetensors and backbone.json.
-        steps: Updates; the shipped backbone's number unless given.
-        scenes: Rendered scenes; the shipped backbone's number unless given.
-        seed: Of initial weights and sampling.
-    """
-    from insula.pretrain.run import PretrainConfig, question_tokenizer
-    from insula.pretrain.run import pretrain as run
-
-    config = PretrainConfig(out, seed=seed)
-    config = dataclasses.replace(config, steps=steps or config.steps, scenes=scenes or config.scenes)
-    known = run(config, question_tokenizer(config.model))
-    print(
-        f"held-out accuracy {known.mean:.1%} over {len(known.accuracy)} kinds, "
-        f"locations {known.location_error:.2f} bins of 128 off: {out}"
-    )
-
-
-def evaluate(
-    run: tyro.conf.Positional[Path],
-    episodes: int = 100,
-    first_seed: int | None = None,
-    replan_steps: int = 2,
-    json: Path | None = None,
-    video: Path | None = None,
-    robot: str | None = None,
-) -> None:
-    """Run a trained policy in closed loop in the tabletop: success, wrong objects, and swapped instructions.
-
-    Args:
-        run: Folder that `insula train` wrote.
-        episodes: Scenes; each is tried with its instruction and with another one.
-        first_seed: Scenes count up from here; the first evaluation seed unless given.
-        replan_steps: Steps of each chunk to execute before the policy looks again.
-        json: Write the results to this file.
-        video: Write the first episodes to this .mp4 or .gif.
-        robot: Which one to act for, where the run was trained on several.
-    """
-    from insula.evaluate.command import evaluate_run
-
-    print(evaluate_run(run, episodes, first_seed, replan_steps, json, video, robot))
-
-
-def inspect(*arguments: str) -> None:
-    """See one sample as a model does: every token and mask, who may look at whom, what each loss scores, and, measured,
-    where gradients go. Writes one offline page. Exit code 1 where insulation leaks or nothing is shown."""
-    from insula.inspection.command import inspect as run
-    from insula.inspection.config import InspectConfig
-
-    config = _parsed("inspect", inspect.__doc__, arguments, lambda model: InspectConfig(model=model))
-    sys.exit(0 if run(config) else 1)
-
-
-def train(*arguments: str) -> None:
-    """Train a knowledge-insulated policy on a LeRobot data set. --preset NAME chooses the model that flags override."""
-    from insula.train.config import TrainConfig
-    from insula.train.run import train as run
-
-    def default(model: "ModelConfig") -> TrainConfig:
-        return TrainConfig(run=tyro.MISSING, model=model.with_compute(dtype="bfloat16"))
-
-    config = _parsed("train", train.__doc__, arguments, default)
-    complete = run(config)
-    state = "done" if complete else "interrupted; go on with: insula train --resume --run"
-    print(f"{state} {config.run}")
-    sys.exit(0 if complete else 130)
-
-
-def _parsed(command: str, about: str | None, arguments: Sequence[str], default: "Callable[[ModelConfig], T]") -> T:
-    """Flags over `default` of the model that --preset names, in any order, before or after model.lora:lora-config."""
-    from insula.model.config import preset
-
-    name, rest = "tiny", list(arguments)
-    if "--preset" in rest[:-1]:
-        at = rest.index("--preset")
-        name = rest[at + 1]
-        del rest[at : at + 2]
-    made = default(preset(name))
-    cascade = (tyro.conf.CascadeSubcommandArgs,)
-    return tyro.cli(type(made), prog=f"insula {command}", description=about, default=made, args=rest, config=cascade)
-
-
-def convert(
-    source: tyro.conf.Positional[Path],
-    destination: tyro.conf.Positional[Path],
-    to: Literal["insula", "lerobot", "openpi"],
-    preset: str = "pi05",
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    ignore: tuple[str, ...] = (),
-    norm_stats: Path | None = None,
-    robot: str | None = None,
-) -> None:
-    """Turn a run or a checkpoint (ours, PaliGemma, openpi, LeRobot PI05) into another format, array by array.
-
-    Args:
-        source: A run, a directory, a .safetensors or a .npz file, or hf://organization/name.
-        destination: A new directory.
-        to: What to write.
-        preset: What a source that carries no config is: pi05, pi0, ...
-        dtype: Of the weights written.
-        ignore: Patterns of tensors in the source that may be left over.
-        norm_stats: openpi's norm_stats.json, where the source has no statistics.
-        robot: Whose statistics to write, where the run was trained on several.
-    """
-    from insula.convert import convert as run
-
-    print(run(source, destination, to, preset, dtype, ignore, norm_stats, robot).summary())
-
-
-def data(*arguments: str) -> None:
-    """Look after a LeRobot data set: insula data COMMAND --help."""
-    commands: dict[str, Callable[..., Any]] = {
-        "describe": data_describe,
-        "stats": data_stats,
-        "fit-fast": data_fit_fast,
-        "convert": data_convert,
-        "doctor": data_doctor,
-    }
-    description = "Look after a LeRobot data set."
-    tyro.extras.subcommand_cli_from_dict(commands, prog="insula data", description=description, args=list(arguments))
-
-
-def data_describe(path: tyro.conf.Positional[Path], preset: str = "tiny") -> None:
-    """Print a mapping for a data set, to be corrected and given to insula train --data.
-
-    Args:
-        path: A LeRobot data set (v2.1 or v3.0).
-        preset: Whose cameras to find.
-    """
-    from insula.data.describe import describe
-    from insula.model.config import preset as named
-
-    print(describe(path, named(preset).cameras), end="")
-
-
-def data_stats(
-    path: tyro.conf.Positional[Path],
-    out: Path | None = None,
-    horizon: int = 16,
-    chunks: int = 200_000,
-    processes: int = 2,
-) -> None:
-    """Statistics of state and actions over all episodes, quantiles exact.
-
-    Args:
-        path: A LeRobot data set, or a .toml mapping.
-        out: Write norm_stats.json: a .json file, or a folder for a mapping of several robots.
-        horizon: Steps of a chunk, where the mapping names none.
-        chunks: Spread evenly over all episodes, to count clipped values in.
-        processes: To share the data files between.
-    """
-    from insula.data.command import stats
-
-    print(stats(path, horizon, out, chunks, processes))
-
-
-def data_fit_fast(
-    path: tyro.conf.Positional[Path],
-    out: Path,
-    vocab: int = 1024,
-    scale: float = 10.0,
-    preset: str = "tiny",
-    horizon: int | None = None,
-    chunks: int = 200_000,
-    processes: int = 2,
-) -> None:
-    """Fit a FAST tokenizer on chunks of all episodes, for insula train --fast, with a report.
-
-    Args:
-        path: A LeRobot data set, or a .toml mapping.
-        out: Folder for the tokenizer and report.json.
-        vocab: Entries.
-        scale: Of the DCT coefficients before rounding: larger is finer and longer.
-        preset: Whose horizon and token budget count.
-        horizon: Steps of a chunk; the preset's unless given.
-        chunks: Spread evenly over all episodes of each robot.
-        processes: To share the work between.
-    """
-    from insula.data.command import fit_fast
-    from insula.model.config import preset as named
-
-    model = named(preset)
-    steps = horizon or model.horizon
-    print(fit_fast(path, steps, model.max_fast_len, out, vocab, scale, chunks, processes))
-
-
-def data_convert(
-    source: tyro.conf.Positional[Path],
-    destination: tyro.conf.Positional[Path],
-    overwrite: bool = False,
-    tasks_from: Literal["rows", "episodes"] | None = None,
-) -> None:
-    """Write a data set (v2.1 or v3.0) anew as v3.0: the same rows and pictures, true global statistics.
-
-    Args:
-        source: A LeRobot data set.
-        destination: A new folder.
-        overwrite: Replace what is there.
-        tasks_from: Whom to believe where the rows mean another task than the episode table says.
-    """
-    from insula.data.lerobot.conversion import convert as run
-
-    done = run(source, destination, overwrite=overwrite, tasks_from=tasks_from)
-    print(f"{len(done.episodes)} episodes, {len(done)} frames, {done.info.codebase_version}: {destination}")
-
-
-def data_doctor(path: tyro.conf.Positional[Path], json: bool = False, quick: bool = False) -> None:
-    """Find everything that is wrong with a data set. Exit code 0: sound; 1: faults were found.
-
-    Args:
-        path: A LeRobot data set (v2.1 or v3.0).
-        json: Print the faults as JSON.
-        quick: Decode three pictures of each episode and camera rather than all.
-    """
-    from json import dumps
-
-    from insula.data.lerobot.doctor import examine
-
-    found = examine(path, every_frame=not quick)
-    if json:
-        print(dumps([finding.to_json() for finding in found], indent=1))
-    else:
-        print("\n".join(map(str, found)) if found else f"{path}: sound")
-    sys.exit(1 if found else 0)
-
-
-def demo(out: Path | None = None, quick: bool = False, seed: int = 0) -> None:
-    """Demonstrations, FAST, training, evaluation on unseen scenes, one report.html. Resumes where it was interrupted.
-
-    Args:
-        out: Folder for everything; runs/demo, or runs/quick with --quick.
-        quick: The same path in about two minutes, for a smoke test; it learns next to nothing.
-        seed: Of training. Scenes do not depend on it.
-    """
-    from insula.demo import DEMO, QUICK
-    from insula.demo import demo as run
-
-    print(f"report: {run(out or Path('runs/quick' if quick else 'runs/demo'), QUICK if quick else DEMO, seed)}")

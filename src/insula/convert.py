@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 from insula.checkpoints import lerobot
 from insula.checkpoints.formats import INSULA
 from insula.checkpoints.hub import local
@@ -25,6 +27,7 @@ from insula.model.lora import merge
 from insula.model.params import abstract_params
 from insula.runs.assets import Assets, read_assets, write_config
 from insula.runs.folder import CHECKPOINTS_FOLDER, MODEL_FILE, TOKENIZER_FOLDER
+from insula.runs.loading import refuse_leaking
 
 log = logging.getLogger(__name__)
 Target = Literal["insula", "lerobot", "openpi"]
@@ -99,6 +102,7 @@ def open_model(source: Path, preset_name: str, ignore: Sequence[str] = ()) -> Mo
 
 def _open_run(run: Path) -> Model:
     with CheckpointStore(run / CHECKPOINTS_FOLDER) as store:
+        refuse_leaking(store.assets())
         assets = read_assets(store.assets())
         params = store.restore("params", abstract_params(assets.config))
     if assets.config.lora is not None:
@@ -184,3 +188,40 @@ def _write_insula(destination: Path, model: Model, dtype: str) -> None:
         if model.stats is not None:
             normalize.save(destination / STATS_FILE, model.stats)
     write_safetensors(destination / SAFETENSORS, INSULA, model.config, model.read, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+    """Turn a run or a checkpoint (ours, PaliGemma, openpi, LeRobot PI05) into another format, array by array."""
+
+    source: tyro.conf.Positional[Path]
+    """A run, a directory, a .safetensors or a .npz file, or hf://organization/name."""
+    destination: tyro.conf.Positional[Path]
+    """A new directory."""
+    to: Target
+    """What to write."""
+    preset: str = "pi05"
+    """What a source that carries no config is: pi05, pi0, ..."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights written."""
+    ignore: tuple[str, ...] = ()
+    """Patterns of tensors in the source that may be left over."""
+    norm_stats: Path | None = None
+    """openpi's norm_stats.json, where the source has no statistics."""
+    robot: str | None = None
+    """Whose statistics to write, where the run was trained on several."""
+
+
+def run(config: ConvertConfig) -> None:
+    """Convert, and print what was read. Raises as `convert`."""
+    report = convert(
+        config.source,
+        config.destination,
+        config.to,
+        config.preset,
+        config.dtype,
+        config.ignore,
+        config.norm_stats,
+        config.robot,
+    )
+    print(report.summary())

@@ -20,8 +20,10 @@ from rich.console import Console
 from insula.certificate import read_certificate, require
 from insula.checkpoints.pretrained import load_pretrained
 from insula.checkpoints.store import CheckpointStore
+from insula.checks import check_seed
 from insula.collect.demonstrations import collect, collect_questions
 from insula.collect.scenes import render_scenes
+from insula.data.config import DataConfig
 from insula.data.fitting import measure_fast
 from insula.data.mapping import read_mapping
 from insula.data.samples import Samples
@@ -29,12 +31,13 @@ from insula.errors import InputError
 from insula.evaluate.closed_loop import ClosedLoop, evaluate
 from insula.evaluate.knowledge import measure_knowledge
 from insula.evaluate.rollout_video import reel, write_video
-from insula.files import read_json, write_json
+from insula.files import check_output_folder, read_json, write_json
 from insula.policy import Policy
 from insula.report import Report, machine, read_metrics, versions, write_report
-from insula.runs.folder import CERTIFICATE_FILE, CHECKPOINTS_FOLDER, METRICS_FILE, SETTINGS_FILE
+from insula.runs.folder import CERTIFICATE_FILE, CHECKPOINTS_FOLDER, METRICS_FILE
 from insula.train.config import TrainConfig, to_dict
 from insula.train.data import held_out_sources, open_data
+from insula.train.resume import newest_step
 from insula.train.run import train
 from insula.worlds.seeds import PRETRAINING
 
@@ -81,8 +84,30 @@ weight = 1
 """
 
 
+@dataclasses.dataclass(frozen=True)
+class DemoConfig:
+    """Demonstrations, FAST, training, evaluation on unseen scenes, one report.html. Goes on where it stopped."""
+
+    out: Path | None = None
+    """Folder for everything; runs/demo, or runs/quick with --quick."""
+    quick: bool = False
+    """The same path in about two minutes, for a smoke test; it learns next to nothing."""
+    seed: int = 0
+    """Of training. Scenes do not depend on it."""
+
+    def __post_init__(self) -> None:
+        check_seed("seed", self.seed)
+
+
+def run(config: DemoConfig) -> None:
+    """Make the demo, and say where its report is. Raises as `demo`."""
+    out = config.out or Path("runs/quick" if config.quick else "runs/demo")
+    check_output_folder(out, "out")
+    print(f"report: {demo(out, QUICK if config.quick else DEMO, config.seed)}")
+
+
 def demo(out: Path, settings: DemoSettings, seed: int) -> Path:
-    """Run or continue the demo in `out`; a finished one is started anew. Returns the report's path.
+    """Run or continue the demo in `out`; a finished one is started again from nothing. Returns the report's path.
 
     Raises ValueError where `out` holds something else, KeyboardInterrupt where training was interrupted.
     """
@@ -97,9 +122,8 @@ def demo(out: Path, settings: DemoSettings, seed: int) -> Path:
         steps=settings.steps,
         batch_size=settings.batch_size,
         evaluate_every=settings.evaluate_every,
-        fast_vocab=512,  # few and coarse: these tokens teach the backbone, the flow draws the fine line
-        fast_scale=5.0,
-        resume=(out / "run" / SETTINGS_FILE).is_file(),
+        reading=DataConfig(fast_vocab=512, fast_scale=5.0),  # few and coarse: these tokens teach, the flow draws
+        resume=newest_step(out / "run") is not None,
     )
     stages.do("train", lambda: _train(config))
     policy = Policy.load(out / "run", seed=seed)
@@ -214,7 +238,8 @@ def _certificate(config: TrainConfig) -> dict[str, Any]:
 
 def _fast(policy: Policy, config: TrainConfig) -> dict[str, float]:
     """What FAST makes of held-out chunks."""
-    samples = held_out_sources(config, policy.assets, open_data(config))["tabletop"]
+    data = open_data(dataclasses.replace(config, resume=True))  # split as it was trained
+    samples = held_out_sources(config, policy.assets, data)["tabletop"]
     assert isinstance(samples, Samples)
     report = measure_fast(
         policy.assets.tokenizer.fast, samples.chunks(np.arange(len(samples)))[0], policy.config.max_fast_len

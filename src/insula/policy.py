@@ -1,5 +1,11 @@
-"""From an observation to a chunk of actions: transforms, one backbone pass, Euler steps on the expert."""
+"""From an observation to a chunk of actions: transforms, one backbone pass, Euler steps on the expert.
 
+The noise of an observation depends on the policy's seed and on a seed of its own, on nothing else: neither on what was
+asked before nor on what is beside it in the batch. So whatever happened can be replayed from its seeds.
+"""
+
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +15,14 @@ import numpy as np
 from insula.batch import Observation
 from insula.data.observe import Observer, check_raw, stack_images
 from insula.decode.flow import FLOW_STEPS, sample_actions
-from insula.errors import NonFiniteError
+from insula.errors import InputError, NonFiniteError
 from insula.model.params import Params
 from insula.runs.assets import Assets
 from insula.runs.loading import load_model
-from insula.shapes import Array, Float, PRNGKeyArray
+from insula.shapes import Array, Float, Shaped
+
+Seed = Sequence[int]
+"""Integers that name one draw of noise. (1, 2), (1, 2, 0) and (12,) are different ones."""
 
 
 class Policy:
@@ -29,18 +38,19 @@ class Policy:
         self.assets = assets
         self.config = assets.config
         self.robot = assets.robot(robot)
+        self.seed = seed
         in_prompt = self.config.state_input == "prompt"
         self.observer = Observer(self.robot, assets.tokenizer, self.config.state_dim, in_prompt)
 
-        self._rng = jax.random.key(seed)
         self._calls = 0
         real = np.zeros((self.config.horizon, self.config.action_dim), bool)
         real[: self.robot.horizon, : self.robot.action_dim] = True
         mask = None if real.all() else real
 
-        def chunk(params: Params, observation: Observation, rng: PRNGKeyArray) -> Array:
-            shape = (observation.state.shape[0], self.config.horizon, self.config.action_dim)
-            return sample_actions(params, self.config, observation, jax.random.normal(rng, shape), steps, mask)
+        def chunk(params: Params, observation: Observation, keys: Shaped[Array, "B 2"]) -> Array:
+            shape = (self.config.horizon, self.config.action_dim)
+            noise = jax.vmap(lambda key: jax.random.normal(jax.random.wrap_key_data(key, impl="threefry2x32"), shape))
+            return sample_actions(params, self.config, observation, noise(keys), steps, mask)
 
         self._chunk = jax.jit(chunk)
 
@@ -49,16 +59,28 @@ class Policy:
         """See `load_model`."""
         return cls(*load_model(run, step), seed, robot=robot)
 
-    def act(self, observation: dict[str, Any]) -> Float[np.ndarray, "H D"]:
-        """The next actions, as many as the robot's horizon, in its units. Raises ValueError naming what is wrong in the
-        observation."""
-        return self.act_batch([observation])[0]
+    def act(self, observation: dict[str, Any], seed: Seed | None = None) -> Float[np.ndarray, "H D"]:
+        """The next actions in the robot's units, one for each step of its horizon. Raises ValueError naming what is
+        wrong in the observation. `seed` as in `act_batch`."""
+        return self.act_batch([observation], None if seed is None else [seed])[0]
 
-    def act_batch(self, observations: list[dict[str, Any]]) -> Float[np.ndarray, "B H D"]:
-        """A chunk for each observation. Each batch size compiles once. Raises FloatingPointError for a NaN action."""
-        inputs = self.observe(observations)
+    def act_batch(
+        self, observations: list[dict[str, Any]], seeds: Sequence[Seed] | None = None
+    ) -> Float[np.ndarray, "B H D"]:
+        """A chunk for each observation. Each batch size compiles once. Raises FloatingPointError for a NaN action.
+
+        `seeds` [B]: integers that noise is drawn by, together with the policy's seed; such as (scene, step). Without
+        them it is (number of this call, row), so that no two draws are the same.
+        """
         self._calls += 1
-        chunk = np.asarray(self._chunk(self.params, inputs, jax.random.fold_in(self._rng, self._calls)))
+        if seeds is None:
+            seeds = [(self._calls, row) for row in range(len(observations))]
+        if len(seeds) != len(observations):
+            raise InputError(f"act_batch: got {len(seeds)} seeds for {len(observations)} observations")
+
+        inputs = self.observe(observations)
+        keys = np.stack([noise_key(self.seed, *seed) for seed in seeds])
+        chunk = np.asarray(self._chunk(self.params, inputs, keys))
         if not np.isfinite(chunk).all():
             raise NonFiniteError("the policy produced NaN or infinite actions; do not execute them, check the weights")
         chunk = chunk[:, : self.robot.horizon, : self.robot.action_dim]
@@ -80,3 +102,9 @@ class Policy:
         token_mask = np.stack([row.token_mask[:width] for row in rows])
 
         return self.observer.observe(images, sizes, state, tokens, token_mask)
+
+
+def noise_key(*seed: int) -> np.ndarray:
+    """The data uint32 [2] of a random key, different for different tuples of integers, the same on every machine."""
+    text = ",".join(str(int(number)) for number in seed)
+    return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), "<u4").astype(np.uint32)

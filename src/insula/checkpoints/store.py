@@ -71,12 +71,28 @@ class CheckpointStore:
             manifest=ocp.args.JsonSave({"params": checksums(params), "train_state": checksums(train_state)}),
             assets=_AssetsSave(assets),
         )
-        self._manager.save(step, args=items)
+        try:
+            self._manager.save(step, args=items)
+        except Exception as error:  # Orbax raises dozens of kinds; each means the same to the caller
+            raise self._unwritten(step, error) from error
+
+    def wait(self) -> None:
+        """Until every save is on disk, whole and by its name. Raises CheckpointError where one cannot be written."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._unwritten("that is being written", error) from error
+
+    def has_file(self, step: int, name: str) -> bool:
+        """Whether a file travels with a finished step."""
+        return (Path(self._manager.directory) / str(step) / "assets" / name).is_file()
 
     def has(self, step: int) -> bool:
+        """Whether a step is there, or being written."""
         return step in self._manager.all_steps()
 
     def latest(self) -> int | None:
+        """The newest step, None where there is none."""
         return self._manager.latest_step()
 
     def restore(self, item: str, like: Any, step: int | None = None) -> Any:
@@ -125,8 +141,17 @@ class CheckpointStore:
         return path
 
     def close(self) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Wait for what is being written, and end."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def _unwritten(self, step: object, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{self._manager.directory}: step {step} cannot be written ({type(error).__name__}: {error}); "
+            "earlier steps are whole. Make room, or mend the folder, and resume"
+        )
 
     def __enter__(self) -> "CheckpointStore":
         return self

@@ -77,8 +77,8 @@ def collect(
     DART: the noisy action is executed, the clean one recorded. Failures are discarded, counted, logged, and listed in
     `meta/collected.json`. The result does not depend on `processes` (by default one per core, at most 4).
     `progress` is called with the number of episodes written so far. Workers are spawned: a script must call this under
-    `if __name__ == "__main__":`. Raises ValueError when the seeds would leave the range kept for demonstrations,
-    DatasetError when `root` is not empty and `overwrite` is not set, RuntimeError when most attempts fail.
+    `if __name__ == "__main__":`. Raises InputError when the seeds would leave the range kept for demonstrations
+    or when most attempts fail, DatasetError when `root` is not empty and `overwrite` is not set.
     """
     if episodes < 1:
         raise InputError(f"episodes: got {episodes}, expected at least 1")
@@ -102,7 +102,9 @@ def collect(
             if progress:
                 progress(len(kept))
             if len(discarded) > 20 + episodes:
-                raise RuntimeError(f"collect: {len(discarded)} attempts failed, {len(kept)} succeeded; lower noise")
+                raise InputError(
+                    f"noise is {noise}: {len(discarded)} attempts failed with it, {len(kept)} succeeded; lower it"
+                )
             if len(kept) == episodes:
                 break
         else:

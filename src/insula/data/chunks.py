@@ -13,7 +13,7 @@ import numpy as np
 from insula.data.lerobot.info import pick
 from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.mapping import Columns, RobotData
-from insula.errors import DatasetError, InputError
+from insula.errors import DatasetError
 
 
 def joined(dataset: LeRobotDataset, columns: Sequence[Columns], read: Callable[[str], np.ndarray]) -> np.ndarray:
@@ -88,15 +88,11 @@ def frames_of(dataset: LeRobotDataset, episodes: np.ndarray) -> tuple[np.ndarray
     return frames, np.repeat(stop, stop - start)
 
 
-def split(n: int, held_out_fraction: float | int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(train, held-out) numbers of n episodes, each sorted: a frame is never held out from its own episode.
-
-    At least one is held out when the fraction is positive. Raises ValueError when none is left to train on.
-    """
-    if not 0 <= held_out_fraction < 1:
-        raise InputError(f"held_out_fraction: got {held_out_fraction}, expected at least 0 and below 1")
-    held_out = int(np.ceil(n * held_out_fraction))
-    if n - held_out < 1:
-        raise InputError(f"held_out_fraction {held_out_fraction} of {n} episodes leaves none to train on; collect more")
-    order = np.random.default_rng(seed).permutation(n)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+def chunk_horizon(data: RobotData, name: str, horizon: int) -> int:
+    """Steps of a robot's chunks: the model's `horizon`, which its mapping may shorten. Raises DatasetError where the
+    mapping asks for more."""
+    if data.horizon is not None and data.horizon > horizon:
+        raise DatasetError(
+            f"robots.{name}: horizon is {data.horizon}, the model's is {horizon}; shorten it, or raise --model.horizon"
+        )
+    return data.horizon or horizon

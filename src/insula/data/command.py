@@ -8,7 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from insula.data import normalize as normalize
-from insula.data.chunks import dim_names
+from insula.data.chunks import chunk_horizon, dim_names
 from insula.data.fitting import FASTReport, action_chunks, measure_fast, robot_stats
 from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.mapping import read_mapping
@@ -35,8 +35,9 @@ def measure(path: Path, horizon: int, limit: int, processes: int) -> dict[str, M
     """Every robot of a mapping, or of a plain folder; at most `limit` chunks of each, spread evenly."""
     found = {}
     for name, data in read_mapping(path).robots.items():
-        stats = robot_stats(data, horizon, processes=processes)
-        robot = Robot(stats, tuple(data.cameras), data.horizon or horizon, data.delta, data.units)
+        steps = chunk_horizon(data, name, horizon)
+        stats = robot_stats(data, steps, processes=processes)
+        robot = Robot(stats, tuple(data.cameras), steps, data.delta, data.units)
         dataset = LeRobotDataset(data.path, cache_bytes=0)
         names = {"state": dim_names(dataset, data.state), "actions": dim_names(dataset, data.actions)}
         chunks, clipped = action_chunks(data, robot, limit=limit, processes=processes)

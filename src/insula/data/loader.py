@@ -23,7 +23,7 @@ class Loader:
             batch = next(batches)
 
     Which samples a batch holds depends on (seed, step) alone: a loader started at a step continues as if it had never
-    stopped, whatever `workers` is (0: a thread; else so many processes). `shard` = (number, of how many): this host's
+    stopped, whatever `workers` is (0: a thread; else this many processes). `shard` = (number, of how many): this host's
     part of every batch; all hosts together see what one would. An exception while making a batch is raised by the
     `next()` that would have returned it. `close()` ends thread and processes.
     """
@@ -50,7 +50,7 @@ class Loader:
             if not flags.FLAGS.is_parsed():  # Grain's workers look at its flags, and there is no command line for them
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
-            batches = batches.mp_prefetch(options, _leave_ctrl_c_to_the_parent)
+            batches = batches.mp_prefetch(options, _leave_signals_to_the_parent)
         self._batches: Any = iter(batches)
         self._closed = False
 
@@ -79,8 +79,9 @@ class Loader:
         self.close()
 
 
-def _leave_ctrl_c_to_the_parent(number: int, count: int) -> None:
+def _leave_signals_to_the_parent(number: int, count: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes; SIGTERM is how the parent ends us
 
 
 class _Make(grain.transforms.Map):

@@ -9,16 +9,16 @@ import logging
 from collections.abc import Mapping as Table
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import grain
 import jax
 import numpy as np
 
 from insula.batch import Batch
+from insula.data.config import BadSample
 from insula.errors import DatasetError, InputError
 
-BadSample = Literal["fail", "quarantine"]
 log = logging.getLogger(__name__)
 
 

@@ -11,12 +11,13 @@ past the robot's horizon (`action_is_pad`), state dimensions (zeros).
 import logging
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Literal, SupportsIndex
+from typing import SupportsIndex
 
 import numpy as np
 
 from insula.batch import Batch
 from insula.data.chunks import named_cameras
+from insula.data.config import TokenOverflow
 from insula.data.frames import read_frames
 from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.mapping import RobotData
@@ -26,7 +27,6 @@ from insula.data.token_table import TokenTable, ahead
 from insula.errors import DatasetError, FASTRangeError, InputError, TokenBudgetError
 from insula.tokens.sequence import FASTTokenizer, Tokenized
 
-TokenOverflow = Literal["error", "drop_token_loss"]
 log = logging.getLogger(__name__)
 
 

@@ -4,6 +4,9 @@
             2 ▏scene 0 swapped ─────▏scene 2 ───────▏ …      next episode. All lanes re-plan together, in one batched
             3 ▏scene 1 ───▏scene 2 swapped ─────────▏ …      call, then execute the first steps of their chunks.
 
+Noise is drawn by (scene, swapped, step), never by lane or call, and every call has the same number of rows: a scene
+evaluated alone is the episode it was among others.
+
 The swapped instruction names another block and the other bowl of the same scene. A policy that only looks, and does not
 listen, succeeds there never and moves a wrong object instead: success under swap is what language following means here.
 """
@@ -12,7 +15,7 @@ import contextlib
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import gymnasium
@@ -41,8 +44,8 @@ class Acts(Protocol):
         """[H, D]"""
         ...
 
-    def act_batch(self, observations: list[dict[str, Any]]) -> np.ndarray:
-        """[B, H, D]"""
+    def act_batch(self, observations: list[dict[str, Any]], seeds: Sequence[Sequence[int]]) -> np.ndarray:
+        """[B, H, D]; all randomness of a row comes from its `seeds`."""
         ...
 
 
@@ -155,8 +158,9 @@ def evaluate(
 ) -> ClosedLoop:
     """Run `policy` in the scenes `first_seed .. first_seed + episodes - 1`, executing `replan_steps` of each chunk.
 
-    `record`: keep the frames of the first so many scenes. `progress(done, total)` is called after every episode.
-    `num_envs`: environments side by side, and the batch size of every `act_batch` call (rows are repeated to fill it).
+    `record`: keep the frames of this many scenes, the first ones. `progress(done, total)` follows every episode.
+    `num_envs`: environments side by side at most, and the batch size of every `act_batch` call (rows are repeated to
+    fill it, whatever the number of episodes: other sizes round differently).
     `used_seeds`: seeds of the demonstrations; `allow_any_seed` lifts the check of the range, never this one.
     `environment`: makes one environment; the tabletop unless given.
 
@@ -172,7 +176,8 @@ def evaluate(
     )
     started = time.perf_counter()
     with _environments(make, min(num_envs, len(jobs))) as envs:
-        done, seen = _run(policy, jobs, envs, replan_steps, set(seeds[:record]), progress or (lambda done, total: None))
+        tell = progress or (lambda done, total: None)
+        done, seen = _run(policy, jobs, envs, num_envs, replan_steps, set(seeds[:record]), tell)
     seconds = time.perf_counter() - started
     order = {job: i for i, job in enumerate(jobs)}
     done.sort(key=lambda recording: order[recording.episode.seed, recording.episode.swapped])
@@ -243,6 +248,7 @@ def _run(
     policy: Acts,
     jobs: list[tuple[int, bool]],
     envs: list[gymnasium.Env],
+    rows: int,
     replan_steps: int,
     taped: set[int],
     tell: Progress,
@@ -260,7 +266,7 @@ def _run(
             return done, seen
         if len(seen) < LATENCY_CALLS:
             seen.append(active[len(seen) % len(active)].observation)
-        for lane, chunk in zip(active, _plan(policy, active, len(lanes), replan_steps), strict=True):
+        for lane, chunk in zip(active, _plan(policy, active, rows, replan_steps), strict=True):
             lane.play(chunk)
             if not lane.busy:
                 done.append(lane.result())
@@ -270,8 +276,9 @@ def _run(
 def _plan(policy: Acts, active: list[_Lane], rows: int, replan_steps: int) -> np.ndarray:
     """The next `replan_steps` actions of every active lane, [len(active), replan_steps, D]."""
     observations = [lane.observation for lane in active]
-    padded = observations + observations[:1] * (rows - len(observations))  # one batch size: one compiled program
-    chunks = np.asarray(policy.act_batch(padded))
+    seeds = [(lane.seed, lane.swapped, lane.steps) for lane in active]
+    missing = rows - len(active)  # one batch size: one compiled program, and the same rounding in it
+    chunks = np.asarray(policy.act_batch(observations + observations[:1] * missing, seeds + seeds[:1] * missing))
     if chunks.ndim != 3 or chunks.shape[0] != rows or chunks.shape[2] != ACTION_DIM:
         raise InputError(f"act_batch: got {list(chunks.shape)}, expected [{rows}, H, {ACTION_DIM}]")
     if chunks.shape[1] < replan_steps:

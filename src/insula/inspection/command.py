@@ -15,7 +15,9 @@ from insula.inspection.influence import EFFECTS, Influence
 from insula.inspection.page import render
 from insula.inspection.server import serve
 from insula.inspection.subject import open_subject
+from insula.model.config import preset as model_preset
 from insula.terminal import as_text
+from insula.train.config import training_preset
 
 COLUMNS = {
     "flow": "flow",
@@ -43,6 +45,18 @@ def inspect(config: InspectConfig) -> bool:
     written = page.write(config.out or (config.run or Path()) / "inspect.html", render(found))
     print(as_text(*summary(found), f"page: {written}", width=150))
     return not found.faults
+
+
+def default_settings(preset: str | None, arguments: list[str]) -> InspectConfig:
+    """What flags change: the model and the dialect of a preset. Raises InputError where there is no such preset."""
+    name = preset or "tiny"
+    reading = dataclasses.replace(training_preset(name, Path()).reading, on_overflow=InspectConfig.reading.on_overflow)
+    return InspectConfig(model=model_preset(name), reading=reading)
+
+
+def run(config: InspectConfig) -> int:
+    """Inspect, and return the exit code: 1 where a fault was found."""
+    return 0 if inspect(config) else 1
 
 
 def certify(found: Findings, file: Path) -> None:

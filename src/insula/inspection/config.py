@@ -2,14 +2,22 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
+import tyro
+
+from insula.checks import check_integer, check_seed
+from insula.data.config import DataConfig
 from insula.model.config import TINY, ModelConfig
+
+INSPECTED = DataConfig(on_overflow="drop_token_loss")
+"""A sample whose actions do not fit can still be looked at."""
 
 
 @dataclasses.dataclass(frozen=True)
 class InspectConfig:
-    """`insula inspect`: one sample, looked at."""
+    """See one sample as a model does: every token and mask, who may look at whom, what each loss scores, and, measured,
+    where gradients go. Writes one offline page. Exit code 1 where insulation leaks or nothing is shown."""
 
     run: Path | None = None
     """A training run: its weights, and samples it was never trained on."""
@@ -35,11 +43,10 @@ class InspectConfig:
     """Show the sequence and the masks without running the model: for one too large for this machine."""
     model: ModelConfig = TINY
     """Without a run: the model; --preset NAME chooses which one these flags change."""
-    dialect: Literal["pi05", "pi0", "pi0_fast"] = "pi05"
-    """Without a run: how prompt and action are written."""
-    text_tokenizer: Path | None = None
-    """Without a run: Gemma's or PaliGemma's tokenizer.json or SentencePiece .model; the embedded one unless given."""
-    fast: Path | None = None
-    """Without a run: a fitted FAST tokenizer (such as FAST+); fitted to the data unless given."""
-    fast_last_id: int | None = None
-    """Without a run: the text token that FAST id 0 becomes (257023 in π0-FAST); above the text unless given."""
+    reading: Annotated[DataConfig, tyro.conf.arg(name="")] = INSPECTED
+    """Without a run: how the data is read, as in training; --preset NAME chooses the dialect."""
+
+    def __post_init__(self) -> None:
+        check_integer("sample", self.sample, 0)
+        check_integer("port", self.port, 0, 65_535)
+        check_seed("seed", self.seed)

@@ -9,6 +9,7 @@ import numpy as np
 
 from insula.batch import Batch
 from insula.checkpoints.store import CheckpointStore
+from insula.data.config import DataConfig
 from insula.data.mixture import SampleSource
 from insula.errors import DatasetError, InputError, MissingFileError, did_you_mean
 from insula.inspection.config import InspectConfig
@@ -77,7 +78,7 @@ def refuse_idle_flags(config: InspectConfig) -> None:
     default = InspectConfig()
     of_run, of_serve = config.run is not None, config.serve
     idle = {
-        "without --run": ("model", "dialect", "text_tokenizer", "fast", "fast_last_id") if of_run else (),
+        "without --run": ("model", "reading") if of_run else (),
         "with --run": () if of_run else ("training",),
         "without --serve": ("out", "certificate") if of_serve else (),
         "with --serve": () if of_serve else ("port",),
@@ -86,8 +87,14 @@ def refuse_idle_flags(config: InspectConfig) -> None:
     for goes, names in idle.items():
         for name in names:
             if getattr(config, name) != getattr(default, name):
-                flag = "--preset or --model" if name == "model" else f"--{name.replace('_', '-')}"
+                shared = {"model": "--preset or --model", "reading": _first_flag(config.reading, default.reading)}
+                flag = shared.get(name) or f"--{name.replace('_', '-')}"
                 raise InputError(f"{flag} goes {goes}; drop one of them")
+
+
+def _first_flag(given: DataConfig, default: DataConfig) -> str:
+    changed = [f.name for f in dataclasses.fields(given) if getattr(given, f.name) != getattr(default, f.name)]
+    return f"--{changed[0].replace('_', '-')}" if changed else ""
 
 
 def _of_run(config: InspectConfig) -> Subject:
@@ -102,7 +109,7 @@ def _of_run(config: InspectConfig) -> Subject:
         with CheckpointStore(run / CHECKPOINTS_FOLDER) as store:
             params, assets = None, read_assets(store.assets())
     else:
-        params, assets = load_model(run)
+        params, assets = load_model(run, even_leaking=True)
     data = open_data(dataclasses.replace(trained, resume=True))
     chosen = training_sources if config.training else held_out_sources
     sources = chosen(trained, assets, data)
@@ -126,12 +133,8 @@ def _of_data(config: InspectConfig) -> Subject:
         run=Path(),
         data=config.data,
         model=model,
-        dialect=config.dialect,
-        text_tokenizer=config.text_tokenizer,
-        fast=config.fast,
-        fast_last_id=config.fast_last_id,
+        reading=config.reading,
         held_out_fraction=0.0,
-        on_overflow="drop_token_loss",
     )
     data = open_data(trains)
     assets = fit_assets(trains, data)

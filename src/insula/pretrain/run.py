@@ -26,8 +26,10 @@ from insula.batch import Batch
 from insula.checkpoints.formats import BACKBONE
 from insula.checkpoints.store import CheckpointStore
 from insula.checkpoints.writing import from_params, write_safetensors
+from insula.checks import check_integer, check_number, check_seed
 from insula.collect.scenes import KIND_WEIGHTS, Scenes, question_batch, render_scenes, tokenize
 from insula.evaluate.knowledge import Knowledge, measure_knowledge
+from insula.files import check_output_folder
 from insula.losses import language_loss
 from insula.model.config import TINY_BFLOAT16, ModelConfig
 from insula.model.params import Params, init_params
@@ -47,15 +49,16 @@ POINTING = ("scene", "view", "block", "bowl")
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
-    """`insula pretrain`. Writes `backbone.safetensors` and `backbone.json` to `out`."""
+    """Train the small backbone on questions about rendered scenes, without robot actions."""
 
     out: Path
+    """Folder for backbone.safetensors and backbone.json."""
     model: ModelConfig = TINY_BFLOAT16
     scenes: int = 60_000
     held_out_scenes: int = 500
     questions_each: int = 16
     grounding_steps: int = 2500
-    grounding_rate: float = 4e-3
+    grounding_lr: float = 4e-3
     pointing_steps: int = 2000
     steps: int = 9000
     """All updates on questions, those of pointing among them."""
@@ -63,6 +66,25 @@ class PretrainConfig:
     seed: int = 0
     checkpoint_every: int = 1000
     optimizer: OptimizerConfig = DEFAULT
+
+    def __post_init__(self) -> None:
+        counts = ("scenes", "held_out_scenes", "questions_each", "steps", "batch_size", "checkpoint_every")
+        for name in counts:
+            check_integer(name, getattr(self, name), 1)
+        for name in ("grounding_steps", "pointing_steps"):
+            check_integer(name, getattr(self, name), 0)
+        check_number("grounding_lr", self.grounding_lr, "≥ 0", lambda rate: rate >= 0)
+        check_seed("seed", self.seed)
+
+
+def run(config: PretrainConfig) -> None:
+    """Pretrain, and say what the backbone knows. Raises as `pretrain`."""
+    check_output_folder(config.out, "out")
+    known = pretrain(config, question_tokenizer(config.model))
+    print(
+        f"held-out accuracy {known.mean:.1%} over {len(known.accuracy)} kinds, "
+        f"locations {known.location_error:.2f} bins of 128 off: {config.out}"
+    )
 
 
 def pretrain(config: PretrainConfig, tokenizer: FASTTokenizer) -> Knowledge:
@@ -134,7 +156,7 @@ def ground(params: Params, config: PretrainConfig, text: TextTokenizer, scenes: 
     """`grounding_steps` updates of vision and word embeddings on `grounding_loss`."""
     words = name_tokens(text)
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.grounding_rate, 100, max(config.grounding_steps, 200), 0.1 * config.grounding_rate
+        0.0, config.grounding_lr, 100, max(config.grounding_steps, 200), 0.1 * config.grounding_lr
     )
     optimizer = optax.adamw(schedule, weight_decay=1e-4)
     trained = (params.vision, params.backbone.embedding, Head.start(config.model.backbone.width))

@@ -5,6 +5,7 @@ RUN/
   data.json           the mapping of its data sets, and which episodes were held out
   metrics.jsonl       a row of metrics every few steps
   init.json           what `--init` loaded, left over and drew afresh
+  lock                held by the process that trains here
   quarantine.jsonl    samples that were left out, and why
   checkpoints/STEP/   weights, training state, and beside them:
     config.json         the model and the version that wrote it
@@ -18,6 +19,7 @@ MAPPING_FILE = "data.json"
 METRICS_FILE = "metrics.jsonl"
 INIT_FILE = "init.json"
 QUARANTINE_FILE = "quarantine.jsonl"
+LOCK_FILE = "lock"
 TENSORBOARD_FOLDER = "tensorboard"
 CHECKPOINTS_FOLDER = "checkpoints"
 

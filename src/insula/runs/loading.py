@@ -1,5 +1,6 @@
 """Reading a trained model back: from a run, or from what `insula convert --to insula` wrote."""
 
+import logging
 from pathlib import Path
 
 import jax
@@ -7,21 +8,30 @@ import jax
 from insula.checkpoints.loading import load_params
 from insula.checkpoints.sources import SAFETENSORS
 from insula.checkpoints.store import CheckpointStore
-from insula.errors import CheckpointError
+from insula.errors import CheckpointError, InsulationError
+from insula.files import read_json
 from insula.model.params import Params, abstract_params
 from insula.runs.assets import Assets, read_assets
-from insula.runs.folder import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER
+from insula.runs.folder import CERTIFICATE_FILE, CHECKPOINTS_FOLDER, TOKENIZER_FOLDER
+
+log = logging.getLogger(__name__)
 
 
-def load_model(run: str | Path, step: int | None = None) -> tuple[Params, Assets]:
+def load_model(run: str | Path, step: int | None = None, *, even_leaking: bool = False) -> tuple[Params, Assets]:
     """The newest checkpoint of a run, the one at `step`, or what `insula convert --to insula` wrote.
 
-    Raises CheckpointError where there is none or it is damaged.
+    Raises CheckpointError where there is none or it is damaged, InsulationError where its certificate says that its
+    insulation leaks, unless it is to be looked at `even_leaking`.
     """
     run = Path(run)
     if (run / CHECKPOINTS_FOLDER).is_dir():
         with CheckpointStore(run / CHECKPOINTS_FOLDER) as store:
-            assets = read_assets(store.assets(step))
+            folder = store.assets(step)
+            if not even_leaking:
+                refuse_leaking(folder)
+            if not (folder / CERTIFICATE_FILE).is_file():
+                log.warning("%s: no certificate, the insulation of this checkpoint was not measured", folder)
+            assets = read_assets(folder)
             return store.restore("params", abstract_params(assets.config), step), assets
     if (run / SAFETENSORS).is_file() and (run / TOKENIZER_FOLDER).is_dir():
         assets = read_assets(run)
@@ -30,3 +40,13 @@ def load_model(run: str | Path, step: int | None = None) -> tuple[Params, Assets
         f"{run}: no checkpoints here; expected what `insula train --run` wrote (checkpoints/), or a trained "
         f"policy from `insula convert --to insula` ({SAFETENSORS}, {TOKENIZER_FOLDER}/)"
     )
+
+
+def refuse_leaking(folder: Path) -> None:
+    """Raises InsulationError where the certificate among a checkpoint's files says that its insulation leaks."""
+    path = folder / CERTIFICATE_FILE
+    if path.is_file():
+        found = read_json(path, "outcome", "findings")
+        if found["outcome"] == "leaks":
+            findings = "; ".join(map(str, found["findings"]))
+            raise InsulationError(f"{path}: this model's insulation leaks: {findings}; look at it with insula inspect")

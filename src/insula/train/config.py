@@ -1,24 +1,31 @@
-"""Everything a training run is made of, as one frozen value."""
+"""Everything a training run is made of, as one frozen value, and the presets it starts from."""
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
+import tyro
+
+from insula.checks import check_integer, check_number, check_seed
+from insula.data.config import DEFAULT_READING, DataConfig
+from insula.errors import InputError, did_you_mean
 from insula.files import read_json
-from insula.model.config import TINY_BFLOAT16, ModelConfig, build, config_from_dict
-from insula.train.optimizer import DEFAULT, OptimizerConfig
+from insula.model.config import PI0, PI05, TINY_BFLOAT16, ModelConfig, build, config_from_dict
+from insula.train.optimizer import DEFAULT, PI0_OPTIMIZER, PI05_OPTIMIZER, OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """`insula train`. Everything is written to the folder `run`."""
+    """`insula train`. Everything is written to the folder `run`. Raises InputError for values that cannot be."""
 
     run: Path
     data: Path | None = None
     """A LeRobot data set, or a .toml file that maps one or several (docs/data.md); needed unless `resume`."""
+    reading: Annotated[DataConfig, tyro.conf.arg(name="")] = DEFAULT_READING
     model: ModelConfig = TINY_BFLOAT16
     optimizer: OptimizerConfig = DEFAULT
     steps: int = 2500
+    """Updates of the whole run. The learning rates' schedule ends there."""
     batch_size: int = 32
     seed: int = 0
     init: Path | None = None
@@ -30,25 +37,13 @@ class TrainConfig:
     """What of `init` to leave over, as patterns of its names."""
     from_scratch: bool = False
     """Start from random weights."""
-    dialect: Literal["pi05", "pi0", "pi0_fast"] = "pi05"
-    text_tokenizer: Path | None = None
-    """Gemma's or PaliGemma's tokenizer.json or SentencePiece .model; the embedded one unless given."""
-    fast: Path | None = None
-    """A fitted FAST tokenizer (such as FAST+) to use; fitted to the data unless given."""
-    fast_last_id: int | None = None
-    """The text token that FAST id 0 becomes, counting downwards (257023 in π0-FAST); above the text unless given."""
-    fast_vocab: int = 1024
-    fast_scale: float = 10.0
-    on_overflow: Literal["error", "drop_token_loss"] = "error"
-    """A chunk with too many FAST tokens: refuse the data, or give up that sample's token loss (counted, logged)."""
-    on_bad_sample: Literal["fail", "quarantine"] = "fail"
-    """A sample that cannot be read or holds a NaN: stop, or take another and write it to quarantine.jsonl."""
     augment: bool = False
     """Random colors and crops of the images, on the device (insula.train.augment)."""
     workers: int = 0
     """Processes that make batches; 0 is a thread, enough for small images."""
     held_out_fraction: float = 0.05
-    """Share of episodes (and of questions) never trained on, whose losses are measured along the way."""
+    """Share of episodes (and of questions) never trained on, whose losses are measured along the way. Which ones is
+    decided when the run starts, and stored with it."""
     evaluate_every: int = 500
     checkpoint_every: int = 1000
     log_every: int = 20
@@ -57,24 +52,61 @@ class TrainConfig:
     a moment the memory of a step in float32 without insulation."""
     tensorboard: bool = False
     resume: bool = False
-    """Go on from the newest checkpoint of `run`, with the settings stored there."""
+    """Go on from the newest checkpoint of `run`, with the settings stored there. What else is given is applied where
+    that is safe (steps, data that moved, how often something is done, the optimizer), and refused by name elsewhere."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "evaluate_every", "checkpoint_every", "log_every"):
+            check_integer(name, getattr(self, name), 1)
+        check_integer("workers", self.workers, 0)
+        check_seed("seed", self.seed)
+        check_number("held_out_fraction", self.held_out_fraction, "≥ 0 and < 1", lambda share: 0 <= share < 1)
+
+        if self.init is not None and self.from_scratch:
+            raise InputError(f"init is {self.init}, but from_scratch asks for random weights; drop one of them")
 
 
-_PATHS = ("run", "data", "init", "text_tokenizer", "fast")
+_DEFAULTS = TrainConfig(run=Path())
+TRAINING = {
+    "tiny": _DEFAULTS,
+    # As openpi trains them, but for the size of a batch: that is for your memory to say.
+    "pi05": dataclasses.replace(_DEFAULTS, model=PI05, optimizer=PI05_OPTIMIZER, steps=30_000),
+    "pi0": dataclasses.replace(
+        _DEFAULTS, model=PI0, optimizer=PI0_OPTIMIZER, reading=DataConfig(dialect="pi0"), steps=30_000
+    ),
+}
+"""What belongs together, by the name of the model: its sizes, its prompt's dialect, its rates and their schedule."""
+
+
+def training_preset(name: str, run: Path) -> TrainConfig:
+    """The settings of a preset, for a run in the folder `run`. Raises InputError with the nearest name for another."""
+    if name not in TRAINING:
+        raise InputError(f"no preset {name!r}{did_you_mean(name, TRAINING)}; known: {', '.join(TRAINING)}")
+    return dataclasses.replace(TRAINING[name], run=run)
+
+
+_PATHS = ("run", "data", "init")
+_READING_PATHS = ("text_tokenizer", "fast")
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """Plain JSON values."""
     raw = dataclasses.asdict(config)
+    raw["reading"] |= {name: raw["reading"][name] and str(raw["reading"][name]) for name in _READING_PATHS}
     return raw | {name: raw[name] and str(raw[name]) for name in _PATHS}
 
 
 def read_config(path: Path) -> TrainConfig:
     """What `to_dict` made, from its file. Raises FileNotFoundError, or ValueError naming what is wrong."""
-    raw = read_json(path, "run", "model", "optimizer")
-    nested = {
-        "model": config_from_dict(raw["model"], f"{path}: model"),
-        "optimizer": build(OptimizerConfig, raw["optimizer"], f"{path}: optimizer"),
-    }
-    paths = {name: Path(raw[name]) for name in _PATHS if raw.get(name) is not None}
-    return build(TrainConfig, raw | paths | nested, str(path))
+    raw = read_json(path, "run", "model")
+    model = config_from_dict(raw["model"], f"{path}: model")  # first: it knows settings of old versions by name
+    raw = read_json(path, "reading", "optimizer")
+
+    reading = build(DataConfig, raw["reading"] | _as_paths(raw["reading"], _READING_PATHS), f"{path}: reading")
+    optimizer = build(OptimizerConfig, raw["optimizer"], f"{path}: optimizer")
+    nested = {"model": model, "optimizer": optimizer, "reading": reading}
+    return build(TrainConfig, raw | _as_paths(raw, _PATHS) | nested, str(path))
+
+
+def _as_paths(raw: dict[str, Any], names: tuple[str, ...]) -> dict[str, Path]:
+    return {name: Path(raw[name]) for name in names if raw.get(name) is not None}

@@ -1,11 +1,15 @@
 """From a mapping to what a run trains on: robots fitted, a mixture to draw from, and what is held out of it."""
 
+import dataclasses
+import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from insula.data.chunks import named_cameras, split
+from insula.data.chunks import chunk_horizon, named_cameras
 from insula.data.fitting import action_chunks, robot_stats
 from insula.data.lerobot import LeRobotDataset
 from insula.data.mapping import Mapping, RobotData, parse_mapping, read_mapping, to_json
@@ -23,6 +27,10 @@ from insula.tokens import text
 from insula.tokens.fast import FASTCodec
 from insula.tokens.sequence import FASTTokenizer
 from insula.train.config import TrainConfig
+from insula.train.split import Part, episode_checksums, instructions_of, split_again, split_episodes, split_rows
+from insula.train.split import to_json as split_to_json
+
+log = logging.getLogger(__name__)
 
 FAST_FIT_CHUNKS = 20_000
 LARGE = 500_000
@@ -31,59 +39,123 @@ FRAME_CACHE = 4 * 2**30
 
 
 @dataclass(frozen=True)
-class Part:
-    """A source's episodes (rows of questions) to train on, and those held out."""
-
-    train: np.ndarray
-    held_out: np.ndarray
-
-
-@dataclass(frozen=True)
 class RunData:
-    """The mapping of a run, its data sets opened, and how each source is split."""
+    """The mapping of a run, its data sets opened, and how each source is split.
+
+    `units`: what tells the episodes of a robot, or the rows of questions, from those of another recording.
+    """
 
     mapping: Mapping
     datasets: dict[str, LeRobotDataset]
     parts: dict[str, Part]
+    units: dict[str, np.ndarray]
 
 
-def open_data(config: TrainConfig) -> RunData:
-    """Raises DatasetError for whatever is missing, damaged or does not fit the model."""
-    mapping = _mapping(config)
-    cache = FRAME_CACHE // (len(mapping.robots) * max(1, config.workers))
-    datasets = {name: LeRobotDataset(robot.path, cache) for name, robot in mapping.robots.items()}
+def open_data(config: TrainConfig, moved: Path | None = None) -> RunData:
+    """The data of a new run, or with `resume` those the run was started with; `moved` says where they are now.
+
+    Raises DatasetError for whatever is missing, damaged, does not fit the model, or is no longer what it was.
+    """
+    stored = read_json(config.run / MAPPING_FILE, "mapping", "split") if config.resume else None
+    mapping = _stored_mapping(config, stored["mapping"], moved) if stored else _new_mapping(config)
+    datasets = _open_datasets(config, mapping)
+
+    parts, units = {}, {}
     for name, robot in mapping.robots.items():
-        named_cameras(datasets[name], robot)
-    sizes = {name: len(dataset.episodes) for name, dataset in datasets.items()}
-    parts = {name: Part(*split(size, config.held_out_fraction, config.seed)) for name, size in sizes.items()}
+        where = f"data set {robot.path}"
+        units[name] = episode_checksums(datasets[name], robot)
+        if stored:
+            parts[name] = split_again(stored["split"][name], units[name], where, "episodes")
+        else:
+            shown = instructions_of(datasets[name], robot)
+            parts[name] = split_episodes(shown, config.held_out_fraction, config.seed, where)
     for name, questions in mapping.questions.items():
-        about = pictures(questions)
-        asked = split(len(np.unique(about)), config.held_out_fraction, config.seed)
-        parts[name] = Part(*(np.flatnonzero(np.isin(about, some)) for some in asked))
-    return RunData(mapping, datasets, parts)
+        where = f"questions {questions.path}"
+        units[name] = pictures(questions)
+        if stored:
+            parts[name] = split_again(stored["split"][name], units[name], where, "rows")
+        else:
+            parts[name] = split_rows(units[name], config.held_out_fraction, config.seed, where)
+    return RunData(mapping, datasets, parts, units)
 
 
-def _mapping(config: TrainConfig) -> Mapping:
-    """What the run was started with where it is resumed: the file may have changed since."""
-    stored = config.run / MAPPING_FILE
-    if config.resume and stored.is_file():
-        return parse_mapping(read_json(stored), config.run, str(stored))
+def write_data(config: TrainConfig, data: RunData) -> None:
+    """What `open_data` reads when the run is resumed."""
+    split = {name: split_to_json(part, data.units[name]) for name, part in data.parts.items()}
+    write_json(config.run / MAPPING_FILE, {"mapping": to_json(data.mapping), "split": split})
+
+
+def _open_datasets(config: TrainConfig, mapping: Mapping) -> dict[str, LeRobotDataset]:
+    cache = FRAME_CACHE // (len(mapping.robots) * max(1, config.workers))
+    datasets = {}
+    for name, robot in mapping.robots.items():
+        if config.resume and not robot.path.exists():
+            raise DatasetError(f"no directory {robot.path}; if the data moved, say where it is now: --data PATH")
+        datasets[name] = LeRobotDataset(robot.path, cache)
+        named_cameras(datasets[name], robot)
+    return datasets
+
+
+def _new_mapping(config: TrainConfig) -> Mapping:
     if config.data is None:
         raise InputError("no data set; give --data, a LeRobot folder (insula collect makes one) or a .toml mapping")
     return read_mapping(config.data, config.model.cameras)
 
 
-def write_mapping(config: TrainConfig, mapping: Mapping) -> None:
-    path = config.run / MAPPING_FILE
-    write_json(path, to_json(mapping))
+def _stored_mapping(config: TrainConfig, stored: Any, moved: Path | None) -> Mapping:
+    """What the run was started with: the file may have changed since, which is said."""
+    mapping = parse_mapping(stored, config.run, str(config.run / MAPPING_FILE))
+    if moved is not None:
+        return moved_mapping(mapping, moved, config.model.cameras)
+
+    if config.data is not None and config.data.is_file():
+        try:
+            changed = to_json(read_mapping(config.data, config.model.cameras)) != to_json(mapping)
+        except DatasetError:
+            changed = True
+        if changed:
+            log.warning(
+                "%s has changed since the run was started, which goes on with what it was started with (%s)",
+                config.data,
+                config.run / MAPPING_FILE,
+            )
+    return mapping
+
+
+def moved_mapping(stored: Mapping, moved: Path, cameras: tuple[str, ...]) -> Mapping:
+    """`stored` with the paths of `moved`, a mapping of the same sources or the folder of the only one.
+
+    Raises InputError where it says anything else than where the data is now.
+    """
+    if moved.suffix != ".toml":
+        if len(stored.robots) != 1 or stored.questions:
+            names = ", ".join([*stored.robots, *stored.questions])
+            raise InputError(f"--data {moved}: a single folder, but the run learns from {names}; give a .toml mapping")
+        ((name, robot),) = stored.robots.items()
+        return Mapping({name: dataclasses.replace(robot, path=moved)})
+
+    given = read_mapping(moved, cameras)
+    before, after = to_json(stored), to_json(given)
+    for kind in ("robots", "questions"):
+        if list(before[kind]) != list(after[kind]):
+            raise InputError(f"--data {moved}: {kind} are {list(after[kind])}, the run has {list(before[kind])}")
+        for name, entry in before[kind].items():
+            for key in sorted(entry.keys() | after[kind][name].keys()):
+                old, new = entry.get(key), after[kind][name].get(key)
+                if key not in ("path", "statistics") and old != new:
+                    raise InputError(
+                        f"--data {moved}: {kind}.{name}.{key} is {new!r}, the run was started with {old!r}; "
+                        "only paths can change while a run goes on"
+                    )
+    return given
 
 
 def fit_assets(config: TrainConfig, data: RunData) -> Assets:
     """Normalization of each robot and FAST, fitted on the training episodes, and the tokenizer made of them."""
     model = config.model
     robots = {name: _robot(config, data, name, robot) for name, robot in data.mapping.robots.items()}
-    if config.fast:
-        codec = FASTCodec.load(config.fast)
+    if config.reading.fast:
+        codec = FASTCodec.load(config.reading.fast)
     else:
         limit = FAST_FIT_CHUNKS // len(robots)
         chunks = [
@@ -94,14 +166,14 @@ def fit_assets(config: TrainConfig, data: RunData) -> Assets:
         ]
         if not chunks:
             raise InputError("FAST: no robot of the mapping has the loss 'fast', so nothing teaches the backbone")
-        codec = FASTCodec.fit(chunks, config.fast_vocab, config.fast_scale)
+        codec = FASTCodec.fit(chunks, config.reading.fast_vocab, config.reading.fast_scale)
     tokenizer = FASTTokenizer(
-        text.load(config.text_tokenizer) if config.text_tokenizer else text.embedded(),
+        text.load(config.reading.text_tokenizer) if config.reading.text_tokenizer else text.embedded(),
         codec,
-        config.dialect,
+        config.reading.dialect,
         max_token_len=model.max_token_len,
         max_prompt_len=model.max_prompt_len,
-        fast_last_id=config.fast_last_id,
+        fast_last_id=config.reading.fast_last_id,
     )
     if tokenizer.vocab_size > model.vocab_size:
         raise InputError(
@@ -113,13 +185,13 @@ def fit_assets(config: TrainConfig, data: RunData) -> Assets:
 
 def _robot(config: TrainConfig, data: RunData, name: str, robot: RobotData) -> Robot:
     model = config.model
-    horizon = robot.horizon or model.horizon
+    horizon = chunk_horizon(robot, name, model.horizon)
     stats = robot_stats(
         robot,
         horizon,
         data.parts[name].train,
         processes=(os.cpu_count() or 1) if len(data.datasets[name]) >= LARGE else 1,
-        skip_non_finite=config.on_bad_sample == "quarantine",
+        skip_non_finite=config.reading.on_bad_sample == "quarantine",
     )
     for part, width in (("state", model.state_dim), ("actions", model.action_dim)):
         if stats[part].dim > width:
@@ -127,8 +199,6 @@ def _robot(config: TrainConfig, data: RunData, name: str, robot: RobotData) -> R
                 f"data set {robot.path}: {part} has {stats[part].dim} dimensions, config {model.name!r} "
                 f"expects at most {width}; set {'state_dim' if part == 'state' else 'action_dim'}={stats[part].dim}"
             )
-    if horizon > model.horizon:
-        raise DatasetError(f"robots.{name}: horizon is {horizon}, the model's is {model.horizon}; raise that")
     cameras = tuple(camera for camera in model.cameras if camera in robot.cameras)
     return Robot(stats, cameras, horizon, robot.delta, robot.units)
 
@@ -153,7 +223,7 @@ def training_mixture(config: TrainConfig, assets: Assets, data: RunData) -> Mixt
     sources = _sources(config, assets, data, {name: part.train for name, part in data.parts.items()})
     for source in sources.values():
         source.tokenize_ahead()
-    return Mixture(sources, data.mapping.weights, config.on_bad_sample, config.run / QUARANTINE_FILE)
+    return Mixture(sources, data.mapping.weights, config.reading.on_bad_sample, config.run / QUARANTINE_FILE)
 
 
 def training_sources(config: TrainConfig, assets: Assets, data: RunData) -> dict[str, SampleSource]:
@@ -178,9 +248,9 @@ def _sources(
             assets.tokenizer,
             padded,
             rows[name],
-            config.on_overflow,
+            config.reading.on_overflow,
             state_in_prompt=config.model.state_input == "prompt",
-            skip_non_finite=config.on_bad_sample == "quarantine",
+            skip_non_finite=config.reading.on_bad_sample == "quarantine",
             dataset=data.datasets[name],
         )
         for name, robot in data.mapping.robots.items()

@@ -46,8 +46,8 @@ class MetricsLog:
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise NonFiniteError(
-                    f"{name} is {value} at step {step}; the newest checkpoint is from before. "
-                    "Resume from it with a lower learning rate, or look at that step's batch"
+                    f"{name} is {value} at step {step}; the newest checkpoint is from before. Resume from it "
+                    "with lower rates (--optimizer.backbone-lr, ...) or a smaller --optimizer.clip-norm"
                 )
 
     def close(self) -> None:
@@ -70,8 +70,8 @@ def fit(
     hooks: tuple[Every, ...] = (),
     quiet: bool = False,
 ) -> tuple[TrainState, bool]:
-    """Update until `state.step == steps`. Returns the state, and whether all steps were made: the first Ctrl-C (or
-    SIGTERM) ends the loop after the running update, a second one at once.
+    """Update until `state.step == steps`. Returns the state, and whether all steps were made: Ctrl-C, SIGTERM and
+    SIGHUP end the loop after the running update, a second Ctrl-C at once.
 
     Metrics are fetched and averaged every `log_every` updates and before a hook; each update's are checked.
     """
@@ -95,7 +95,12 @@ def fit(
 
         while done < steps and not interrupted():
             before = time.perf_counter()
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except Exception:
+                if interrupted():  # a signal for all our processes ends those that make batches, too
+                    break
+                raise
             waited += time.perf_counter() - before
             state, metrics = step(state, batch)
             pending.append(metrics)
@@ -119,8 +124,10 @@ def _refuse_non_finite(log: MetricsLog, start: int, rows: list[dict[str, Any]]) 
             log.write(start + i + 1, {name: float(value) for name, value in row.items()})
 
 
-def _progress(quiet: bool) -> Progress:
-    return Progress(
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[Progress]:
+    """A bar on the terminal, which may vanish while we train: that must not cost the state."""
+    bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed}/{task.total} {task.fields[figures]}"),
@@ -128,22 +135,34 @@ def _progress(quiet: bool) -> Progress:
         TimeRemainingColumn(),
         disable=quiet,
     )
+    with contextlib.suppress(OSError):
+        bar.start()
+    try:
+        yield bar
+    finally:
+        with contextlib.suppress(OSError):
+            bar.stop()
 
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM set a flag instead of tearing through a half-made update."""
-    seen = False
+    """Ctrl-C, SIGTERM and SIGHUP set a flag instead of tearing through a half-made update.
+
+    Only a person's second Ctrl-C ends at once: schedulers and terminals send several signals for one ending.
+    """
+    seen: set[int] = set()
 
     def note(number: int, frame: FrameType | None) -> None:
-        nonlocal seen
-        if seen:
+        if number == signal.SIGINT and number in seen:
             raise KeyboardInterrupt
-        seen = True
+        seen.add(number)
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup: the terminal may go
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, note) for number in numbers}
     try:
-        yield lambda: seen
+        yield lambda: bool(seen)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import optax
 
+from insula.checks import check_integer, check_number
 from insula.model.config import ModelConfig
 from insula.model.params import Params, trainable, weight_table
 from insula.model.weights import is_weight
@@ -17,13 +18,15 @@ FROZEN = "frozen"
 class OptimizerConfig:
     """AdamW for each part of the model: warm-up, then cosine decay to `final_fraction` of the peak.
 
-    The rates suit the preset `tiny`. Models of billions of parameters want twenty to forty times less.
+    The rates suit the preset `tiny`; other presets bring their own (insula.train.config). Raises InputError for values
+    that cannot be.
     """
 
     vision_lr: float = 1e-3
     backbone_lr: float = 1e-3
     expert_lr: float = 2e-3
     warmup_steps: int = 200
+    """Updates until the rates reach their peak, at most half of all."""
     final_fraction: float = 0.05
     weight_decay: float = 1e-4
     clip_norm: float = 1.0
@@ -33,8 +36,45 @@ class OptimizerConfig:
     ema_decay: float = 0.999
     """Of the averaged parameters that are evaluated and served."""
 
+    def __post_init__(self) -> None:
+        for name in ("vision_lr", "backbone_lr", "expert_lr", "weight_decay"):
+            check_number(f"optimizer: {name}", getattr(self, name), "≥ 0", lambda value: value >= 0)
+        check_integer("optimizer: warmup_steps", self.warmup_steps, 0)
+        check_number("optimizer: clip_norm", self.clip_norm, "> 0", lambda norm: norm > 0)
+        check_number("optimizer: final_fraction", self.final_fraction, "≥ 0 and ≤ 1", lambda part: 0 <= part <= 1)
+        for name in ("beta1", "beta2", "ema_decay"):
+            check_number(f"optimizer: {name}", getattr(self, name), "≥ 0 and < 1", lambda decay: 0 <= decay < 1)
+
 
 DEFAULT = OptimizerConfig()
+
+PI05_OPTIMIZER = OptimizerConfig(
+    vision_lr=5e-5,
+    backbone_lr=5e-5,
+    expert_lr=5e-5,
+    warmup_steps=10_000,
+    final_fraction=1.0,  # no decay: openpi's schedule ends at its peak
+    weight_decay=1e-10,
+    ema_decay=0.999,
+)
+"""openpi's config "pi05_libero"."""
+
+PI0_OPTIMIZER = OptimizerConfig(
+    vision_lr=2.5e-5,
+    backbone_lr=2.5e-5,
+    expert_lr=2.5e-5,
+    warmup_steps=1000,
+    final_fraction=0.1,
+    weight_decay=1e-10,
+    ema_decay=0.99,
+)
+"""openpi's defaults, which its configs of π0 use."""
+
+
+def make_schedule(config: OptimizerConfig, rate: float, steps: int) -> optax.Schedule:
+    """The learning rate of each update, whose peak is `rate`, for a training of `steps` updates."""
+    warmup = min(config.warmup_steps, steps // 2)
+    return optax.warmup_cosine_decay_schedule(0.0, rate, warmup, steps, config.final_fraction * rate)
 
 
 def make_optimizer(config: OptimizerConfig, model: ModelConfig, steps: int) -> optax.GradientTransformation:
@@ -50,9 +90,7 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig, steps: int) -> o
     decayed = jax.tree.map(lambda weight: weight.init == "normal", weight_table(model), is_leaf=is_weight)
 
     def part(name: str, rate: float) -> optax.GradientTransformation:
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, rate, min(config.warmup_steps, steps // 2), steps, config.final_fraction * rate
-        )
+        schedule = make_schedule(config, rate, steps)
         mask = jax.tree.map(lambda label, tree: tree if label == name else optax.MaskedNode(), labels, decayed)
         return optax.chain(
             optax.clip_by_global_norm(config.clip_norm),

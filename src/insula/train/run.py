@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -17,8 +18,8 @@ from insula.checkpoints.store import CheckpointStore
 from insula.data.loader import Loader
 from insula.data.mapping import Mapping
 from insula.data.mixture import Mixture, SampleSource, quarantined
-from insula.errors import CheckpointError, InputError
-from insula.files import write_json
+from insula.errors import CheckpointError, FileError, InputError
+from insula.files import check_output_folder, write_json
 from insula.losses import compute_loss
 from insula.model.params import Params, add_lora, init_params
 from insula.runs.assets import read_assets
@@ -26,16 +27,20 @@ from insula.runs.folder import (
     CERTIFICATE_FILE,
     CHECKPOINTS_FOLDER,
     INIT_FILE,
+    LOCK_FILE,
     METRICS_FILE,
     QUARANTINE_FILE,
     SETTINGS_FILE,
+    TENSORBOARD_FOLDER,
 )
+from insula.runs.loading import refuse_leaking
 from insula.shapes import PRNGKeyArray
 from insula.train.augment import augmented_loss
-from insula.train.config import TrainConfig, read_config, to_dict
-from insula.train.data import fit_assets, held_out_sources, open_data, training_mixture, write_mapping
+from insula.train.config import TrainConfig, to_dict
+from insula.train.data import fit_assets, held_out_sources, open_data, training_mixture, write_data
 from insula.train.loop import Every, Metrics, MetricsLog, fit
 from insula.train.optimizer import make_optimizer
+from insula.train.resume import resumed_settings, tell_changes
 from insula.train.step import TrainState, make_train_state, make_train_step
 
 log = logging.getLogger(__name__)
@@ -45,28 +50,46 @@ LORA_KEY = 1 << 16
 """Folded into the key of the initial weights: apart from all that `initialize` derives from it."""
 
 
-def train(config: TrainConfig, quiet: bool = False) -> bool:
-    """Train until `config.steps`. Returns False where Ctrl-C ended it early; `resume` then goes on.
+def train(config: TrainConfig, quiet: bool = False, base: TrainConfig | None = None) -> bool:
+    """Train until `config.steps`. Returns False where a signal ended it early; `resume` then goes on.
 
-    Raises DatasetError, CheckpointError, ValueError or NonFiniteError, each with what to do about it.
+    With `resume`, settings are those of the run and what was asked for: where `config` differs from `base`, which is
+    `TrainConfig(run)` unless given (insula.train.resume).
+
+    Raises InputError, DatasetError, CheckpointError, InsulationError or NonFiniteError, each with what to do about it.
     """
+    refuse_several_processes()
+    stored = None
     if config.resume:
-        config = _stored(config)
-    data = open_data(config)
-    with CheckpointStore(config.run / CHECKPOINTS_FOLDER) as store:
-        if not config.resume and store.latest() is not None:
-            raise CheckpointError(
-                f"{config.run} holds a run at step {store.latest()}; resume it, or choose another folder"
-            )
-        assets = read_assets(store.assets()) if config.resume else fit_assets(config, data)
+        stored, config = resumed_settings(config, base)
+    check_output_folder(config.run, "run")
+    with only_trainer(config.run), CheckpointStore(config.run / CHECKPOINTS_FOLDER) as store:
+        newest = store.latest()
+        if stored is None and newest is not None:
+            raise CheckpointError(f"{config.run} holds a run at step {newest}; resume it, or choose another folder")
+        if stored is not None and newest is not None:
+            refuse_leaking(store.assets())
+            if _is_finished(config, store, newest):
+                log.warning("%s: already at step %d of %d; --steps M goes on", config.run, newest, config.steps)
+                return True
+            tell_changes(stored, config, newest)
+        return _train(config, stored, store, quiet)
+
+
+def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointStore, quiet: bool) -> bool:
+    """From the data to the last checkpoint. `stored`: the settings so far, of a run that goes on."""
+    with contextlib.closing(_metrics_log(config)) as metrics:
+        moved = config.data if stored is not None and config.data != stored.data else None
+        data = open_data(config, moved)
+        assets = read_assets(store.assets()) if stored is not None else fit_assets(config, data)
         mixture = training_mixture(config, assets, data)
         unseen = held_out_sources(config, assets, data)
         write_json(config.run / SETTINGS_FILE, to_dict(dataclasses.replace(config, resume=False)))
-        write_mapping(config, data.mapping)
+        write_data(config, data)
 
         init_rng, step_rng, eval_rng = jax.random.split(jax.random.key(config.seed), 3)
         optimizer = make_optimizer(config.optimizer, config.model, config.steps)
-        if config.resume:  # what it started from need not be there any more
+        if stored is not None:  # what it started from need not be there any more
             like = jax.eval_shape(lambda key: make_train_state(init_params(config.model, key), optimizer), init_rng)
             state = store.restore("train_state", like)
         else:
@@ -74,34 +97,56 @@ def train(config: TrainConfig, quiet: bool = False) -> bool:
         loss = augmented_loss if config.augment else compute_loss
         step = make_train_step(config.model, optimizer, config.optimizer.ema_decay, step_rng, loss)
 
-        certify = make_certifier(config, mixture, eval_rng) if config.certify else None
-
         def save(state: TrainState) -> None:
-            if store.has(int(state.step)):
-                return
-            write_proof = certify(state) if certify else _nothing
+            store.save(int(state.step), state.ema_params, state, assets.write)
 
-            def write(folder: Path) -> None:
-                assets.write(folder)
-                write_proof(folder)
+        certify = make_certifier(config, mixture, eval_rng, store) if config.certify else _nothing
+        if stored is not None:  # whoever was killed before its certificate was written
+            certify(state)
 
-            store.save(int(state.step), state.ema_params, state, write)
-
-        hooks = [Every(config.checkpoint_every, save)]
+        hooks = [Every(config.checkpoint_every, save)]  # first: whatever else takes long, or ends us
         if unseen:
-            hooks.insert(0, Every(config.evaluate_every, make_held_out_losses(config, data.mapping, unseen, eval_rng)))
-        if config.on_bad_sample == "quarantine":
+            hooks.append(Every(config.evaluate_every, make_held_out_losses(config, data.mapping, unseen, eval_rng)))
+        hooks.append(Every(config.checkpoint_every, certify))
+        if config.reading.on_bad_sample == "quarantine":
             hooks.append(Every(config.log_every, lambda _: {"quarantined": float(quarantined(mixture))}))
-        shard = (jax.process_index(), jax.process_count())
-        with (
-            contextlib.closing(_metrics_log(config)) as metrics,
-            Loader(mixture, config.batch_size, config.seed, int(state.step), config.workers, shard) as batches,
-        ):
+
+        with Loader(mixture, config.batch_size, config.seed, int(state.step), config.workers) as batches:
             state, complete = fit(state, step, batches, config.steps, metrics, config.log_every, tuple(hooks), quiet)
         save(state)
+        store.wait()  # whoever sent the signal may not wait for a certificate
+        certify(state)
     if bad := quarantined(mixture):
         log.warning("%d samples were left out, see %s", bad, config.run / QUARANTINE_FILE)
     return complete
+
+
+def refuse_several_processes() -> None:
+    """Raises InputError where JAX was started as one of several processes: each would train a model of its own."""
+    if jax.process_count() > 1:
+        raise InputError(
+            f"training on several processes is not supported yet (this is process {jax.process_index()} of "
+            f"{jax.process_count()}); start a single one, without jax.distributed.initialize"
+        )
+
+
+@contextlib.contextmanager
+def only_trainer(run: Path) -> Iterator[None]:
+    """Keeps a second process out of the folder of a run. Raises FileError where there is one in it already."""
+    with (run / LOCK_FILE).open("a", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with this process, however it ends
+        except BlockingIOError:
+            raise FileError(f"{run}: another process is training here; wait for it, or choose another folder") from None
+        yield
+
+
+def _is_finished(config: TrainConfig, store: CheckpointStore, newest: int) -> bool:
+    """Whether nothing is left to do. Raises InputError where fewer steps are asked for than were made."""
+    if newest > config.steps:
+        raise InputError(f"--steps {config.steps}: {config.run} is at step {newest} already; ask for more")
+    certified = (store.assets(newest) / CERTIFICATE_FILE).is_file()
+    return newest == config.steps and (certified or not config.certify)
 
 
 def start_params(config: TrainConfig, rng: PRNGKeyArray) -> Params:
@@ -133,11 +178,13 @@ def start_params(config: TrainConfig, rng: PRNGKeyArray) -> Params:
 
 
 def make_certifier(
-    config: TrainConfig, mixture: Mixture, rng: PRNGKeyArray
-) -> Callable[[TrainState], Callable[[Path], None]]:
-    """What measures the insulation of a state and returns a writer of its certificate. The samples are always the same.
+    config: TrainConfig, mixture: Mixture, rng: PRNGKeyArray, store: CheckpointStore
+) -> Callable[[TrainState], None]:
+    """What measures the insulation of a state and adds the certificate to its checkpoint, once that is on disk. The
+    samples are always the same.
 
-    Raises InsulationError where the flow loss reaches the backbone although the model is to be insulated.
+    It raises InsulationError where the flow loss reaches the backbone although the model is to be insulated. That
+    checkpoint stays, as evidence; its certificate keeps it from being resumed or served.
     """
     measure = make_prover(config.model)
     source, rows = mixture.order(config.batch_size, config.seed)[0]
@@ -149,17 +196,21 @@ def make_certifier(
     sources = list(mixture.sources.values())
     samples = [sources[source[i]].where(int(rows[i])) for i in chosen]
 
-    def certify(state: TrainState) -> Callable[[Path], None]:
+    def certify(state: TrainState) -> None:
+        step = int(state.step)
+        if store.has_file(step, CERTIFICATE_FILE):
+            return
         proof = measure(state.ema_params, some, rng)
+        about = {"step": step, "seed": config.seed, "samples": samples}
+        store.wait()
+        write_certificate(store.assets(step) / CERTIFICATE_FILE, proof, config.model, about)
         if proof.outcome == "leaks":
             proof.check()
-        about = {"step": int(state.step), "seed": config.seed, "samples": samples}
-        return lambda folder: write_certificate(folder / CERTIFICATE_FILE, proof, config.model, about)
 
     return certify
 
 
-def _nothing(folder: Path) -> None:
+def _nothing(state: TrainState) -> None:
     """No certificate."""
 
 
@@ -173,7 +224,7 @@ def make_held_out_losses(
     groups: dict[str, list[np.ndarray]] = {}
     for name, samples in unseen.items():
         quarantine = config.run / QUARANTINE_FILE
-        read[name] = Mixture({f"held_out/{name}": samples}, None, config.on_bad_sample, quarantine)
+        read[name] = Mixture({f"held_out/{name}": samples}, None, config.reading.on_bad_sample, quarantine)
         size = min(config.batch_size, len(samples))
         rows = np.random.default_rng(config.seed).permutation(len(samples))[: batches * size]
         groups[name] = [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)]
@@ -198,13 +249,5 @@ def _metrics_log(config: TrainConfig) -> MetricsLog:
             from tensorboardX import SummaryWriter
         except ImportError as error:
             raise InputError("tensorboard=True needs the extra: pip install 'insula[tensorboard]'") from error
-        writer = SummaryWriter(str(config.run / "tensorboard"))
+        writer = SummaryWriter(str(config.run / TENSORBOARD_FOLDER))
     return MetricsLog(config.run / METRICS_FILE, writer)
-
-
-def _stored(config: TrainConfig) -> TrainConfig:
-    """The settings a run was started with."""
-    path = Path(config.run) / SETTINGS_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{config.run}: nothing to resume, {path.name} is not there; start without resume")
-    return dataclasses.replace(read_config(path), run=config.run, resume=True)

@@ -1,0 +1,30 @@
+"""Bounds of settings: one message for all of them, which names the setting, what was got and what is expected."""
+
+import math
+from collections.abc import Callable
+
+from insula.errors import InputError
+
+SEED_LIMIT = 2**31 - 1
+"""Largest seed. Sources of a mixture count up from it, and random generators take seeds below 2³²."""
+
+
+def check_integer(name: str, value: object, least: int, most: int | None = None) -> None:
+    """Raises InputError unless `value` is an integer from `least` to `most`."""
+    bounds = f"an integer ≥ {least}" if most is None else f"an integer from {least} to {most}"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InputError(f"{name} is {value!r}, expected {bounds}")
+    if value < least or (most is not None and value > most):
+        raise InputError(f"{name} is {value}, expected {bounds}")
+
+
+def check_number(name: str, value: object, expected: str, good: Callable[[float], bool]) -> None:
+    """Raises InputError unless `value` is a finite number that is `good`; `expected` says what that means."""
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    if not numeric or not math.isfinite(value) or not good(float(value)):  # type: ignore[arg-type]
+        raise InputError(f"{name} is {value!r}, expected a number {expected}")
+
+
+def check_seed(name: str, value: object) -> None:
+    """Raises InputError unless `value` can seed every generator we use."""
+    check_integer(name, value, 0, SEED_LIMIT)

@@ -1,0 +1,58 @@
+"""What `insula collect` and `insula questions` do."""
+
+import dataclasses
+from pathlib import Path
+
+from insula.checks import check_integer, check_number
+from insula.collect.demonstrations import collect, collect_questions
+from insula.worlds.seeds import DEMONSTRATIONS
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectConfig:
+    """Write demonstrations of the tabletop's scripted expert as a LeRobot v3.0 data set."""
+
+    out: Path
+    """Folder of the new data set."""
+    episodes: int = 400
+    """Successful demonstrations to write."""
+    first_seed: int = DEMONSTRATIONS.start
+    """Scene seeds count up from here."""
+    noise: float = 0.3
+    """DART noise on the executed moves; the clean action is recorded."""
+    overwrite: bool = False
+    """Replace what is in `out`."""
+
+    def __post_init__(self) -> None:
+        check_integer("episodes", self.episodes, 1)
+        check_number("noise", self.noise, "≥ 0", lambda noise: noise >= 0)
+
+
+def run_collect(config: CollectConfig) -> None:
+    """Write them, and say how many. Raises InputError, DatasetError."""
+    done = collect(config.out, config.episodes, config.first_seed, config.noise, overwrite=config.overwrite)
+    print(f"{len(done.seeds)} demonstrations, {done.frames} frames, {len(done.discarded)} discarded: {done.root}")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionsConfig:
+    """Write questions about rendered tabletop scenes, with answers: vision-language samples to mix into training."""
+
+    out: Path
+    """Folder for questions.jsonl and images."""
+    scenes: int = 1500
+    """Scenes to render."""
+    each: int = 8
+    """Questions about each."""
+    overwrite: bool = False
+    """Replace what is in `out`."""
+
+    def __post_init__(self) -> None:
+        check_integer("scenes", self.scenes, 1)
+        check_integer("each", self.each, 1)
+
+
+def run_questions(config: QuestionsConfig) -> None:
+    """Write them, and say how many. Raises InputError, DatasetError."""
+    count = collect_questions(config.out, config.scenes, config.each, overwrite=config.overwrite)
+    print(f"{count} questions about {config.scenes} scenes: {config.out}")

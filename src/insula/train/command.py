@@ -1,0 +1,37 @@
+"""What `insula train` does."""
+
+import argparse
+from pathlib import Path
+
+from insula.errors import InputError
+from insula.train.config import TrainConfig as TrainConfig
+from insula.train.config import training_preset
+from insula.train.resume import stored_settings
+from insula.train.run import train
+
+
+def default_settings(preset: str | None, arguments: list[str]) -> TrainConfig:
+    """What flags change: the settings of a preset, or, with --resume, those of the run, so that only what is given
+    differs. Raises as `training_preset` and `stored_settings`, InputError for another preset than the run's."""
+    parser = argparse.ArgumentParser("insula train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction)
+    known, _ = parser.parse_known_args(arguments)
+    chosen = training_preset(preset or "tiny", known.run or Path())
+    if not known.resume or known.run is None or {"-h", "--help"} & set(arguments):
+        return chosen
+
+    stored = stored_settings(known.run)
+    if preset is not None and stored.model.name != chosen.model.name:
+        raise InputError(f"{known.run}: --preset: stored {stored.model.name!r}, got {preset!r}; drop the flag")
+    return stored
+
+
+def run(config: TrainConfig) -> int:
+    """Train, and say how to go on where that was interrupted."""
+    complete = train(config, base=stored_settings(config.run) if config.resume else None)
+    if complete:
+        print(f"done {config.run}")
+        return 0
+    print(f"interrupted; go on with: insula train --resume --run {config.run}")
+    return 130

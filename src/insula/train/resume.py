@@ -1,0 +1,131 @@
+"""Going on with a run: its own settings, and those that may change on the way.
+
+applied    steps, data that moved, how often something is done, who makes batches, the optimizer, what is done about
+           a bad sample
+refused    all else: the samples, their order, the model or the objective would become others halfway
+"""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+from insula.checkpoints.store import CheckpointStore
+from insula.errors import CheckpointError, InputError
+from insula.runs.folder import CHECKPOINTS_FOLDER, SETTINGS_FILE
+from insula.train.config import TrainConfig, read_config
+from insula.train.optimizer import PARTS, make_schedule
+
+log = logging.getLogger(__name__)
+Changes = dict[str, tuple[Any, Any]]
+"""By dotted name: the value before, and after."""
+
+MAY_CHANGE = frozenset(
+    {
+        "steps",
+        "data",
+        "workers",
+        "evaluate_every",
+        "checkpoint_every",
+        "log_every",
+        "certify",
+        "tensorboard",
+        "reading.on_overflow",
+        "reading.on_bad_sample",
+        *(f"optimizer.{field.name}" for field in dataclasses.fields(TrainConfig.optimizer)),
+    }
+)
+
+
+def stored_settings(run: Path) -> TrainConfig:
+    """The settings a run was started with, as those of its resumption. Raises CheckpointError where there are none, or
+    no checkpoint to go on from."""
+    path = run / SETTINGS_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{run}: nothing to resume, {path.name} is not there; start without --resume")
+    if newest_step(run) is None:
+        raise CheckpointError(f"{run}: nothing to resume, no checkpoint yet; start without --resume")
+    return dataclasses.replace(read_config(path), run=run, resume=True)
+
+
+def newest_step(run: Path) -> int | None:
+    """The newest checkpoint of a run, None where there is none."""
+    folder = run / CHECKPOINTS_FOLDER
+    if not folder.is_dir():
+        return None
+    with CheckpointStore(folder) as store:
+        return store.latest()
+
+
+def resumed_settings(asked: TrainConfig, base: TrainConfig | None = None) -> tuple[TrainConfig, TrainConfig]:
+    """The stored settings, and these with what was asked for.
+
+    `base` is what `asked` was made from: where the two differ, something was asked for. It is `TrainConfig(run)` unless
+    given; a command line gives the stored settings, so that every flag counts. Raises InputError for what must not
+    change, CheckpointError where there is nothing to resume.
+    """
+    stored = stored_settings(asked.run)
+    settings = merged(stored, asked, TrainConfig(run=asked.run) if base is None else base)
+    settings = dataclasses.replace(settings, run=asked.run, resume=True)
+    refused = {name: values for name, values in differences(stored, settings).items() if name not in MAY_CHANGE}
+    if refused:
+        told = "; ".join(
+            f"{flag(name)}: stored {_shown(old)}, got {_shown(new)}" for name, (old, new) in refused.items()
+        )
+        raise InputError(f"{asked.run}: cannot change while the run goes on; drop it, or start a new run: {told}")
+    return stored, settings
+
+
+def merged(stored: Any, asked: Any, base: Any) -> Any:
+    """The dataclass `stored`, with the fields in which `asked` differs from `base`; nested ones field by field."""
+    changes = {}
+    for field in dataclasses.fields(stored):
+        values = [getattr(settings, field.name) for settings in (stored, asked, base)]
+        if all(dataclasses.is_dataclass(value) for value in values):
+            changes[field.name] = merged(*values)
+        elif values[1] != values[2]:
+            changes[field.name] = values[1]
+    return dataclasses.replace(stored, **changes)
+
+
+def differences(before: Any, after: Any, prefix: str = "") -> Changes:
+    """What changes from one dataclass to another of its kind, by dotted name."""
+    found: Changes = {}
+    for field in dataclasses.fields(before):
+        old, new = getattr(before, field.name), getattr(after, field.name)
+        if dataclasses.is_dataclass(old) and dataclasses.is_dataclass(new):
+            found |= differences(old, new, f"{prefix}{field.name}.")
+        elif old != new:
+            found[prefix + field.name] = (old, new)
+    return found
+
+
+def flag(name: str) -> str:
+    """How the command line calls a field."""
+    return "--" + name.removeprefix("reading.").replace("_", "-")
+
+
+def tell_changes(before: TrainConfig, after: TrainConfig, step: int) -> None:
+    """One line for what is applied from `step` on, and one for what it does to the learning rates."""
+    changes = differences(before, after)
+    if not changes:
+        return
+    told = ", ".join(f"{flag(name)} {_shown(new)} (was {_shown(old)})" for name, (old, new) in changes.items())
+    log.warning("%s goes on at step %d with %s", after.run, step, told)
+
+    rates = []
+    for part in PARTS:
+        old, new = (
+            float(make_schedule(c.optimizer, getattr(c.optimizer, f"{part}_lr"), c.steps)(step))
+            for c in (before, after)
+        )
+        if old != new:
+            rates.append(f"{part} {old:.2g} → {new:.2g}")
+    if rates:
+        log.warning(
+            "the learning rates follow the schedule of %d steps from here on: %s", after.steps, ", ".join(rates)
+        )
+
+
+def _shown(value: Any) -> str:
+    return str(value) if isinstance(value, Path) else repr(value)

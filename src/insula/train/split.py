@@ -1,0 +1,160 @@
+"""Which episodes a run trains on and which it never sees: decided once, when it starts, and stored in its folder.
+
+    episodes   0 1 2 3 4 5 6 7 8 9 | 10 11 12      recorded while the run was interrupted: left out, and said
+    at start   . . h . . . . h . . |
+    resumed    . . h . . . . h . . |               the same, whatever was added since
+
+A data set that lost episodes, or whose first ones are others now, is no longer what the run was started with.
+"""
+
+import logging
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from insula.data.chunks import joined
+from insula.data.lerobot import LeRobotDataset
+from insula.data.mapping import RobotData
+from insula.errors import DatasetError, InputError
+
+log = logging.getLogger(__name__)
+SHOWN = 5
+"""Instructions that a warning lists in full."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A source's episodes (rows of questions) to train on, and those held out; int64, ascending."""
+
+    train: np.ndarray
+    held_out: np.ndarray
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """How many episodes (or rows) a source had, and a checksum over what tells them apart."""
+
+    count: int
+    crc32: int
+
+
+def fingerprint(units: np.ndarray, count: int | None = None) -> Fingerprint:
+    """Of the first `count` units, all by default: checksums of episodes, or the picture of each row of questions."""
+    first = np.ascontiguousarray(units[:count], "<i8")
+    return Fingerprint(len(first), zlib.crc32(first.tobytes()))
+
+
+def split_episodes(instructions: Sequence[set[str]], fraction: float, seed: int, where: str) -> Part:
+    """Hold out a share of episodes, at least one where the share is positive.
+
+    `instructions` [n]: what each episode shows. An episode that alone shows an instruction is held out only where no
+    other is left to hold out, and a warning then names the instruction. Raises InputError when none is left to train.
+    """
+    count = len(instructions)
+    wanted = _held_out_count(count, fraction, where, "episodes")
+    shown = Counter(instruction for some in instructions for instruction in some)
+    chosen: list[int] = []
+    needed: list[int] = []
+    for episode in np.random.default_rng(seed).permutation(count).tolist():
+        if len(chosen) == wanted:
+            break
+        if any(shown[instruction] == 1 for instruction in instructions[episode]):
+            needed.append(episode)
+        else:
+            chosen.append(episode)
+            shown.subtract(instructions[episode])
+
+    for episode in needed[: wanted - len(chosen)]:
+        chosen.append(episode)
+        shown.subtract(instructions[episode])
+    if unseen := sorted(instruction for instruction, episodes in shown.items() if episodes == 0):
+        more = f" and {len(unseen) - SHOWN} more" if len(unseen) > SHOWN else ""
+        log.warning(
+            "%s: every episode of these instructions is held out, none is trained on: %s%s; "
+            "--held-out-fraction 0 trains on all episodes",
+            where,
+            ", ".join(map(repr, unseen[:SHOWN])),
+            more,
+        )
+    return _part(count, np.array(chosen, np.int64))
+
+
+def split_rows(pictures: np.ndarray, fraction: float, seed: int, where: str) -> Part:
+    """Hold out a share of pictures with all questions about them. `pictures` [n]: which one each row is about."""
+    count = int(pictures.max()) + 1 if len(pictures) else 0
+    wanted = _held_out_count(count, fraction, where, "pictures")
+    held_out = np.random.default_rng(seed).permutation(count)[:wanted]
+    return _part(len(pictures), np.flatnonzero(np.isin(pictures, held_out)))
+
+
+def split_again(stored: Any, units: np.ndarray, where: str, what: str) -> Part:
+    """The part that `to_json` wrote when the run was started. What was added since is left out, with a warning: the run
+    goes on with the same samples in the same order.
+
+    Raises DatasetError where the data set is no longer the one the run was started with.
+    """
+    before = Fingerprint(stored["count"], stored["crc32"])
+    remedy = "point --data to the data it was started with, or start a new run"
+    if len(units) < before.count:
+        raise DatasetError(f"{where}: has {len(units)} {what}, this run was started with {before.count}; {remedy}")
+    if fingerprint(units, before.count) != before:
+        raise DatasetError(
+            f"{where}: its first {before.count} {what} are not those this run was started with (other lengths, "
+            f"actions or order); {remedy}"
+        )
+    if more := len(units) - before.count:
+        log.warning(
+            "%s: %d %s were added since this run was started. They are left out, so that it goes on with the same "
+            "samples; train on them in a new run",
+            where,
+            more,
+            what,
+        )
+    return _part(before.count, np.array(stored["held_out"], np.int64))
+
+
+def to_json(part: Part, units: np.ndarray) -> dict[str, Any]:
+    """What `split_again` reads. `units`: those the part was made of, or more."""
+    seen = fingerprint(units, len(part.train) + len(part.held_out))
+    return {"count": seen.count, "crc32": seen.crc32, "held_out": part.held_out.tolist()}
+
+
+def instructions_of(dataset: LeRobotDataset, robot: RobotData) -> list[set[str]]:
+    """The instructions that each episode shows."""
+    if robot.instruction:
+        known, numbers = np.unique(np.array(dataset.texts(robot.instruction)), return_inverse=True)
+        names = known.tolist()
+    else:
+        numbers = np.asarray(dataset.column("task_index")).reshape(-1)
+        names = dict(enumerate(dataset.tasks))
+
+    spans = zip(dataset.episodes.start, dataset.episodes.stop, strict=True)
+    shown = [np.unique(numbers[start:stop]).tolist() for start, stop in spans]
+    # A number without a text is an error of its own, which is raised with frame and file where samples are made.
+    return [{names[n] for n in some if n in range(len(names))} for some in shown]
+
+
+def episode_checksums(dataset: LeRobotDataset, robot: RobotData) -> np.ndarray:
+    """int64, one for each episode: of its actions, and so of its length. It knows a recording again."""
+    actions = np.ascontiguousarray(joined(dataset, robot.actions, dataset.column))
+    spans = zip(dataset.episodes.start, dataset.episodes.stop, strict=True)
+    return np.array([zlib.crc32(actions[start:stop].tobytes()) for start, stop in spans], np.int64)
+
+
+def _held_out_count(count: int, fraction: float, where: str, what: str) -> int:
+    wanted = int(np.ceil(count * fraction))
+    if count - wanted < 1:
+        raise InputError(
+            f"{where}: held_out_fraction is {fraction}, and of {count} {what} none would be left to train on; "
+            "--held-out-fraction 0 trains on all"
+        )
+    return wanted
+
+
+def _part(count: int, held_out: np.ndarray) -> Part:
+    train = np.setdiff1d(np.arange(count), held_out)
+    return Part(train, np.sort(held_out))

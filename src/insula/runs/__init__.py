@@ -1,0 +1,1 @@
+"""What a run folder and a checkpoint hold, by name, and how they are read back."""

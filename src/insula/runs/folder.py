@@ -1,0 +1,27 @@
+"""What a run folder holds, by name. Everything that reads or writes one takes the names from here.
+
+    RUN/
+      train.json          the settings it was started with
+      data.json           the mapping of its data sets, and which episodes were held out
+      metrics.jsonl       a row of metrics every few steps
+      init.json           what `--init` loaded, left over and drew afresh
+      quarantine.jsonl    samples that were left out, and why
+      checkpoints/STEP/   weights, training state, and beside them:
+        config.json         the model and the version that wrote it
+        certificate.json    its insulation, measured
+        robots/NAME/        normalization, cameras, horizon
+        tokenizer/          text tokenizer, FAST codec, dialect
+"""
+
+SETTINGS_FILE = "train.json"
+MAPPING_FILE = "data.json"
+METRICS_FILE = "metrics.jsonl"
+INIT_FILE = "init.json"
+QUARANTINE_FILE = "quarantine.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+CHECKPOINTS_FOLDER = "checkpoints"
+
+MODEL_FILE = "config.json"
+CERTIFICATE_FILE = "certificate.json"
+ROBOTS_FOLDER = "robots"
+TOKENIZER_FOLDER = "tokenizer"

@@ -9,13 +9,12 @@ import dataclasses
 from importlib.metadata import version
 from pathlib import Path
 
-from insula.runs.folder import MODEL_FILE, ROBOTS_FOLDER, TOKENIZER_FOLDER
 from insula.data.robot import Robot, read_robot
 from insula.errors import InputError, MissingFileError, did_you_mean
 from insula.files import read_json, write_json
 from insula.model.config import ModelConfig, config_from_dict
+from insula.runs.folder import MODEL_FILE, ROBOTS_FOLDER, TOKENIZER_FOLDER
 from insula.tokens.sequence import FASTTokenizer
-
 
 
 @dataclasses.dataclass(frozen=True)

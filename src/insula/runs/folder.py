@@ -1,16 +1,16 @@
 """What a run folder holds, by name. Everything that reads or writes one takes the names from here.
 
-    RUN/
-      train.json          the settings it was started with
-      data.json           the mapping of its data sets, and which episodes were held out
-      metrics.jsonl       a row of metrics every few steps
-      init.json           what `--init` loaded, left over and drew afresh
-      quarantine.jsonl    samples that were left out, and why
-      checkpoints/STEP/   weights, training state, and beside them:
-        config.json         the model and the version that wrote it
-        certificate.json    its insulation, measured
-        robots/NAME/        normalization, cameras, horizon
-        tokenizer/          text tokenizer, FAST codec, dialect
+RUN/
+  train.json          the settings it was started with
+  data.json           the mapping of its data sets, and which episodes were held out
+  metrics.jsonl       a row of metrics every few steps
+  init.json           what `--init` loaded, left over and drew afresh
+  quarantine.jsonl    samples that were left out, and why
+  checkpoints/STEP/   weights, training state, and beside them:
+    config.json         the model and the version that wrote it
+    certificate.json    its insulation, measured
+    robots/NAME/        normalization, cameras, horizon
+    tokenizer/          text tokenizer, FAST codec, dialect
 """
 
 SETTINGS_FILE = "train.json"

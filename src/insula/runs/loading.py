@@ -4,13 +4,13 @@ from pathlib import Path
 
 import jax
 
-from insula.runs.folder import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER
 from insula.checkpoints.loading import load_params
 from insula.checkpoints.sources import SAFETENSORS
 from insula.checkpoints.store import CheckpointStore
 from insula.errors import CheckpointError
 from insula.model.params import Params, abstract_params
 from insula.runs.assets import Assets, read_assets
+from insula.runs.folder import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER
 
 
 def load_model(run: str | Path, step: int | None = None) -> tuple[Params, Assets]:
@@ -30,5 +30,3 @@ def load_model(run: str | Path, step: int | None = None) -> tuple[Params, Assets
         f"{run}: no checkpoints here; expected what `insula train --run` wrote (checkpoints/), or a trained "
         f"policy from `insula convert --to insula` ({SAFETENSORS}, {TOKENIZER_FOLDER}/)"
     )
-
-

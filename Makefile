@@ -9,11 +9,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# Compiled programs are kept between runs. XLA:CPU asks for its buffers anew every step: huge pages make that cheap.
+# Compiled programs are kept between runs. XLA:CPU asks for its buffers again at every step: huge pages make that cheap.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help demo test setup lint format types bench slow constraints clean gl chromium
+.PHONY: help demo test setup lint format types examples figures bench slow constraints clean gl chromium
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -22,8 +22,9 @@ help:  ## this list
 demo: $(VENV)/.demo gl  ## demonstrations, training, evaluation, one report.html
 	$(BIN)/insula demo $(DEMO_ARGS)
 
-test: lint types gl chromium  ## ruff, mypy, unit tests, and the quick demo
+test: lint types gl chromium  ## ruff, mypy, unit tests, examples, and the quick demo
 	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+	$(MAKE) examples
 	$(BIN)/insula demo --quick
 
 setup: $(VENV)/.test gl chromium  ## the virtual environment, with the tools of the tests
@@ -39,6 +40,12 @@ format: $(VENV)/.test  ## let ruff repair and format
 types: $(VENV)/.test  ## mypy over the package
 	$(BIN)/mypy
 
+examples: $(VENV)/.test  ## run every script of examples/
+	@set -e; for script in examples/*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+
+figures: $(VENV)/.test  ## comments, blank lines, docstrings and more, counted; exit code 1 where a limit is missed
+	$(BIN)/python scripts/figures.py
+
 slow: $(VENV)/.test gl  ## the slow tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
@@ -46,7 +53,7 @@ bench: $(VENV)/.test gl  ## time and memory of a train step, and how fast data i
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/data.py
 
-constraints:  ## resolve anew, with the newest versions pyproject.toml allows
+constraints:  ## resolve again, with the newest versions pyproject.toml allows
 	scripts/setup.sh constraints "$(PYTHON)"
 
 clean:  ## forget the virtual environment and every cache; runs/ stays

@@ -4,7 +4,7 @@
 #   setup.sh python PYTHON        Python 3.11 or newer that can make a virtual environment
 #   setup.sh gl PYTHON            a GL library that renders without a screen
 #   setup.sh chromium             a browser, for tests of pages; without one they are skipped
-#   setup.sh constraints PYTHON   resolve pyproject.toml anew into constraints.txt
+#   setup.sh constraints PYTHON   resolve pyproject.toml again into constraints.txt
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -14,7 +14,15 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # initializing is many small programs
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Programs that run a few times are compiled quickly rather than well: half of the suite's time was compilation.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+# Eight devices out of one CPU, so that sharding is tested on any machine. Flags that are set already stay and win.
+QUICK_FLAGS = {
+    "--xla_backend_optimization_level": "0",
+    "--xla_cpu_use_fusion_emitters": "false",
+    "--xla_force_host_platform_device_count": "8",
+}
+given = os.environ.get("XLA_FLAGS", "")
+missing = (f"{flag}={value}" for flag, value in QUICK_FLAGS.items() if flag not in given)
+os.environ["XLA_FLAGS"] = " ".join([*given.split(), *missing])
 
 import jax
 import jaxtyping
@@ -26,6 +34,8 @@ DTYPE_PROMOTION = "standard"
 """JAX's dtype promotion under test: "strict" once every model dtype is spelled out."""
 
 jax.config.update("jax_numpy_dtype_promotion", DTYPE_PROMOTION)
+# [B] + [B, H] is an error under test: whoever means it writes the axes, and a forgotten axis cannot pass for a shape.
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def check_calls(function: Callable) -> Callable:

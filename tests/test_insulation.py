@@ -303,7 +303,11 @@ def test_one_pass_is_the_joint_attention(variant: str, insulated: bool) -> None:
         return read.hidden, run_expert(params.expert, config, memory, batch.observation.state, noisy, time)[:, 0]
 
     def lockstep(sees):
-        return lambda params: joint(params, config, batch, noisy[:, 0], time[:, 0], sees, stop=insulated)
+        def run(params):
+            with jax.numpy_rank_promotion("allow"):  # the literal form, as short as the papers write it
+                return joint(params, config, batch, noisy[:, 0], time[:, 0], sees, stop=insulated)
+
+        return run
 
     def values_and_gradients(function):
         def scalar(params):

@@ -31,7 +31,7 @@ def sample_actions(
 
     def velocity(x: Array, time: Array) -> Array:
         found = run_expert(params.expert, config, memory, observation.state, x[:, None], time[:, None])[:, 0]
-        return found if real is None else jnp.where(real, found, noise)
+        return found if real is None else jnp.where(real[None], found, noise)
 
     return flow.integrate(velocity, noise, steps)
 

@@ -74,7 +74,8 @@ def _memory_weights(queries: Array, k: Array, memory_k: Array, memory_mask: Arra
     to_memory = jnp.einsum("bqge,bmge->bgqm", everyone, memory_k)
     to_memory = jnp.where(memory_mask[:, None, None, :], to_memory, MASKED)
     to_self = jnp.einsum("bkqge,bkage->bgkqa", queries, k)
-    to_self = jnp.where(jnp.repeat(self_mask, per_sample // length, axis=0), to_self, MASKED)
+    repeated = jnp.repeat(self_mask, per_sample // length, axis=0)
+    to_self = jnp.where(repeated[None, None, None], to_self, MASKED)
     to_self = to_self.reshape(batch, groups, samples * per_sample, length)
 
     return jax.nn.softmax(jnp.concatenate([to_memory, to_self], axis=-1), axis=-1)

@@ -36,7 +36,7 @@ def _logits(hidden: Array, piece: Array, dtype: str) -> Array:
 def _pieces(embedding: Array, labels: Array, chunk: int) -> tuple[Array, Array]:
     """The vocabulary in chunks, and where in each chunk every label would be: outside, for all chunks but its own."""
     pieces = embedding.reshape(-1, chunk, embedding.shape[1])
-    return pieces, labels - chunk * jnp.arange(pieces.shape[0])[:, None]
+    return pieces, labels[None] - chunk * jnp.arange(pieces.shape[0])[:, None]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -71,7 +71,7 @@ def _cross_entropy_backward(dtype: str, chunk: int, residuals: tuple, gradient: 
 
     def step(d_hidden: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         piece, label = inputs
-        error = jnp.exp(_logits(hidden, piece, dtype) - log_z[:, None]) - (label[:, None] == jnp.arange(chunk))
+        error = jnp.exp(_logits(hidden, piece, dtype) - log_z[:, None]) - (label[:, None] == jnp.arange(chunk)[None])
         error = (error * gradient[0][:, None]).astype(dtype)
         d_piece = jax.lax.dot_general(
             error, hidden.astype(dtype), (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32

@@ -101,7 +101,7 @@ def run_expert(
 
     ar = masks.suffix_ar_mask(horizon, expert.state_in is not None)[None]
     self_mask = masks.make_attn_mask(jnp.ones_like(ar), ar)[0]
-    positions = (memory.length[:, None] + jnp.arange(x.shape[2]))[:, None, :]  # after the visible prefix, [B, 1, A]
+    positions = memory.length[:, None, None] + jnp.arange(x.shape[2])[None, None]  # after the visible prefix, [B, 1, A]
 
     def norm(x: Array, p: Linear | Array) -> tuple[Array, Array | float]:
         """The normed input, and the gate of the branch that reads it."""

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from insula.model.lora import LoRA
-from insula.shapes import Array, Float, Int, Leaf
+from insula.shapes import AnyArray, Array, Float, Int, Leaf, Shaped
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -49,6 +49,11 @@ def _contract(x: Array, w: Array | LoRA, axes: int, dtype: str) -> Array:
     return flat.reshape(*batch, *out)
 
 
+def widen(x: Shaped[AnyArray, "*c"], rank: int) -> Shaped[AnyArray, "..."]:
+    """Axes of one in front, up to `rank` axes: how a scale or bias of the last axes meets what it is applied to."""
+    return x.reshape((1,) * (rank - x.ndim) + x.shape)
+
+
 def matmul(x: Float[Array, "*b i"], w: Float[Array, "i *o"] | LoRA, dtype: str) -> Float[Array, "..."]:
     """A matrix product over the last axis of x and the first of w; further axes of w (heads) come out as they are."""
     return _contract(x, w, 1, dtype)
@@ -64,7 +69,8 @@ class Linear:
 
 
 def linear(x: Float[Array, "*b i"], weight: Linear, dtype: str) -> Float[Array, "..."]:
-    return matmul(x, weight.kernel, dtype) + weight.bias
+    y = matmul(x, weight.kernel, dtype)
+    return y + widen(weight.bias, y.ndim)
 
 
 def merge_heads(x: Float[Array, "*b N E"], w: Float[Array, "N E W"] | LoRA, dtype: str) -> Float[Array, "*b W"]:
@@ -74,7 +80,7 @@ def merge_heads(x: Float[Array, "*b N E"], w: Float[Array, "N E W"] | LoRA, dtyp
 
 def rms_norm(x: Float[Array, "*b W"], scale: Float[Array, "W"]) -> Float[Array, "*b W"]:
     """Gemma's RMSNorm: the learned scale is an offset from one."""
-    return _unit_rms(x) * (1 + scale)
+    return _unit_rms(x) * (1 + widen(scale, x.ndim))
 
 
 def ada_rms_norm(
@@ -94,7 +100,8 @@ def _unit_rms(x: Array) -> Array:
 
 def layer_norm(x: Float[Array, "*b W"], scale: Float[Array, "W"], bias: Float[Array, "W"]) -> Float[Array, "*b W"]:
     centered = x - jnp.mean(x, axis=-1, keepdims=True)
-    return centered * lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + 1e-6) * scale + bias
+    unit = centered * lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + 1e-6)
+    return unit * widen(scale, x.ndim) + widen(bias, x.ndim)
 
 
 def geglu(x: Array, gate: Array | LoRA, up: Array | LoRA, down: Array | LoRA, dtype: str) -> Array:
@@ -106,7 +113,8 @@ def rope(x: Float[Array, "*b T N E"], positions: Int[Array, "*#b T"]) -> Float[A
     """Rotary position embedding, halves rotated against each other, wavelengths 2π … 10,000 · 2π (Gemma)."""
     half = x.shape[-1] // 2
     frequency = 10_000.0 ** -(jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    angle = positions[..., None, None].astype(jnp.float32)
+    angle = angle * widen(frequency, angle.ndim)
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
@@ -121,7 +129,7 @@ def time_embedding(
     """
     fraction = np.linspace(0.0, 1.0, width // 2, dtype=np.float32)
     period = np.float32(min_period) * np.float32(max_period / min_period) ** fraction
-    angle = time[..., None] * (np.float32(1) / period * np.float32(2 * np.pi))
+    angle = time[..., None] * widen(np.float32(1) / period * np.float32(2 * np.pi), time.ndim + 1)
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 

@@ -124,13 +124,13 @@ def _encode(vision: Vision, config: ModelConfig, x: Float[Array, "I h w 3"]) -> 
     c, dtype = config.vision, config.compute.dtype
     for i, (patch, weight) in enumerate(zip(c.patch_sizes, vision.stem, strict=True)):
         x = linear(_patchify(jax.nn.gelu(x) if i else x, patch), weight, dtype)
-    x = x.reshape(x.shape[0], c.num_patches, c.width) + vision.position
+    x = x.reshape(x.shape[0], c.num_patches, c.width) + vision.position[None]
 
     def layer(x: Array, p: VisionLayer) -> tuple[Array, None]:
         y = layers.layer_norm(x, p.attention_norm.scale, p.attention_norm.bias)
         q, k, v = (linear(y, a, dtype) for a in (p.query, p.key, p.value))
         y = attend(q * q.shape[-1] ** -0.5, k, v, None)
-        x = x + layers.merge_heads(y, p.out.kernel, dtype) + p.out.bias
+        x = x + layers.merge_heads(y, p.out.kernel, dtype) + layers.widen(p.out.bias, x.ndim)
         y = layers.layer_norm(x, p.mlp_norm.scale, p.mlp_norm.bias)
         return x + linear(jax.nn.gelu(linear(y, p.up, dtype)), p.down, dtype), None
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from insula.batch import Batch
 from insula.losses import Metrics, compute_loss
 from insula.model.config import ModelConfig
+from insula.model.layers import widen
 from insula.model.params import Params
 from insula.shapes import Array, Bool, Float, PRNGKeyArray, UInt8
 
@@ -39,7 +40,7 @@ def _augment(images: UInt8[Array, "B h w 3"], moved: Bool[Array, "B"], rng: PRNG
     crop, jitter = jax.random.split(rng)
     x = images.astype(jnp.float32)
     x = jnp.where(moved[:, None, None, None], _crop(x, crop), x)
-    strength = jnp.array([BRIGHTNESS, CONTRAST, SATURATION])
+    strength = jnp.array([[BRIGHTNESS, CONTRAST, SATURATION]])
     factors = 1 + strength * jax.random.uniform(jitter, (x.shape[0], 3), minval=-1, maxval=1)
     bright, contrast, saturation = (factors[:, i, None, None, None] for i in range(3))
     x = x * bright
@@ -53,7 +54,7 @@ def _crop(x: Float[Array, "B h w 3"], rng: PRNGKeyArray) -> Float[Array, "B h w 
     height, width = x.shape[1:3]
     scale = jnp.full(2, 1 / (1 - CROP))
     free = jnp.array([height, width]) * (scale - 1)
-    shift = -free * jax.random.uniform(rng, (x.shape[0], 2))
+    shift = -free[None] * jax.random.uniform(rng, (x.shape[0], 2))
 
     def one(image: Array, translation: Array) -> Array:
         return jax.image.scale_and_translate(image, image.shape, (0, 1), scale, translation, "bilinear")
@@ -62,7 +63,7 @@ def _crop(x: Float[Array, "B h w 3"], rng: PRNGKeyArray) -> Float[Array, "B h w 
 
 
 def _gray(x: Array) -> Array:
-    return jnp.sum(x * jnp.array(GRAY), axis=-1, keepdims=True)
+    return jnp.sum(x * widen(jnp.array(GRAY), x.ndim), axis=-1, keepdims=True)
 
 
 def _blend(x: Array, towards: Array, factor: Array) -> Array:

@@ -142,8 +142,8 @@ def evaluate(
 def inspect(*arguments: str) -> None:
     """See one sample as a model does: every token and mask, who may look at whom, what each loss scores, and, measured,
     where gradients go. Writes one offline page. Exit code 1 where insulation leaks or nothing is shown."""
-    from insula.inspection.command import inspect as run
-    from insula.inspection.config import InspectConfig
+    from insula.inspection.inspect_command import inspect as run
+    from insula.inspection.inspect_config import InspectConfig
 
     config = _parsed("inspect", inspect.__doc__, arguments, lambda model: InspectConfig(model=model))
     sys.exit(0 if run(config) else 1)

@@ -17,13 +17,15 @@ import uvicorn
 from mixtures import SMALL, record, write_mixture
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from insula import page as pages
+from insula.errors import InputError
 from insula.inspection.config import InspectConfig
 from insula.inspection.findings import Findings, Inspector
-from insula.inspection.page import render
-from insula.inspection.server import HOST, application, serve
+from insula.inspection.sample_page import render_sample
+from insula.inspection.sample_server import HOST, listen, make_app
 from insula.inspection.subject import open_subject
-from insula.inspection.variants import ON, REASONS, model_mask, variants
+from insula.inspection.token_columns import ColumnKind
+from insula.inspection.variants import IS_ON, REASONS, Cell, draw_variants, model_mask
+from insula.page import write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; on Debian: sudo apt-get install chromium")
@@ -53,7 +55,7 @@ def found(inspector: Inspector) -> Findings:
 
 @pytest.fixture(scope="module")
 def file(found: Findings, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pages.write(tmp_path_factory.mktemp("page") / "inspect.html", render(found))
+    return write_page(tmp_path_factory.mktemp("page") / "inspect.html", render_sample(found))
 
 
 @pytest.fixture
@@ -85,7 +87,7 @@ def _is_ours(asked: str, page: str) -> bool:
 
 @pytest.fixture
 def server(inspector: Inspector) -> Iterator[str]:
-    running = uvicorn.Server(uvicorn.Config(application(inspector, "arm", 3), log_level="warning", lifespan="off"))
+    running = uvicorn.Server(uvicorn.Config(make_app(inspector, "arm", 3), log_level="warning", lifespan="off"))
     listening = socket.create_server((HOST, 0))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
     thread.start()
@@ -132,10 +134,10 @@ def test_the_masks_drawn_are_the_models_cell_by_cell(show: Callable[..., Page], 
     assert ours.any() and not ours.all()
     expect(page.get_by_label("insulated (this model)", exact=True)).to_be_checked()
     assert np.array_equal(drawn_mask(page), ours)
-    for variant in variants(config, seen.token_mask, seen.ar_mask, config.horizon):
+    for variant in draw_variants(config, seen.token_mask, seen.ar_mask, config.horizon):
         choose(page, variant.name)
         expect(page.locator("#variant-about")).to_have_text(variant.about)
-        assert np.array_equal(drawn_mask(page), ON[variant.codes]), variant.name
+        assert np.array_equal(drawn_mask(page), IS_ON[variant.cells]), variant.name
     assert not np.array_equal(drawn_mask(page), ours)  # the last one is leaky
 
 
@@ -153,28 +155,28 @@ def test_the_four_masks_of_every_token(show: Callable[..., Page], file: Path, fo
 
 def test_hovering_says_why(show: Callable[..., Page], file: Path, found: Findings) -> None:
     page, seen = show(file.as_uri()), found.seen
-    why = {name: text for name, _, text in REASONS}
-    fast, expert = int(seen.where("FAST")[0]), len(seen.id)
-    assert hover_cell(page, 0, 1).endswith(f"on, {why['block']}")
-    assert hover_cell(page, 0, fast).endswith(f"off, {why['blind']}")
-    assert hover_cell(page, fast, fast + 1).endswith(f"off, {why['future']}")
-    assert hover_cell(page, expert, 0).endswith(f"on, {why['insulated']}")
+    why = {cell: reason.why for cell, reason in REASONS.items()}
+    fast, expert = int(seen.where(ColumnKind.FAST)[0]), len(seen.id)
+    assert hover_cell(page, 0, 1).endswith(f"on, {why[Cell.BLOCK]}")
+    assert hover_cell(page, 0, fast).endswith(f"off, {why[Cell.BLIND]}")
+    assert hover_cell(page, fast, fast + 1).endswith(f"off, {why[Cell.FUTURE]}")
+    assert hover_cell(page, expert, 0).endswith(f"on, {why[Cell.INSULATED]}")
     hidden = hover_cell(page, expert, fast)
-    assert hidden.startswith("action 0 → column") and hidden.endswith(f"off, {why['hidden']}")
+    assert hidden.startswith("action 0 → column") and hidden.endswith(f"off, {why[Cell.HIDDEN]}")
     choose(page, "leaky")
-    assert hover_cell(page, expert, fast).endswith(f"on, {why['answer']}")
+    assert hover_cell(page, expert, fast).endswith(f"on, LEAK: {why[Cell.ANSWER]}")
     expect(page.locator("#cell-readout")).to_have_class(re.compile("bad"))
 
 
 def test_a_token_tells_its_coefficients(show: Callable[..., Page], file: Path, found: Findings) -> None:
     page, seen = show(file.as_uri()), found.seen
-    column = int(seen.where("FAST")[0])
+    column = int(seen.where(ColumnKind.FAST)[0])
     page.locator(f'[data-column="{column}"]').hover()
     readout = page.locator("#token-readout")
     expect(readout).to_contain_text(f"column {column}")
     expect(readout).to_contain_text(re.compile(r"Carries \d+ DCT coefficients: frequency 0 of action\[0\]: -?\d+"))
     assert page.locator("#coefficients td.marked").count() > 0
-    page.locator(f'[data-column="{int(seen.where("BOS")[0])}"]').hover()
+    page.locator(f'[data-column="{int(seen.where(ColumnKind.BOS)[0])}"]').hover()
     expect(readout).to_contain_text("“<bos>” (BOS)")
     assert page.locator("#coefficients td.marked").count() == 0
 
@@ -257,11 +259,15 @@ def test_the_server_serves_any_sample(show: Callable[..., Page], server: str, fo
     expect(page.get_by_text("Not measured: this sample has no actions.")).to_be_visible()
 
 
-def test_a_port_that_is_taken(inspector: Inspector) -> None:
+def test_a_port_that_cannot_be_used() -> None:
     with socket.create_server((HOST, 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(OSError, match=rf"port {port} of 127.0.0.1: .*; --port 0 takes a free one"):
-            serve(inspector, None, 0, port)
+            listen(port)
+    for wrong in (-1, 65536):
+        with pytest.raises(InputError, match=rf"--port {wrong}: expected 0 to 65535"):
+            listen(wrong)
+    listen(0).close()  # the control
 
 
 @pytest.mark.parametrize(
@@ -289,7 +295,7 @@ def test_a_page_of_224_pixels_and_paligemmas_vocabulary(show: Callable[..., Page
     subject = open_subject(InspectConfig(data=tmp_path / "data", model=model, fast_last_id=257_023))
     found = Inspector(dataclasses.replace(subject, trained=True)).look(0)
     assert found.outcome == "holds" and max(found.seen.id) > 256_000
-    file = pages.write(tmp_path / "inspect.html", render(found))
+    file = write_page(tmp_path / "inspect.html", render_sample(found))
     assert 300_000 < file.stat().st_size < 3_000_000  # pictures of noise: nothing compresses worse
     page = show(file.as_uri())
     seen = found.seen

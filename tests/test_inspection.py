@@ -14,28 +14,35 @@ from mixtures import SMALL, write_mixture
 
 from insula import losses
 from insula.batch import Batch
-from insula.certificate import read_certificate
+from insula.certificate import LossName, Outcome, Proof, Scheme, read_certificate
 from insula.data.config import DataConfig
 from insula.data.lerobot import LeRobotWriter
 from insula.data.lerobot.info import Feature, image_feature
 from insula.decode.flow import sample_actions
-from insula.errors import DatasetError
-from insula.inspection.command import certify, inspect, run
-from insula.inspection.config import INSPECTED, InspectConfig
+from insula.errors import DatasetError, InsulaError
+from insula.inspection.command import certify, inspect
+from insula.inspection.config import InspectConfig
 from insula.inspection.findings import Findings, Inspector
-from insula.inspection.influence import AFTER, influence
+from insula.inspection.influence import (
+    Change,
+    ChangeKind,
+    Effect,
+    Influence,
+    judge_influence,
+    measure_influence,
+)
 from insula.inspection.measure import LOOK_TIMES, TIMES, TOP
-from insula.inspection.page import render
+from insula.inspection.sample_page import render_sample
 from insula.inspection.subject import Subject, open_subject
-from insula.inspection.token_columns import chunk, columns, is_question
-from insula.inspection.variants import CODE, ON, REASONS, model_mask, variants
-from insula.inspection.view import view
+from insula.inspection.token_columns import ColumnKind, is_question, read_chunk, read_columns
+from insula.inspection.variants import IS_ON, REASONS, Cell, draw_variants, model_mask
+from insula.inspection.view import sample_view
 from insula.losses import compute_loss
 from insula.model import backbone, insulation
 from insula.model.backbone import run_backbone
 from insula.model.config import PI05
 from insula.model.insulation import insulate
-from insula.page import write
+from insula.page import write_page
 from insula.tokens import masks
 from insula.tokens.sequence import state_bins
 
@@ -86,26 +93,26 @@ def test_every_column_is_what_the_model_reads(found: Findings) -> None:
 def test_every_column_has_its_part(found: Findings) -> None:
     seen, tokenizer = found.seen, found.subject.assets.tokenizer
     text = seen.text[SMALL.num_image_tokens :]
-    parts = seen.part[SMALL.num_image_tokens :]
-    assert seen.part[: SMALL.num_image_tokens] == ["image"] * SMALL.num_image_tokens
-    in_order = list(dict.fromkeys(parts))
+    kinds = seen.kind[SMALL.num_image_tokens :]
+    assert seen.kind[: SMALL.num_image_tokens] == ["image"] * SMALL.num_image_tokens
+    in_order = list(dict.fromkeys(kinds))
     assert in_order == ["BOS", "prompt", "state", "FAST", "end", "EOS", "padding"]
-    written = "".join(piece for piece, part in zip(text, parts, strict=True) if part in ("prompt", "state"))
+    written = "".join(piece for piece, kind in zip(text, kinds, strict=True) if kind in ("prompt", "state"))
     assert written.startswith("Task: task ") and written.endswith(";\nAction: ")
-    bins = "".join(piece for piece, part in zip(text, parts, strict=True) if part == "state")
+    bins = "".join(piece for piece, kind in zip(text, kinds, strict=True) if kind == "state")
     state = np.asarray(found.sample.batch.observation.state)[0, :3]
     assert [int(word) for word in bins.split()] == state_bins(state)
-    assert text[parts.index("end")] == "|"
-    assert all(token >= tokenizer.text.vocab_size for token in seen.id[seen.where("FAST")])
+    assert text[kinds.index(ColumnKind.STOP)] == "|"
+    assert all(token >= tokenizer.text.vocab_size for token in seen.id[seen.where(ColumnKind.FAST)])
 
 
 def test_an_absent_camera_and_a_short_chunk(inspector: Inspector) -> None:
     """cart has one camera, two action dimensions and four steps of the model's six."""
     found = inspector.look(0, "cart")
     half = SMALL.num_image_tokens // 2
-    assert found.seen.part[: 2 * half] == ["image"] * half + ["absent"] * half
+    assert found.seen.kind[: 2 * half] == ["image"] * half + ["absent"] * half
     assert not found.seen.visible[half : 2 * half].any() and not found.seen.token_mask[half : 2 * half].any()
-    shown = view(found)
+    shown = sample_view(found)
     assert shown["cameras"][1] | {"original": None} == shown["cameras"][1] | {
         "original": None,
         "present": False,
@@ -115,35 +122,39 @@ def test_an_absent_camera_and_a_short_chunk(inspector: Inspector) -> None:
     error = shown["losses"]["error"]
     assert error["steps"] == [1, 1, 1, 1, 0, 0] and error["dims"] == [1, 1, 0, 0]
     assert {row[4] for row in error["by_step"]} == {0.0} and min(row[0] for row in error["by_step"]) > 0
-    assert "camera wrist (absent)" in shown["influence"]["table"] and shown["outcome"] == "holds"
+    assert "absent camera wrist" in [row["label"] for row in shown["influence"]["rows"]] and shown["outcome"] == "holds"
 
 
 def test_a_question_has_no_chunk(inspector: Inspector) -> None:
     found = inspector.look(0, "scenes")
-    parts = list(dict.fromkeys(found.seen.part[SMALL.num_image_tokens :]))
-    assert parts == ["BOS", "prompt", "answer", "EOS", "padding"]
+    kinds = list(dict.fromkeys(found.seen.kind[SMALL.num_image_tokens :]))
+    assert kinds == ["BOS", "prompt", "answer", "EOS", "padding"]
     assert "".join(found.seen.text).startswith("<bos>how bright is picture ")
-    shown = view(found)
+    shown = sample_view(found)
     assert shown["chunk"] is None and shown["attention"]["actions"] == 0 and shown["losses"]["error"] is None
     assert shown["outcome"] == "not asked" and shown["faults"] == [] and shown["look"] is False
-    assert set(shown["gradients"]["table"]["vision"]) == {"fast", "fast_control", "fast_frozen"}
+    assert [(column["loss"], column["scheme"]) for column in shown["gradients"]["columns"]] == [
+        ("fast", "insulated"),
+        ("fast", "joint"),
+        ("fast", "frozen"),
+    ]
     assert shown["losses"]["flow"] == 0 < shown["losses"]["fast"] == shown["losses"]["total"]
 
 
 def test_the_chunk_is_read_back(found: Findings) -> None:
     source = found.sample.source
-    seen = chunk(found.sample.batch, source.robot, found.seen, found.subject.assets.tokenizer)  # type: ignore[attr-defined]
+    seen = read_chunk(found.sample.batch, source.robot, found.seen, found.subject.assets.tokenizer)  # type: ignore[attr-defined]
     assert seen.decoded is not None and seen.actions.shape == seen.decoded.shape == (6, 3)
     assert 0 < np.abs(seen.decoded - seen.actions).max() < 0.5  # rounded by a quarter of a unit, times √(2/6)
     carried = [n for start, stop in seen.spans.values() for n in range(start, stop)]
     assert sorted(set(carried)) == list(range(18))
-    assert list(seen.spans) == found.seen.where("FAST").tolist()
+    assert list(seen.spans) == found.seen.where(ColumnKind.FAST).tolist()
 
 
 def test_a_chunk_without_tokens_says_why(mixture: Path) -> None:
     short = dataclasses.replace(SMALL, max_fast_len=3)
     subject = open_subject(InspectConfig(data=mixture, model=short, tokens_only=True))
-    shown = view(Inspector(subject).look(0, "arm"))["chunk"]
+    shown = sample_view(Inspector(subject).look(0, "arm"))["chunk"]
     assert shown["decoded"] is None and re.search(
         r"because the action takes \d+ tokens, the limit is 3", shown["invalid"]
     )
@@ -163,16 +174,16 @@ a○ ○ ○ h h . ● ●
 a○ ○ ○ h h . ● ●
 """
 DRAWN = {
-    "■": "block",
-    "b": "blind",
-    ".": "padding",
-    "x": "apart",
-    "▲": "reads",
-    "c": "past",
-    "f": "future",
-    "○": "insulated",
-    "h": "hidden",
-    "●": "chunk",
+    "■": Cell.BLOCK,
+    "b": Cell.BLIND,
+    ".": Cell.PADDING,
+    "x": Cell.APART,
+    "▲": Cell.READS,
+    "c": Cell.PAST,
+    "f": Cell.FUTURE,
+    "○": Cell.INSULATED,
+    "h": Cell.HIDDEN,
+    "●": Cell.CHUNK,
 }
 
 
@@ -182,23 +193,23 @@ def drawn() -> dict[str, np.ndarray]:
     config = dataclasses.replace(
         SMALL, vision=dataclasses.replace(SMALL.vision, image_size=16), max_prompt_len=2, max_fast_len=2
     )
-    real, ar = np.array([1, 1, 1, 1, 1, 0], bool), np.array([0, 0, 0, 1, 1, 0], bool)
-    return {variant.name: variant.codes for variant in variants(config, real, ar, 2)}
+    token_mask, ar_mask = np.array([1, 1, 1, 1, 1, 0], bool), np.array([0, 0, 0, 1, 1, 0], bool)
+    return {variant.name: variant.cells for variant in draw_variants(config, token_mask, ar_mask, 2)}
 
 
 def test_reasons_are_those_of_the_picture(drawn: dict[str, np.ndarray]) -> None:
     rows = [line[1:].split() for line in PICTURE.strip("\n").splitlines()[1:]]
-    assert drawn["insulated"].tolist() == [[CODE[DRAWN[cell]] for cell in row] for row in rows]
+    assert drawn["insulated"].tolist() == [[DRAWN[cell] for cell in row] for row in rows]
 
 
 def test_the_drawn_mask_is_the_models_own(found: Findings) -> None:
     seen, batch, config = found.seen, on_device(found), found.subject.assets.config
-    (ours, *_) = variants(config, seen.token_mask, seen.ar_mask, config.horizon)
+    (ours, *_) = draw_variants(config, seen.token_mask, seen.ar_mask, config.horizon)
     params = found.subject.params
     assert params is not None
     prefix = run_backbone(params.vision, params.backbone, config, batch.observation, batch.ar_mask)
     size = len(seen.id)
-    mask = ON[ours.codes]
+    mask = IS_ON[ours.cells]
     assert np.array_equal(mask[:size, :size], masks.make_attn_mask(prefix.token_mask, prefix.ar_mask)[0])
     memory = insulate(prefix, config.num_memory).mask[0]
     assert all(np.array_equal(row[: config.num_memory], memory) for row in mask[size:, :size])
@@ -211,18 +222,18 @@ def test_a_state_token_sees_no_action() -> None:
     real = np.arange(config.num_image_tokens + config.max_token_len) < config.num_memory
     mask = model_mask(config, real, np.zeros_like(real), 1 + config.horizon)[len(real) :, len(real) :]
     assert mask[0].tolist() == [True] + [False] * config.horizon and mask[1:].all()
-    assert variants(config, real, np.zeros_like(real), 1 + config.horizon)  # and the reasons agree
+    assert draw_variants(config, real, np.zeros_like(real), 1 + config.horizon)  # and the reasons agree
 
 
 def test_other_masks_differ_where_they_say(drawn: dict[str, np.ndarray]) -> None:
-    ours = ON[drawn["insulated"]]
-    assert np.array_equal(ON[drawn["joint"]], ours) and (drawn["joint"] == CODE["joint"]).sum() == 6
-    hybrid = ON[drawn["HybridVLA-like"]] ^ ours
+    ours = IS_ON[drawn["insulated"]]
+    assert np.array_equal(IS_ON[drawn["joint"]], ours) and (drawn["joint"] == Cell.JOINT).sum() == 6
+    hybrid = IS_ON[drawn["HybridVLA-like"]] ^ ours
     assert np.argwhere(hybrid).tolist() == [[q, k] for q in (3, 4) for k in (6, 7)]  # FAST reads the noisy actions
-    leaky = ON[drawn["leaky"]] ^ ours
+    leaky = IS_ON[drawn["leaky"]] ^ ours
     opened = [[q, k] for q in (0, 1, 2) for k in (3, 4)] + [[3, 4]] + [[q, k] for q in (6, 7) for k in (3, 4)]
     assert np.argwhere(leaky).tolist() == opened
-    assert all(REASONS[code][2].startswith("LEAK") for code in drawn["leaky"][leaky])
+    assert all(REASONS[Cell(cell)].leak for cell in drawn["leaky"][leaky])
 
 
 # --- 3. losses --------------------------------------------------------------------------------------------------------
@@ -233,13 +244,13 @@ def test_token_scores_are_the_loss(found: Findings) -> None:
     assert found.measured is not None
     _, metrics = compute_loss(params, config, batch, jax.random.key(0))
     scores = found.measured.tokens
-    used = scores.used
-    assert scores.loss[used].mean() == pytest.approx(float(metrics["fast"]), rel=1e-4)
-    np.testing.assert_allclose(np.exp(-scores.loss[used]), scores.probability[used], rtol=1e-5)
-    assert np.flatnonzero(found.seen.loss_mask).tolist() == scores.column[used].tolist()
+    valid = scores.valid
+    assert scores.loss[valid].mean() == pytest.approx(float(metrics["fast"]), rel=1e-4)
+    np.testing.assert_allclose(np.exp(-scores.loss[valid]), scores.probability[valid], rtol=1e-5)
+    assert np.flatnonzero(found.seen.loss_mask).tolist() == scores.column[valid].tolist()
     assert scores.likelihood.shape[1] == TOP and (np.diff(scores.likelihood, axis=1) <= 0).all()
     right = scores.likeliest[:, 0] == found.seen.id[scores.column]
-    assert right[used].mean() == pytest.approx(float(metrics["token_accuracy"]), abs=1e-6)
+    assert right[valid].mean() == pytest.approx(float(metrics["token_accuracy"]), abs=1e-6)
 
 
 def test_flow_scores_are_the_loss(found: Findings) -> None:
@@ -252,7 +263,7 @@ def test_flow_scores_are_the_loss(found: Findings) -> None:
     real = np.asarray(batch.action_mask)[0]
     assert flow.error.shape == (len(TIMES), *real.shape)
     assert (flow.error[:, ~real] == 0).all() and (flow.error[:, real] > 0).all()
-    shown = view(found)["losses"]
+    shown = sample_view(found)["losses"]
     assert shown["total"] == pytest.approx(shown["flow"] + shown["weight"] * shown["fast"], rel=1e-4)
 
 
@@ -285,14 +296,57 @@ def test_the_policys_chunk_is_what_it_would_serve(found: Findings, inspector: In
 def test_what_moves_what(found: Findings) -> None:
     assert found.influence is not None and found.influence.outcome == "holds"
     table = found.influence.table
-    for changed in ("answer: all its tokens", "answer: none at all", "answer: one token", "padding"):
-        assert table[changed]["velocity"] == table[changed]["images and prompt"] == 0
-    assert (
-        table["answer: one token"]["answer, before it"] == 0 < (table["answer: one token"]["answer, from it on"] or 0)
-    )
-    for changed in ("camera front", "camera wrist", "prompt: one token"):
-        assert min(v for v in table[changed].values() if v is not None) > 0
-    assert table["noisy actions"]["velocity"] and not table["noisy actions"]["images and prompt"]
+    one_token = table[Change(ChangeKind.ANSWER_ONE)]
+    assert one_token[Effect.BEFORE] == 0 < (one_token[Effect.AFTER] or 0)
+    for kind in (ChangeKind.ANSWER_ALL, ChangeKind.ANSWER_NONE, ChangeKind.ANSWER_ONE, ChangeKind.PADDING):
+        assert table[Change(kind)][Effect.VELOCITY] == table[Change(kind)][Effect.PREFIX] == 0
+    cameras = [Change(ChangeKind.CAMERA, name) for name in ("front", "wrist")]
+    for change in (*cameras, Change(ChangeKind.PROMPT_TOKEN)):
+        assert min(v for v in table[change].values() if v is not None) > 0
+    noisy = table[Change(ChangeKind.NOISY_ACTIONS)]
+    assert noisy[Effect.VELOCITY] and not noisy[Effect.PREFIX]
+
+
+def entry(kind: ChangeKind, effect: Effect, value: float) -> dict[Change, dict[Effect, float | None]]:
+    """One entry, beside a camera that moves the velocity."""
+    return {Change(ChangeKind.CAMERA, "front"): {Effect.VELOCITY: 1.0}, Change(kind): {effect: value}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "effect", "value", "outcome"),
+    [
+        (ChangeKind.ANSWER_ALL, Effect.VELOCITY, 0.0, Outcome.HOLDS),
+        (ChangeKind.ANSWER_ALL, Effect.VELOCITY, 1e-30, Outcome.LEAKS),
+        (ChangeKind.ANSWER_NONE, Effect.PREFIX, 1.0, Outcome.LEAKS),
+        (ChangeKind.ANSWER_ONE, Effect.BEFORE, 1.0, Outcome.LEAKS),
+        (ChangeKind.ANSWER_ONE, Effect.AFTER, 1.0, Outcome.HOLDS),
+        (ChangeKind.ANSWER_ONE, Effect.AFTER, 0.0, Outcome.VACUOUS),
+        (ChangeKind.ABSENT_CAMERA, Effect.AFTER, 1.0, Outcome.LEAKS),
+        (ChangeKind.PADDING, Effect.VELOCITY, 1.0, Outcome.LEAKS),
+        (ChangeKind.NOISY_ACTIONS, Effect.PREFIX, 1.0, Outcome.LEAKS),
+        (ChangeKind.NOISY_ACTIONS, Effect.VELOCITY, 0.0, Outcome.VACUOUS),
+        (ChangeKind.NOISY_ACTIONS, Effect.VELOCITY, float("nan"), Outcome.NOT_FINITE),
+        (ChangeKind.PROMPT_TOKEN, Effect.PREFIX, 0.0, Outcome.HOLDS),
+    ],
+)
+def test_every_entry_is_judged(kind: ChangeKind, effect: Effect, value: float, outcome: Outcome) -> None:
+    found, findings = judge_influence(entry(kind, effect, value))
+    assert found is outcome and len(findings) == (outcome is not Outcome.HOLDS)
+    assert all(kind in finding and effect in finding for finding in findings)
+
+
+def test_numbers_that_are_not_finite_are_on_the_page(found: Findings) -> None:
+    """JSON has no NaN, so a page that wrote them as they are could not be drawn."""
+    nan = float("nan")
+    assert found.proof is not None and found.influence is not None
+    table = {part: {loss: dict.fromkeys(Scheme, nan) for loss in LossName} for part in found.proof.table}
+    proof = Proof(table, Outcome.NOT_FINITE, ("all of it",))
+    moved = {Change(ChangeKind.PADDING): {Effect.VELOCITY: nan, Effect.BEFORE: None}}
+    broken = dataclasses.replace(found, proof=proof, influence=Influence(moved, Outcome.NOT_FINITE, ()))
+    shown = sample_view(broken)
+    assert shown["gradients"]["table"]["vision"]["flow"]["insulated"] is None
+    assert shown["influence"]["rows"][0]["moved"] == {"velocity": None}  # and nothing of what was not measured
+    assert "NaN" not in json.dumps(shown, allow_nan=False) and render_sample(broken)
 
 
 def every_block_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,10 +376,10 @@ def no_stop(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("leak", "finding"),
     [
-        (every_block_at_once, "changing answer: one token moves answer, before it by"),
+        (every_block_at_once, "changing one token of the answer moves the answer before it by"),
         (every_block_at_once, "cells are not as they must be, first (0, "),
-        (the_answer_in_sight, "changing answer: all its tokens moves velocity by"),
-        (no_stop, "flow reaches backbone layer 0, norm"),
+        (the_answer_in_sight, "changing all tokens of the answer moves velocity by"),
+        (no_stop, "flow loss reaches backbone layer 0, norm"),
     ],
 )
 def test_a_leaky_model_names_the_path_and_exits_with_1(
@@ -375,29 +429,27 @@ def test_a_closed_gate_shows_nothing(inspector: Inspector) -> None:
 
 def test_what_a_sample_lacks_is_no_zero(inspector: Inspector, found: Findings) -> None:
     """Without an answer there is nothing that could stay as it is."""
-    batch, answer = found.sample.batch, np.cumsum(found.seen.ar_mask)[SMALL.num_image_tokens :] > 0
+    batch, answer = found.sample.batch, np.asarray(masks.is_suffix(found.seen.ar_mask))[SMALL.num_image_tokens :]
     observation = dataclasses.replace(batch.observation, token_mask=batch.observation.token_mask & ~answer)
     asked = dataclasses.replace(batch, observation=observation, ar_mask=batch.ar_mask & ~answer)
     params, tokenizer = inspector.subject.params, inspector.subject.assets.tokenizer
     assert params is not None
-    seen = columns(asked, SMALL, tokenizer, False)
-    measured = influence(inspector._forward, params, SMALL, asked, seen, jax.random.key(0))
-    assert measured.outcome == "holds" and not any(name.startswith("answer") for name in measured.table)
-    assert {row[AFTER] for row in measured.table.values()} == {None}
-    assert found.influence is not None and found.influence.table["padding"][AFTER] == 0
+    seen = read_columns(asked, SMALL, tokenizer, False)
+    measured = measure_influence(inspector._forward, params, SMALL, asked, seen, jax.random.key(0))
+    assert measured.outcome == "holds" and not any("answer" in change.kind for change in measured.table)
+    assert {row[Effect.AFTER] for row in measured.table.values()} == {None}
+    assert found.influence is not None and found.influence.table[Change(ChangeKind.PADDING)][Effect.AFTER] == 0
 
 
 def test_the_certificate_holds_both(found: Findings, tmp_path: Path) -> None:
     certify(found, tmp_path / "c.json")
     written = read_certificate(tmp_path / "c.json")
     assert written["outcome"] == "holds" and written["findings"] == [] and written["parameters"] == "trained"
-    assert written["table"]["backbone layer 0"]["flow_embeddings"] > 0 == written["table"]["vision"]["flow_embeddings"]
-    assert written["table"]["action head"]["flow"] > 0 == written["table"]["action head"]["fast"]
-    assert (
-        written["influence"]["answer: all its tokens"]["velocity"]
-        == 0
-        < written["influence"]["camera front"]["velocity"]
-    )
+    table = written["table"]
+    assert table["backbone layer 0"]["flow"]["embeddings"] > 0 == table["vision"]["flow"]["embeddings"]
+    assert table["action head"]["flow"]["insulated"] > 0 == table["action head"]["fast"]["insulated"]
+    velocity = {(row["kind"], row["camera"]): row["moved"]["velocity"] for row in written["influence"]}
+    assert velocity["all tokens of the answer", None] == 0 < velocity["camera", "front"]
 
 
 # --- 5. where the expert looks ----------------------------------------------------------------------------------------
@@ -420,7 +472,7 @@ def test_looks_are_shares_of_what_is_visible(found: Findings) -> None:
 def test_the_page_is_one_offline_file_and_no_text_runs(found: Findings) -> None:
     evil = "</script><script>alert(1)</script>"
     sample = dataclasses.replace(found.sample, where=evil)
-    page = render(dataclasses.replace(found, sample=sample), {evil: 3})
+    page = render_sample(dataclasses.replace(found, sample=sample), {evil: 3})
     assert evil not in page and page.count("<script>") == page.count("</script>") - 1 == 9  # one holds the data
     assert not re.search(r"<(link|img|iframe)|@import|url\(", page)
     assert set(re.findall(r"https?://[^\s\"'<)]+", page)) <= {"https://github.com/leeoniya/uPlot"}  # in a comment
@@ -443,6 +495,30 @@ def test_tokens_only_needs_no_memory_for_the_model(
     assert "the model was not run" in page.read_text()
     with pytest.raises(ValueError, match="--certificate goes without --tokens-only"):
         inspect(dataclasses.replace(config, certificate=tmp_path / "c.json"))
+
+
+def test_outputs_are_checked_before_anything_is_loaded(mixture: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("insula.inspection.command.open_subject", lambda _: pytest.fail("loaded already"))
+    page, proof = tmp_path / "page.html", tmp_path / "c.json"
+    (tmp_path / "settings.json").write_text('{"run": "r"}')
+    (tmp_path / "taken").write_text("a file, not a folder")
+    for changes, message in (
+        ({"out": tmp_path / "page.pdf"}, r"--out .*page.pdf: ending '.pdf', expected one of .html"),
+        ({"out": tmp_path}, r"--out .*: ending '', expected one of .html"),
+        ({"out": tmp_path / "taken" / "page.html"}, r"--out .*page.html: cannot be written"),
+        ({"certificate": tmp_path / "c.yaml"}, r"--certificate .*c.yaml: ending '.yaml', expected one of .json"),
+        ({"certificate": tmp_path / "settings.json"}, r"settings.json: is there and is no certificate; name a new"),
+        ({"certificate": tmp_path / "taken" / "c.json"}, r"--certificate .*c.json: cannot be written"),
+        ({"serve": True, "port": 65536, "out": None}, r"--port 65536: expected 0 to 65535"),
+    ):
+        with pytest.raises(InsulaError, match=message):
+            inspect(dataclasses.replace(InspectConfig(data=mixture, model=SMALL, out=page), **changes))
+    assert (tmp_path / "settings.json").read_text() == '{"run": "r"}' and not page.exists() and not proof.exists()
+    with pytest.raises(pytest.fail.Exception, match="loaded already"):  # the control
+        inspect(InspectConfig(data=mixture, model=SMALL, out=page, certificate=proof))
+    with pytest.raises(pytest.fail.Exception, match="loaded already"):
+        inspect(InspectConfig(run=tmp_path / "typo"))
+    assert not (tmp_path / "typo").exists()  # no folder is made for the page of a run that is not there
 
 
 def test_what_a_user_can_mend(mixture: Path, found: Findings, tmp_path: Path) -> None:
@@ -470,7 +546,7 @@ def test_what_a_user_can_mend(mixture: Path, found: Findings, tmp_path: Path) ->
     with pytest.raises(ValueError, match="--port goes with --serve"):
         open_subject(InspectConfig(run=tmp_path, port=1))
     with pytest.raises(OSError, match="a folder; name a file in it"):
-        write(tmp_path, "page")
+        write_page(tmp_path, "page")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "train.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"no train\.json here; there is one in .*run; expected"):
@@ -517,5 +593,5 @@ def test_columns_need_no_model(found: Findings) -> None:
     subject = dataclasses.replace(found.subject, params=None)
     bare = Inspector(subject).look(3, "arm")
     assert bare.proof is bare.influence is bare.measured is None and bare.outcome == "not asked"
-    again = columns(found.sample.batch, subject.assets.config, subject.assets.tokenizer, False)
-    assert again.part == bare.seen.part == found.seen.part
+    again = read_columns(found.sample.batch, subject.assets.config, subject.assets.tokenizer, False)
+    assert again.kind == bare.seen.kind == found.seen.kind

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from small import CLOSE, FAR, SMALL, VARIANTS, by_leaf, difference, gradients, jit, largest, loss, model
 
-from insula.certificate import EXPERT, prove
+from insula.certificate import EXPERT_PARTS, LossName, Scheme, prove
 from insula.checkpoints.pretrained import load_pretrained
 from insula.checkpoints.store import CheckpointStore
 from insula.collect.demonstrations import collect
@@ -188,7 +188,9 @@ def test_the_proof_is_of_insulation_not_of_freezing() -> None:
     config = UNDER.with_compute(scan_layers=True)
     params, batch = model(config)
     proof = prove(params, config, batch, jax.random.key(3)).check()
-    assert all(row["fast"] > 0 for part, row in proof.table.items() if part not in EXPERT)
+    assert all(
+        row[LossName.FAST][Scheme.INSULATED] > 0 for part, row in proof.table.items() if part not in EXPERT_PARTS
+    )
 
 
 def test_training_moves_updates_and_keeps_moments_for_them_alone() -> None:

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from insula.certificate import LossName, Outcome, Scheme, stored_certificate
 from insula.evaluate.closed_loop import ClosedLoop, EpisodeResult, Recording
-from insula.page.html import Html, tag, text
-from insula.report import Report, charts, machine, read_metrics, render, versions, write_report
+from insula.page.html import Html, as_html, tag
+from insula.report import Report, charts, machine, read_metrics, render_report, versions, write_report
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
 VOID = {"meta", "img", "br", "source"}
@@ -31,6 +32,11 @@ def recording(index: int, success: bool, task: str = "put the red block in the b
             frame[:, camera * size : (camera + 1) * size] = np.where(disc[..., None], (200, 40, 40), (180, 185, 190))
     frames += rng.integers(0, 8, frames.shape, np.uint8)
     return Recording(EpisodeResult(1_000_000 + index, index % 2 == 1, success, not success, 24, task), frames)
+
+
+def norms(flow: float, flow_joint: float, fast: float, fast_joint: float) -> dict[str, dict[str, float]]:
+    """A row of a certificate's table, as its file has it."""
+    return {"flow": {"insulated": flow, "joint": flow_joint}, "fast": {"insulated": fast, "joint": fast_joint}}
 
 
 def full(recordings: int = 6, **changes: Any) -> Report:
@@ -55,8 +61,7 @@ def full(recordings: int = 6, **changes: Any) -> Report:
         "after": {"accuracy": dict.fromkeys(kinds, 0.88) | {"count": 0.99}, "location_error": 2.9, "answered": 1600},
     }
     parts = ("vision", "embedding", "backbone layer 0", "final norm", "expert")
-    gradient = {p: {"flow": 0.0, "flow_control": 0.31, "fast": 1.25, "fast_control": 1.25} for p in parts}
-    gradient["expert"] = {"flow": 0.6, "flow_control": 0.6, "fast": 0.0, "fast_control": 0.0}
+    gradient = {part: norms(0.0, 0.31, 1.25, 1.25) for part in parts} | {"expert": norms(0.6, 0.6, 0.0, 0.0)}
     report = Report(
         closed_loop=loop.to_json(),
         recordings=shown,
@@ -107,7 +112,7 @@ class Reader(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return render(full())
+    return render_report(full())
 
 
 def test_everything_is_on_the_page(page: str) -> None:
@@ -147,7 +152,7 @@ def test_it_is_one_offline_file(page: str, tmp_path) -> None:
 def test_it_stays_small_whatever_is_recorded() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (101, 224, 448, 3), np.uint8)  # nothing compresses worse
     worst = tuple(dataclasses.replace(recording(i, True), frames=noise) for i in range(30))
-    big = render(dataclasses.replace(full(0), recordings=worst))
+    big = render_report(dataclasses.replace(full(0), recordings=worst))
     assert len(big.encode()) < 4_000_000
     assert "The first 8 episodes as they came, not chosen, of 30 that were recorded" in Reader(big).words
 
@@ -164,14 +169,14 @@ def test_ids_are_unique(page: str) -> None:
 
 
 def test_nothing_measured_is_said_so() -> None:
-    words = Reader(render(Report())).words
+    words = Reader(render_report(Report())).words
     assert words.count("not measured") >= 6 + 6  # cards and sections
     assert not re.search(r"\d\s?%", words)
 
 
 def test_without_swapped_instructions() -> None:
     loop = dict(full(0).closed_loop or {}) | {"swapped_success": None, "swapped_wrong_object": None}
-    assert Reader(render(full(0, closed_loop=loop))).words.count("not measured") >= 3
+    assert Reader(render_report(full(0, closed_loop=loop))).words.count("not measured") >= 3
 
 
 def test_all_text_is_escaped() -> None:
@@ -185,11 +190,11 @@ def test_all_text_is_escaped() -> None:
         insulation={
             "outcome": "leaks",
             "findings": [EVIL],
-            "table": {EVIL: dict.fromkeys(("flow", "flow_control", "fast", "fast_control"), 1.0)},
+            "table": {EVIL: norms(1.0, 1.0, 1.0, 1.0)},
         },
     )
     report = dataclasses.replace(report, recordings=(recording(0, True, task=EVIL),))
-    page = render(report)
+    page = render_report(report)
     assert "<script" not in page and page.count("&lt;script&gt;") >= 9
     reader = Reader(page)
     assert "script" not in reader.seen and reader.words.count(EVIL) >= 8
@@ -198,10 +203,25 @@ def test_all_text_is_escaped() -> None:
 @pytest.mark.parametrize("outcome", ["leaks", "vacuous", "not finite"])
 def test_a_failed_proof_is_not_dressed_up(outcome: str) -> None:
     proof = dict(full(0).insulation or {}) | {"outcome": outcome, "findings": ["flow reaches vision, norm 3"]}
-    page = render(full(0, insulation=proof))
+    page = render_report(full(0, insulation=proof))
     words = Reader(page).words
     assert "Insulation holds" not in words and "flow reaches vision, norm 3" in words
     assert f'<b class="bad">{outcome}</b>' in page
+
+
+def test_the_columns_of_a_proof_are_named(page: str) -> None:
+    words = Reader(page).words
+    for title in ("flow loss", "flow loss, not insulated", "token loss", "token loss, not insulated"):
+        assert title in words
+    assert norms(0, 0, 0, 0).keys() == set(LossName) and norms(0, 0, 0, 0)["flow"].keys() <= set(Scheme)
+
+
+def test_a_checkpoint_without_a_certificate_is_said_so(tmp_path) -> None:
+    missing = stored_certificate(tmp_path / "certificate.json")
+    page = render_report(full(0, insulation=missing))
+    words = Reader(page).words
+    assert "Not certified" in words and "Insulation holds" not in words and "gradient norm on" not in words
+    assert f'<b class="bad">{Outcome.MISSING}</b>' in page and "insula inspect --run RUN" in words
 
 
 def test_pictures_read_back() -> None:
@@ -236,7 +256,7 @@ def test_metrics_are_read_and_a_broken_line_is_named(tmp_path) -> None:
 
 
 def test_html_escapes_what_is_not_html() -> None:
-    assert text(["<", Html("<b>"), None, 3]) == "&lt;<b>3"
+    assert as_html(["<", Html("<b>"), None, 3]) == "&lt;<b>3"
     assert tag("p", "a & b", class_="x", title='"', id=None) == '<p class="x" title="&quot;">a &amp; b</p>'
     assert tag("img", src="y") == '<img src="y">'
 

@@ -250,7 +250,8 @@ def test_every_checkpoint_certifies_its_own_insulation(finished: Path) -> None:
         assert certificate["step"] == step and certificate["trained_with"]["knowledge_insulation"]
         assert len(certificate["samples"]) == 4 and "episode" in certificate["samples"][0]
         assert certificate["outcome"] == "holds", certificate["findings"]
-        assert certificate["table"]["vision"]["flow"] == 0 < certificate["table"]["vision"]["flow_control"]
+        flow = certificate["table"]["vision"]["flow"]
+        assert flow["insulated"] == 0 < flow["joint"]
     assert found[3]["table"] != found[STEPS]["table"]
 
 
@@ -261,7 +262,7 @@ def test_a_run_without_insulation_says_so(data: Path, tmp_path: Path) -> None:
     with CheckpointStore(config.run / "checkpoints") as store:
         certificate = read_certificate(store.assets() / CERTIFICATE_FILE)
     assert certificate["trained_with"]["knowledge_insulation"] is False
-    assert certificate["outcome"] == "off" and certificate["table"]["vision"]["flow_control"] > 0
+    assert certificate["outcome"] == "off" and certificate["table"]["vision"]["flow"]["joint"] > 0
 
 
 def leaking(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,5 +273,5 @@ def leaking(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_training_stops_where_insulation_leaks(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     leaking(monkeypatch)
-    with pytest.raises(InsulationError, match="leaks; flow reaches vision"):
+    with pytest.raises(InsulationError, match="leaks; flow loss reaches vision"):
         training.train(settings(data, tmp_path / "leak", certify=True), quiet=True)

@@ -1,44 +1,47 @@
 """Looking at one sample: everything that is known of it, and what is wrong."""
 
 import dataclasses
-from typing import Literal
 
 import jax
 import numpy as np
 
-from insula.certificate import SUFFIX, Outcome, Proof, Prover, make_prover
+from insula.certificate import VERDICTS, LossName, Outcome, Proof, Prover, Scheme, make_prover, table_columns
 from insula.data.samples import Samples
-from insula.inspection.influence import Forward, Influence, forward, influence
-from insula.inspection.measure import Measure, SampleMeasures, measurer
+from insula.inspection.influence import Forward, Influence, make_forward, measure_influence
+from insula.inspection.measure import Measure, SampleMeasures, make_measure
 from insula.inspection.subject import Sample, Subject
-from insula.inspection.token_columns import TokenColumns, columns, is_question
-from insula.inspection.variants import Variant, variants
+from insula.inspection.token_columns import TokenColumns, is_question, read_columns
+from insula.inspection.variants import MaskVariant, draw_variants
 from insula.model.config import ModelConfig
 
 
 class Inspector:
-    """Looks at one sample after another with programs compiled once."""
+    """Looks at one sample after another with programs compiled once. `seed`: of noise and flow time."""
 
     def __init__(self, subject: Subject, seed: int = 0):
-        self.subject, self.seed = subject, seed
+        self.subject = subject
+        self.seed = seed
+
         config = subject.assets.config
-        self._prove: Prover = make_prover(config, tuple(SUFFIX))
-        self._measure: Measure = measurer(config)
-        self._forward: Forward = forward(config)
+        self._prove: Prover = make_prover(config, tuple(Scheme))
+        self._measure: Measure = make_measure(config)
+        self._forward: Forward = make_forward(config)
 
     def look(self, number: int, source: str | None = None) -> "Findings":
-        """Everything about one sample. Raises ValueError or IndexError for a sample that does not exist."""
+        """Everything about one sample, of the first source unless named. Raises InputError where there is none."""
         sample = self.subject.sample(number, source)
         batch, config, assets = sample.batch, self.subject.assets.config, self.subject.assets
-        seen = columns(batch, config, assets.tokenizer, is_question(sample.source))
+
+        seen = read_columns(batch, config, assets.tokenizer, is_question(sample.source))
         found = Findings(self.subject, sample, seen, self.seed)
-        found.drawn = variants(config, seen.token_mask, seen.ar_mask, found.expert_positions)
+        found.drawn = draw_variants(config, seen.token_mask, seen.ar_mask, found.expert_positions)
         if self.subject.params is None:
             return found
+
         rng, params = jax.random.key(self.seed), self.subject.params
         found.proof = self._prove(params, batch, rng)
-        found.influence = influence(self._forward, params, config, batch, seen, rng)
-        found.measured = jax.device_get(self._measure(params, batch, _real(sample, config), rng))
+        found.influence = measure_influence(self._forward, params, config, batch, seen, rng)
+        found.measured = jax.device_get(self._measure(params, batch, _has_value(sample, config), rng))
         return found
 
 
@@ -51,17 +54,19 @@ class Findings:
     sample: Sample
     seen: TokenColumns
     seed: int
-    drawn: list[Variant] = dataclasses.field(default_factory=list)
+    drawn: list[MaskVariant] = dataclasses.field(default_factory=list)
     proof: Proof | None = None
     influence: Influence | None = None
     measured: SampleMeasures | None = None
 
     @property
     def has_actions(self) -> bool:
+        """Whether the flow loss scores anything here."""
         return bool(self.sample.batch.action_mask.any())
 
     @property
     def has_answer(self) -> bool:
+        """Whether the token loss scores anything here."""
         return bool(self.seen.loss_mask.any())
 
     @property
@@ -76,25 +81,44 @@ class Findings:
         return self.has_actions and self.has_answer
 
     @property
-    def outcome(self) -> Outcome | Literal["not asked"]:
-        """The worse of both measurements; "not asked" where nothing is wrong, but the sample lacks a loss."""
+    def columns(self) -> list[tuple[LossName, Scheme]]:
+        """Of the gradient table, those that say something: a loss that the sample lacks has zeros everywhere."""
+        there = {LossName.FLOW: self.has_actions, LossName.FAST: self.has_answer}
+        return [(loss, scheme) for loss, scheme in table_columns(self.proof.table) if there[loss]] if self.proof else []
+
+    @property
+    def outcome(self) -> Outcome:
+        """The worse of both measurements; NOT_ASKED where nothing is wrong, but the sample lacks a loss."""
+        if self.drawn[0].faults():
+            return Outcome.LEAKS
+
+        # What a sample lacks is zero for want of a loss, which is no fault: without both losses gradients do not count.
         proofs = [self.influence, self.proof if self.shows_insulation else None]
-        outcomes: list[Outcome] = ["leaks"] if self.drawn[0].unlike() else []
-        outcomes += [proof.outcome for proof in proofs if proof and proof.outcome != "holds"]
-        return outcomes[0] if outcomes else "holds" if all(proofs) else "not asked"
+        for proof in proofs:
+            if proof and proof.outcome is not Outcome.HOLDS:
+                return proof.outcome
+
+        return Outcome.HOLDS if all(proofs) else Outcome.NOT_ASKED
+
+    @property
+    def verdict(self) -> str:
+        """The outcome as a sentence."""
+        return "The model was not run." if self.proof is None and not self.faults else VERDICTS[self.outcome]
 
     @property
     def faults(self) -> list[str]:
         """What contradicts insulation, or keeps this from showing it."""
-        cells = self.drawn[0].unlike()
+        cells = self.drawn[0].faults()
         found = [f"attention: {len(cells)} cells are not as they must be, first {cells[0]}"] if cells else []
-        found += list(self.influence.findings) if self.influence else []
-        return found + (list(self.proof.findings) if self.proof and self.shows_insulation else [])
+        found += self.influence.findings if self.influence else ()
+        found += self.proof.findings if self.proof and self.shows_insulation else ()
+        return found
 
 
-def _real(sample: Sample, config: ModelConfig) -> np.ndarray:
-    """Which values of a chunk [H, D] its robot has."""
-    real = np.zeros((config.horizon, config.action_dim), bool)
+def _has_value(sample: Sample, config: ModelConfig) -> np.ndarray:
+    """Which values of a chunk [H, D] its robot has: padded steps of this sample too, for the policy acts on them."""
+    has_value = np.zeros((config.horizon, config.action_dim), bool)
     if isinstance(sample.source, Samples):
-        real[: sample.source.robot.horizon, : sample.source.robot.action_dim] = True
-    return real
+        robot = sample.source.robot
+        has_value[: robot.horizon, : robot.action_dim] = True
+    return has_value

@@ -1,26 +1,29 @@
 """What reaches what, by changing it: one part of a sample's input at a time, and how far what is computed moves.
 
-    changed                    velocity     images and prompt   answer, before it   answer, from it on
-    a camera, the prompt       > 0          > 0                                     > 0
-    all FAST tokens            0 exactly    0 exactly                               > 0
-    no FAST tokens at all      0 exactly    0 exactly
-    one FAST token             0 exactly    0 exactly           0 exactly           > 0
-    padding, absent camera     0 exactly    0 exactly                               0 exactly
-    noisy actions              > 0          0 exactly                               0 exactly
+    changed                      velocity     images and prompt   the answer before it   the answer from it on
+    a camera, one prompt token   > 0          > 0                                        > 0
+    all tokens of the answer     0 exactly    0 exactly                                  > 0
+    the answer, taken away       0 exactly    0 exactly
+    one token of the answer      0 exactly    0 exactly           0 exactly              > 0
+    padding, an absent camera    0 exactly    0 exactly                                  0 exactly
+    noisy actions                > 0          0 exactly                                  0 exactly
 
 Gradients cannot show these: the expert reads through a stop-gradient, so a FAST token it can see leaves no gradient.
 """
 
 import dataclasses
-from collections.abc import Callable
+import enum
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from insula.batch import Batch
-from insula.certificate import Outcome, compiled_quickly
-from insula.inspection.token_columns import TokenColumns
+from insula.certificate import Outcome, worst
+from insula.compile import compiled_quickly
+from insula.inspection.token_columns import ColumnKind, TokenColumns
 from insula.model.backbone import run_backbone
 from insula.model.config import ModelConfig
 from insula.model.expert import run_expert
@@ -29,28 +32,85 @@ from insula.model.params import Params
 from insula.shapes import AnyArray, Array, Float, PRNGKeyArray
 from insula.tokens import masks
 
-VELOCITY, PREFIX, BEFORE, AFTER = "velocity", "images and prompt", "answer, before it", "answer, from it on"
-EFFECTS = (VELOCITY, PREFIX, BEFORE, AFTER)
-Forward = Callable[[Params, Batch, Float[AnyArray, "1 1 H D"]], tuple[Array, Array]]
+
+class ChangeKind(enum.StrEnum):
+    """What is changed in the input. The values are what a person reads."""
+
+    CAMERA = "camera"
+    ABSENT_CAMERA = "absent camera"
+    PROMPT_TOKEN = "one token of the prompt"
+    ANSWER_ALL = "all tokens of the answer"
+    ANSWER_NONE = "the answer, taken away"
+    ANSWER_ONE = "one token of the answer"
+    PADDING = "padding"
+    NOISY_ACTIONS = "noisy actions"
+
+
+class Effect(enum.StrEnum):
+    """What may move: the expert's velocity, or the backbone's final hidden states of some columns. "It" is the first
+    token that was changed."""
+
+    VELOCITY = "velocity"
+    PREFIX = "images and prompt"
+    BEFORE = "the answer before it"
+    AFTER = "the answer from it on"
+
+
+ANSWER_KINDS = (ChangeKind.ANSWER_ALL, ChangeKind.ANSWER_NONE, ChangeKind.ANSWER_ONE)
+READ_KINDS = (ChangeKind.CAMERA, ChangeKind.PROMPT_TOKEN)
+"""What the expert is meant to read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One changed input. `camera` names it where it is one."""
+
+    kind: ChangeKind
+    camera: str = ""
+
+    @property
+    def label(self) -> str:
+        """For a person: "camera front", "one token of the answer"."""
+        return f"{self.kind} {self.camera}".strip()
+
+
+Moved = dict[Effect, float | None]
+"""The largest absolute change of each; None where change and effect have nothing to do with each other."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Influence:
-    """`table[changed][effect]`: the largest change of the expert's velocity, or of the backbone's final hidden states;
-    None where the two have nothing to do with each other. `outcome` and `findings` as of a `Proof`."""
+    """What every change moved. `outcome` and `findings` are as of a `Proof`."""
 
-    table: dict[str, dict[str, float | None]]
+    table: dict[Change, Moved]
     outcome: Outcome
     findings: tuple[str, ...]
 
+    def to_json(self) -> list[dict[str, Any]]:
+        """The table's rows as plain values, without the effects that a change has nothing to do with."""
+        return [
+            {
+                "kind": change.kind,
+                "camera": change.camera or None,
+                "moved": {effect: value for effect, value in moved.items() if value is not None},
+            }
+            for change, moved in self.table.items()
+        ]
 
-def forward(config: ModelConfig) -> Forward:
-    """(hidden [T, W], velocity [H, D]) of a batch of one at t = 0.5, compiled once; float32."""
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+Forward = Callable[[Params, Batch, Float[AnyArray, "1 1 H D"]], tuple[Array, Array]]
+
+
+def make_forward(config: ModelConfig) -> Forward:
+    """A program for (hidden [T, W], velocity [H, D]) of a batch of one at t = 0.5, compiled once; float32."""
     config = config.with_compute(dtype="float32")
 
     def run(params: Params, batch: Batch, noisy: Array) -> tuple[Array, Array]:
         prefix = run_backbone(params.vision, params.backbone, config, batch.observation, batch.ar_mask)
         memory = insulate(prefix, config.num_memory)
+
         time = jnp.full((1, 1), 0.5)
         velocity = run_expert(params.expert, config, memory, batch.observation.state, noisy, time)
         return prefix.hidden[0], velocity[0, 0]
@@ -58,96 +118,144 @@ def forward(config: ModelConfig) -> Forward:
     return compiled_quickly(run)
 
 
-def influence(
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A changed input, ready to be run. `first`: the column of the first changed token, where it is one of the answer's
+    and others stand before it. `has_answer`: whether the changed input still holds an answer that could move."""
+
+    change: Change
+    batch: Batch
+    noisy: Array
+    has_answer: bool
+    first: int | None = None
+
+
+def measure_influence(
     run: Forward, params: Params, config: ModelConfig, batch: Batch, seen: TokenColumns, rng: PRNGKeyArray
 ) -> Influence:
     """Of a batch of one. Without actions the velocity is left out, without an answer what concerns the answer."""
     noisy = jax.random.normal(rng, (1, 1, config.horizon, config.action_dim))
-    acts = bool(np.asarray(batch.action_mask).any())
-    base = run(params, batch, noisy)
-    causal = seen.token_mask & np.asarray(masks.is_suffix(seen.ar_mask))
-    prefix = seen.token_mask & ~causal
-    answers = bool(causal.any())
-    table: dict[str, dict[str, float | None]] = {}
+    hidden, velocity = run(params, batch, noisy)
 
-    def measure(name: str, changed: Batch, noise: Array = noisy, at: int | None = None, answer: bool = answers) -> None:
-        hidden, velocity = run(params, changed, noise)
-        moved = jnp.max(jnp.abs(hidden - base[0]), axis=1)
-        column = np.arange(len(causal))
-        split = 0 if at is None else at
-        table[name] = {
-            VELOCITY: _largest(jnp.abs(velocity - base[1])) if acts else None,
-            PREFIX: _largest(moved[prefix]),
-            BEFORE: _largest(moved[causal & (column < split)]) if at is not None else None,
-            AFTER: _largest(moved[causal & (column >= split)]) if answer else None,
+    has_actions = bool(np.asarray(batch.action_mask).any())
+    suffix = seen.token_mask & np.asarray(masks.is_suffix(seen.ar_mask))
+    prefix = seen.token_mask & ~suffix
+    column = np.arange(len(suffix))
+    table: dict[Change, Moved] = {}
+
+    for trial in _trials(config, batch, seen, suffix, noisy, has_actions):
+        new_hidden, new_velocity = run(params, trial.batch, trial.noisy)
+        shift = jnp.max(jnp.abs(new_hidden - hidden), axis=1)  # of each column
+        first = trial.first or 0
+        table[trial.change] = {
+            Effect.VELOCITY: _largest(jnp.abs(new_velocity - velocity)) if has_actions else None,
+            Effect.PREFIX: _largest(shift[prefix]),
+            Effect.BEFORE: _largest(shift[suffix & (column < first)]) if trial.first is not None else None,
+            Effect.AFTER: _largest(shift[suffix & (column >= first)]) if trial.has_answer else None,
         }
 
-    observation = batch.observation
-    for camera, present in observation.image_mask.items():
-        inverted = observation.images | {camera: 255 - observation.images[camera]}
-        name = f"camera {camera}" if np.asarray(present)[0] else f"camera {camera} (absent)"
-        measure(name, _observe(batch, images=inverted))
+    return Influence(table, *judge_influence(table))
+
+
+def _trials(
+    config: ModelConfig, batch: Batch, seen: TokenColumns, suffix: np.ndarray, noisy: Array, has_actions: bool
+) -> Iterator[Trial]:
+    """Every change that this sample allows. Columns of the text are counted without the images before it."""
     images = config.num_image_tokens
-    words = seen.where("prompt") - images
-    measure("prompt: one token", _other_tokens(batch, config, words[[len(words) // 2]]))
-    answer = np.flatnonzero(causal) - images
-    if len(answer):
-        middle = int(answer[len(answer) // 2])
-        measure("answer: all its tokens", _other_tokens(batch, config, answer))
-        measure("answer: none at all", _without(batch, answer), answer=False)
-        measure("answer: one token", _other_tokens(batch, config, np.array([middle])), at=middle + images)
-    padding = seen.where("padding") - images
+    observation = batch.observation
+    has_answer = bool(suffix.any())
+
+    for camera, present in observation.image_mask.items():
+        kind = ChangeKind.CAMERA if np.asarray(present)[0] else ChangeKind.ABSENT_CAMERA
+        inverted = observation.images | {camera: 255 - observation.images[camera]}
+        yield Trial(Change(kind, camera), _with_observation(batch, images=inverted), noisy, has_answer)
+
+    # A word from the middle: the first ones are the same in every prompt, so a model may learn to ignore them.
+    prompt = seen.where(ColumnKind.PROMPT)
+    words = prompt[~suffix[prompt]] - images  # some dialects write words after it, too, which are generated
+    other = _other_tokens(batch, config, words[[len(words) // 2]])
+    yield Trial(Change(ChangeKind.PROMPT_TOKEN), other, noisy, has_answer)
+
+    answer = np.flatnonzero(suffix) - images
+    if has_answer:
+        other = _other_tokens(batch, config, answer)
+        yield Trial(Change(ChangeKind.ANSWER_ALL), other, noisy, has_answer)
+
+        yield Trial(Change(ChangeKind.ANSWER_NONE), _without_tokens(batch, answer), noisy, has_answer=False)
+
+        middle = answer[[len(answer) // 2]]
+        other = _other_tokens(batch, config, middle)
+        yield Trial(Change(ChangeKind.ANSWER_ONE), other, noisy, has_answer, first=int(middle[0]) + images)
+
+    padding = seen.where(ColumnKind.PADDING) - images
     if len(padding):
-        measure("padding", _other_tokens(batch, config, padding))
-    if acts:
-        measure("noisy actions", batch, noise=noisy + 1)
-    return Influence(table, *_judge(table))
+        yield Trial(Change(ChangeKind.PADDING), _other_tokens(batch, config, padding), noisy, has_answer)
 
-
-def _judge(table: dict[str, dict[str, float | None]]) -> tuple[Outcome, tuple[str, ...]]:
-    entries = [(c, e, v) for c, row in table.items() for e, v in row.items() if v is not None]
-    broken = [f"changing {c}: {e} is not finite" for c, e, v in entries if not np.isfinite(v)]
-    leaks = [f"changing {c} moves {e} by {v:.3g}" for c, e, v in entries if _must_stay(c, e) and v != 0]
-    vacuous = [f"changing {c} moves nothing of {e}" for c, e, v in entries if _must_move(c, e) and v == 0]
-    read = [v for c, e, v in entries if e == VELOCITY and (c.startswith("prompt") or _is_present_camera(c))]
-    if read and not any(read):
-        vacuous.append("no camera and no prompt moves the velocity, so that FAST tokens do not shows nothing")
-    outcomes: list[tuple[Outcome, list[str]]] = [("not finite", broken), ("leaks", leaks), ("vacuous", vacuous)]
-    return next(((outcome, tuple(found)) for outcome, found in outcomes if found), ("holds", ()))
-
-
-def _must_stay(changed: str, effect: str) -> bool:
-    if changed.startswith("answer"):
-        return effect != AFTER
-    return changed == "padding" or changed.endswith("(absent)") or (changed == "noisy actions" and effect != VELOCITY)
-
-
-def _is_present_camera(changed: str) -> bool:
-    return changed.startswith("camera") and not changed.endswith("(absent)")
-
-
-def _must_move(changed: str, effect: str) -> bool:
-    """A camera may be black, a prompt of no consequence: only what cannot but move."""
-    return (changed == "noisy actions" and effect == VELOCITY) or (changed.startswith("answer") and effect == AFTER)
+    if has_actions:
+        yield Trial(Change(ChangeKind.NOISY_ACTIONS), batch, noisy + 1, has_answer)
 
 
 def _other_tokens(batch: Batch, config: ModelConfig, columns: np.ndarray) -> Batch:
     """Another token at each of these text columns."""
     tokens = np.array(batch.observation.tokens)
     tokens[:, columns] = (tokens[:, columns] + config.vocab_size // 2) % config.vocab_size
-    return _observe(batch, tokens=tokens)
+    return _with_observation(batch, tokens=tokens)
 
 
-def _without(batch: Batch, columns: np.ndarray) -> Batch:
+def _without_tokens(batch: Batch, columns: np.ndarray) -> Batch:
     """As serving sees it: these text columns are padding."""
-    token_mask, ar_mask = np.array(batch.observation.token_mask), np.array(batch.ar_mask)
-    token_mask[:, columns] = ar_mask[:, columns] = False
-    return dataclasses.replace(_observe(batch, token_mask=token_mask), ar_mask=ar_mask)
+    token_mask = np.array(batch.observation.token_mask)
+    ar_mask = np.array(batch.ar_mask)
+
+    token_mask[:, columns] = False
+    ar_mask[:, columns] = False
+    return dataclasses.replace(_with_observation(batch, token_mask=token_mask), ar_mask=ar_mask)
 
 
-def _observe(batch: Batch, **fields: object) -> Batch:
+def _with_observation(batch: Batch, **fields: object) -> Batch:
     return dataclasses.replace(batch, observation=dataclasses.replace(batch.observation, **fields))  # type: ignore[arg-type]
 
 
 def _largest(moved: Array) -> float:
     return float(jnp.max(moved, initial=0.0))
+
+
+# --- judging ---------------------------------------------------------------------------------------------------------
+
+
+def judge_influence(table: dict[Change, Moved]) -> tuple[Outcome, tuple[str, ...]]:
+    """What a table shows, and the entries that show it, as `insula.certificate.judge` does for gradients."""
+    broken, leaks, vacuous = [], [], []
+
+    for change, moved in table.items():
+        for effect, value in moved.items():
+            if value is None:
+                continue
+            if not np.isfinite(value):
+                broken.append(f"changing {change.label}: the change of {effect} is {value}")
+            elif value != 0 and _must_stay(change.kind, effect):
+                leaks.append(f"changing {change.label} moves {effect} by {value:.3g}")
+            elif value == 0 and _must_move(change.kind, effect):
+                vacuous.append(f"changing {change.label} moves nothing of {effect}")
+
+    # One black camera may move nothing, but an expert that reads no input at all shows nothing by not reading FAST.
+    read = [moved[Effect.VELOCITY] for change, moved in table.items() if change.kind in READ_KINDS]
+    if not any(value is None or value != 0 for value in read):
+        vacuous.append("no camera and no prompt moves the velocity, so that FAST tokens do not shows nothing")
+
+    return worst(broken, leaks, vacuous)
+
+
+def _must_stay(kind: ChangeKind, effect: Effect) -> bool:
+    if kind in ANSWER_KINDS:
+        return effect is not Effect.AFTER
+    if kind is ChangeKind.NOISY_ACTIONS:
+        return effect is not Effect.VELOCITY
+    return kind in (ChangeKind.PADDING, ChangeKind.ABSENT_CAMERA)
+
+
+def _must_move(kind: ChangeKind, effect: Effect) -> bool:
+    """A camera may be black, a prompt of no consequence: only what cannot but move."""
+    if kind in ANSWER_KINDS:
+        return effect is Effect.AFTER
+    return kind is ChangeKind.NOISY_ACTIONS and effect is Effect.VELOCITY

@@ -9,7 +9,7 @@ import numpy as np
 
 from insula import flow
 from insula.batch import Batch, Observation
-from insula.certificate import compiled_quickly
+from insula.compile import compiled_quickly
 from insula.decode.flow import sample_actions
 from insula.losses import Targets, expert_loss, scored_tokens
 from insula.model.attention import attend_with_memory, memory_weights
@@ -22,6 +22,7 @@ from insula.shapes import AnyArray, Array, Bool, PRNGKeyArray
 from insula.tokens import masks
 
 TOP = 5
+"""Likeliest tokens to show in a token's place."""
 TIMES = tuple(np.linspace(0.05, 1.0, 20).round(2).tolist())
 """Flow times the error is measured at; 1 is noise."""
 DRAWS = 8
@@ -29,16 +30,17 @@ DRAWS = 8
 EXPECTED_DRAWS = 64
 """Draws of noise and time for the flow loss as training takes it."""
 LOOK_TIMES = (1.0, 0.5, 0.1)
+"""Flow times at which the expert's attention is watched."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenScores:
-    """[s] for each scored token: its column, −log p and p; [s, TOP] the likeliest tokens in its place and their p.
-    Rows where `used` is False hold nothing."""
+    """[U] for each scored token: its column, −log p and p; [U, TOP] the likeliest tokens in its place and their p.
+    Slots where `valid` is False hold nothing."""
 
     column: Array
-    used: Array
+    valid: Array
     loss: Array
     probability: Array
     likeliest: Array
@@ -59,8 +61,8 @@ class FlowScores:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SampleMeasures:
-    """look [LOOK_TIMES, depth, N, M + A]: how much the action tokens read of each column of the memory, then of each
-    other, the mean over them."""
+    """look [LOOK_TIMES, X, N, M+A]: how much the action tokens read of each column of the memory, then of each other,
+    the mean over them."""
 
     tokens: TokenScores
     flow: FlowScores
@@ -70,26 +72,29 @@ class SampleMeasures:
 Measure = Callable[[Params, Batch, Bool[AnyArray, "H D"], PRNGKeyArray], SampleMeasures]
 
 
-def measurer(config: ModelConfig) -> Measure:
+def make_measure(config: ModelConfig) -> Measure:
     """A function of parameters, a batch of one, which values of a chunk its robot has, and a key; compiled once. In
     float32, whatever the config computes in."""
     config = config.with_objective(flow_samples=EXPECTED_DRAWS).with_compute(dtype="float32", scan_layers=False)
 
-    def measure(params: Params, batch: Batch, real: Array, rng: PRNGKeyArray) -> SampleMeasures:
+    def measure(params: Params, batch: Batch, has_value: Array, rng: PRNGKeyArray) -> SampleMeasures:
         targets = scored_tokens(batch, config)
         assert targets is not None
         prefix = run_backbone(
             params.vision, params.backbone, config, batch.observation, batch.ar_mask, targets.positions
         )
         memory = insulate(prefix, config.num_memory)
+
         noise = jax.random.normal(rng, (DRAWS, *batch.actions.shape[1:]))
+        served = _as_served(batch, config)
         flow_scores = FlowScores(
             error=_flow_error(params.expert, config, memory, batch, noise),
             loss=expert_loss(params.expert, config, memory, batch, rng),
-            chunk=sample_actions(params, config, _as_served(batch, config), noise[:1], real=real)[0],
+            chunk=sample_actions(params, config, served, noise[:1], real=has_value)[0],
         )
-        tokens = _token_scores(prefix.hidden[0], params.backbone.embedding, targets, config)
-        return SampleMeasures(tokens, flow_scores, _look(params.expert, config, memory, batch, noise[0]))
+
+        tokens = _token_scores(prefix.hidden[0], params.backbone.embedding, targets)
+        return SampleMeasures(tokens, flow_scores, _expert_look(params.expert, config, memory, batch, noise[0]))
 
     return compiled_quickly(measure)
 
@@ -98,34 +103,46 @@ def _as_served(batch: Batch, config: ModelConfig) -> Observation:
     """The prompt alone, as when acting."""
     seen, width = batch.observation, config.max_prompt_len
     assert seen.tokens is not None and seen.token_mask is not None
-    causal = masks.is_suffix(batch.ar_mask)
-    prompt = jnp.asarray(seen.token_mask, bool) & ~causal
+
+    prompt = jnp.asarray(seen.token_mask, bool) & ~masks.is_suffix(batch.ar_mask)
     return dataclasses.replace(seen, tokens=seen.tokens[:, :width], token_mask=prompt[:, :width])
 
 
-def _token_scores(hidden: Array, embedding: Array, targets: Targets, config: ModelConfig) -> TokenScores:
-    """As `insula.losses.token_loss` scores them, with every logit at hand."""
-    logits = jax.nn.log_softmax(hidden @ embedding.T, axis=-1)
-    own = jnp.take_along_axis(logits, targets.labels[0][:, None], axis=1)[:, 0]
-    best, which = jax.lax.top_k(logits, TOP)
-    return TokenScores(targets.positions[0] + 1, targets.valid[0], -own, jnp.exp(own), which, jnp.exp(best))
+def _token_scores(hidden: Array, embedding: Array, targets: Targets) -> TokenScores:
+    """As `insula.losses.token_loss` scores them, with every logit at hand: one sample is small enough."""
+    log_p = jax.nn.log_softmax(hidden @ embedding.T, axis=-1)
+    own = jnp.take_along_axis(log_p, targets.labels[0][:, None], axis=1)[:, 0]
+    best, which = jax.lax.top_k(log_p, TOP)
+
+    return TokenScores(
+        column=targets.positions[0] + 1,  # a position is where the token is predicted, one before the token itself
+        valid=targets.valid[0],
+        loss=-own,
+        probability=jnp.exp(own),
+        likeliest=which,
+        likelihood=jnp.exp(best),
+    )
 
 
 def _flow_error(expert: Expert, config: ModelConfig, memory: Memory, batch: Batch, noise: Array) -> Array:
     """[TIMES, H, D], mean over the draws."""
+    # All times and draws in one call, as flow samples of one chunk. The same noise at every time, so that the curve
+    # over time is not rough by chance.
     time = jnp.repeat(jnp.asarray(TIMES), DRAWS)[None]
     noise = jnp.tile(noise, (len(TIMES), 1, 1))[None]
     actions = batch.actions[:, None]
+
     velocity = run_expert(expert, config, memory, batch.observation.state, flow.add_noise(actions, noise, time), time)
     error = jnp.square(velocity - flow.target_velocity(actions, noise))
     error = jnp.where(batch.action_mask[:, None], error, 0.0)
     return jnp.mean(error.reshape(len(TIMES), DRAWS, *error.shape[2:]), axis=1)
 
 
-def _look(expert: Expert, config: ModelConfig, memory: Memory, batch: Batch, noise: Array) -> Array:
-    """[LOOK_TIMES, depth, N, M + A], from the weights of every layer's attention."""
+def _expert_look(expert: Expert, config: ModelConfig, memory: Memory, batch: Batch, noise: Array) -> Array:
+    """[LOOK_TIMES, X, N, M+A], from the weights of every layer's attention."""
     watched: list[Array] = []
 
+    # The attention itself does not return its weights: compute them beside it, layer by layer.
     def attend(q: Array, k: Array, v: Array, memory_k: Array, memory_v: Array, memory_mask: Array, own: Array) -> Array:
         watched.append(memory_weights(q, k, memory_k, memory_mask, own))
         return attend_with_memory(q, k, v, memory_k, memory_v, memory_mask, own)
@@ -133,5 +150,7 @@ def _look(expert: Expert, config: ModelConfig, memory: Memory, batch: Batch, noi
     time = jnp.asarray(LOOK_TIMES)[None]
     noisy = flow.add_noise(batch.actions[:, None], jnp.broadcast_to(noise, (1, len(LOOK_TIMES), *noise.shape)), time)
     run_expert(expert, config, memory, batch.observation.state, noisy, time, attend)
-    weights = jnp.stack(watched, axis=1)[0]  # [depth, K, A, N, M + A]
-    return jnp.mean(weights[:, :, -config.horizon :], axis=2).swapaxes(0, 1)
+
+    weights = jnp.stack(watched, axis=1)[0]  # [X, K, A, N, M+A]
+    of_actions = weights[:, :, -config.horizon :]  # without the state's token
+    return jnp.mean(of_actions, axis=2).swapaxes(0, 1)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from insula.batch import Batch
+from insula.certificate import Outcome, stored_certificate
 from insula.checkpoints.store import CheckpointStore
 from insula.data.config import DataConfig
 from insula.data.mixture import SampleSource
@@ -15,19 +16,19 @@ from insula.errors import DatasetError, InputError, MissingFileError, did_you_me
 from insula.inspection.config import InspectConfig
 from insula.model.params import Params, abstract_params
 from insula.runs.assets import Assets, read_assets
-from insula.runs.folder import CHECKPOINTS_FOLDER, SETTINGS_FILE
+from insula.runs.folder import CERTIFICATE_FILE, CHECKPOINTS_FOLDER, SETTINGS_FILE
 from insula.runs.loading import load_model
 from insula.testing import randomize
 from insula.train.config import TrainConfig, read_config
 from insula.train.data import fit_assets, held_out_sources, open_data, training_sources
 
 COPIES = 5
-"""Of the parameters, that measuring gradients needs at the same time: itself, a gradient for each loss, work space."""
+"""How many times the parameters' memory measuring takes: themselves, a gradient for each loss, work space."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A batch of one. `where`: episode and frame, or row, for a person."""
+    """A batch of one, `number` of the source `name`. `where`: episode and frame, or row, for a person."""
 
     batch: Batch
     where: str
@@ -39,21 +40,27 @@ class Sample:
 @dataclasses.dataclass(frozen=True)
 class Subject:
     """All samples there are to look at, by source, and a model's parameters, or None where it is not to be run.
-    `trained` is False where they are random ones: a fresh model's gates are zero, which would hide every leak."""
+
+    `trained` is False where they are random ones: a fresh model's gates are zero, which would hide every leak.
+    `certified`: what the certificate in a run's checkpoint says, None without a run.
+    """
 
     name: str
     params: Params | None
     assets: Assets
     sources: dict[str, SampleSource]
     trained: bool
+    certified: Outcome | None = None
 
     @property
     def parameters(self) -> str:
-        """no, trained or random."""
-        return "no" if self.params is None else "trained" if self.trained else "random"
+        """What weights the model runs with: "no", "trained" or "random"."""
+        if self.params is None:
+            return "no"
+        return "trained" if self.trained else "random"
 
     def sample(self, number: int, source: str | None = None) -> Sample:
-        """Raises IndexError or ValueError for what does not exist."""
+        """One sample, of the first source unless named. Raises InputError for what does not exist."""
         name = source or next(iter(self.sources))
         if name not in self.sources:
             raise InputError(
@@ -66,7 +73,10 @@ class Subject:
 
 
 def open_subject(config: InspectConfig) -> Subject:
-    """Raises ValueError, FileNotFoundError, CheckpointError or DatasetError, saying what to give instead."""
+    """What a config asks to look at.
+
+    Raises InputError, MissingFileError, CheckpointError or DatasetError, saying what to give instead.
+    """
     if (config.run is None) == (config.data is None):
         raise InputError("give either --run RUN, or --data DATA with --preset")
     refuse_idle_flags(config)
@@ -74,9 +84,12 @@ def open_subject(config: InspectConfig) -> Subject:
 
 
 def refuse_idle_flags(config: InspectConfig) -> None:
-    """Raises ValueError for a flag that another one leaves without effect."""
+    """Raises InputError for a flag that another one leaves without effect."""
     default = InspectConfig()
-    of_run, of_serve = config.run is not None, config.serve
+    of_run = config.run is not None
+    of_serve = config.serve
+
+    # What to drop or to add, and the flags that then say nothing.
     idle = {
         "without --run": ("model", "reading") if of_run else (),
         "with --run": () if of_run else ("training",),
@@ -84,6 +97,7 @@ def refuse_idle_flags(config: InspectConfig) -> None:
         "with --serve": () if of_serve else ("port",),
         "without --tokens-only, which does not run the model": ("certificate",) if config.tokens_only else (),
     }
+
     for goes, names in idle.items():
         for name in names:
             if getattr(config, name) != getattr(default, name):
@@ -104,18 +118,20 @@ def _of_run(config: InspectConfig) -> Subject:
     if not path.is_file():
         near = f"; there is one in {run / 'run'}" if (run / "run" / path.name).is_file() else ""
         raise MissingFileError(f"{run}: no {path.name} here{near}; expected what `insula train --run` wrote")
+
     trained = dataclasses.replace(read_config(path), run=run)
-    if config.tokens_only:
-        with CheckpointStore(run / CHECKPOINTS_FOLDER) as store:
-            params, assets = None, read_assets(store.assets())
-    else:
-        params, assets = load_model(run, even_leaking=True)
-    data = open_data(dataclasses.replace(trained, resume=True))
+    with CheckpointStore(run / CHECKPOINTS_FOLDER) as store:
+        folder = store.assets()
+        assets = read_assets(folder)
+    params = None if config.tokens_only else load_model(run, even_leaking=True)[0]
+    certified = Outcome(stored_certificate(folder / CERTIFICATE_FILE)["outcome"])
+
+    data = open_data(dataclasses.replace(trained, resume=True))  # as its folder says, not as its data set is today
     chosen = training_sources if config.training else held_out_sources
     sources = chosen(trained, assets, data)
     if not sources:
         raise DatasetError(f"{run}: nothing was held out of its training; look at that with --training")
-    return Subject(str(run), params, assets, sources, trained=True)
+    return Subject(str(run), params, assets, sources, trained=True, certified=certified)
 
 
 def _of_data(config: InspectConfig) -> Subject:
@@ -129,6 +145,8 @@ def _of_data(config: InspectConfig) -> Subject:
             f"{COPIES * size / 2**30:.0f} GiB, this machine has {memory / 2**30:.0f}; look at its sequence and masks "
             "with --tokens-only, or override sizes: --model.backbone.width, ..."
         )
+
+    # Read as training would read it, but all of it, and a chunk that is too long is shown with the reason.
     trains = TrainConfig(
         run=Path(),
         data=config.data,
@@ -136,6 +154,7 @@ def _of_data(config: InspectConfig) -> Subject:
         reading=config.reading,
         held_out_fraction=0.0,
     )
+
     data = open_data(trains)
     assets = fit_assets(trains, data)
     sources = training_sources(trains, assets, data)

@@ -1,6 +1,7 @@
 """Every column of one sample's sequence: what it is, where it stands, and its four masks; and its chunk of actions,
 as written in FAST tokens and read back."""
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,53 +13,74 @@ from insula.data.robot import Robot
 from insula.errors import TokenBudgetError
 from insula.model.backbone import column_masks
 from insula.model.config import ModelConfig
+from insula.shapes import Bool, Float, Int
 from insula.tokens import masks
 from insula.tokens.sequence import FASTTokenizer
 
 
+class ColumnKind(enum.StrEnum):
+    """What a column holds. The page's style sheet has a color for each."""
+
+    IMAGE = "image"
+    ABSENT = "absent"
+    """A patch of a camera that this sample lacks."""
+    BOS = "BOS"
+    PROMPT = "prompt"
+    """The dialect's words and the instruction; in some dialects also a few words before the FAST tokens."""
+    STATE = "state"
+    FAST = "FAST"
+    STOP = "end"
+    """The token that ends the FAST tokens."""
+    ANSWER = "answer"
+    """Of a question."""
+    EOS = "EOS"
+    PADDING = "padding"
+
+
 @dataclass(frozen=True, eq=False)
 class TokenColumns:
-    """[T] each: all image tokens, then all text tokens.
+    """All image tokens, then all text tokens: T columns.
 
-    part: "image", "absent" (a camera this sample lacks), "BOS", "prompt", "state", "FAST", "end" (the stop after the
-    FAST tokens), "answer", "EOS" or "padding". id: the token, −1 of an image. text: what it says, "" of an image.
-    position: rotary. The masks are the model's own: `token_mask` real, `ar_mask` starts a causal step, `loss_mask`
-    scored by the token loss, `visible` to the action expert.
+    `id` is the token, −1 of an image; `text` what it says, "" of an image; `position` rotary. The masks are the model's
+    own: `token_mask` real, `ar_mask` starts a causal step, `loss_mask` scored by the token loss, `visible` to the
+    action expert.
     """
 
-    part: list[str]
-    id: np.ndarray
+    kind: list[ColumnKind]
+    id: Int[np.ndarray, "T"]
     text: list[str]
-    position: np.ndarray
-    token_mask: np.ndarray
-    ar_mask: np.ndarray
-    loss_mask: np.ndarray
-    visible: np.ndarray
+    position: Int[np.ndarray, "T"]
+    token_mask: Bool[np.ndarray, "T"]
+    ar_mask: Bool[np.ndarray, "T"]
+    loss_mask: Bool[np.ndarray, "T"]
+    visible: Bool[np.ndarray, "T"]
 
-    def where(self, *parts: str) -> np.ndarray:
-        """TokenColumns of these parts."""
-        return np.flatnonzero(np.isin(self.part, parts))
+    def where(self, *kinds: ColumnKind) -> Int[np.ndarray, "n"]:
+        """The columns of these kinds, in order."""
+        return np.flatnonzero([kind in kinds for kind in self.kind])
 
 
-def columns(batch: Batch, config: ModelConfig, tokenizer: FASTTokenizer, is_question: bool) -> TokenColumns:
-    """Of a batch of one."""
-    real, ar = column_masks(config, batch.observation, batch.ar_mask)
-    images = config.num_image_tokens
-    assert batch.observation.tokens is not None and batch.loss_mask is not None
-    ids = np.asarray(batch.observation.tokens)[0].astype(np.int64)
-    token_mask, ar_mask = np.asarray(real)[0], np.asarray(ar)[0]
-    text = _pieces(ids, token_mask[images:], tokenizer)
-    parts = ["image" if there else "absent" for there in token_mask[:images]]
-    parts += _parts(ids, text, token_mask[images:], ar_mask[images:], tokenizer, is_question)
+def read_columns(batch: Batch, config: ModelConfig, tokenizer: FASTTokenizer, is_question: bool) -> TokenColumns:
+    """The columns of a batch of one, masked by the functions the model calls."""
+    observation, images = batch.observation, config.num_image_tokens
+    assert observation.tokens is not None and batch.loss_mask is not None
+    tokens_real, starts = column_masks(config, observation, batch.ar_mask)
+    token_mask, ar_mask = np.asarray(tokens_real)[0], np.asarray(starts)[0]
+
+    ids = np.asarray(observation.tokens)[0].astype(np.int64)
+    text = _text_pieces(ids, token_mask[images:], tokenizer)
+    kinds = [ColumnKind.IMAGE if there else ColumnKind.ABSENT for there in token_mask[:images]]
+    kinds += _text_kinds(ids, text, token_mask[images:], ar_mask[images:], tokenizer, is_question)
+
     return TokenColumns(
-        part=parts,
+        kind=kinds,
         id=np.concatenate([np.full(images, -1), ids]),
         text=[""] * images + text,
-        position=np.asarray(masks.positions(real))[0],
+        position=np.asarray(masks.positions(tokens_real))[0],
         token_mask=token_mask,
         ar_mask=ar_mask,
         loss_mask=np.concatenate([np.zeros(images, bool), np.asarray(batch.loss_mask, bool)[0]]),
-        visible=np.asarray(masks.visible_to_expert(real, ar))[0],
+        visible=np.asarray(masks.visible_to_expert(tokens_real, starts))[0],
     )
 
 
@@ -74,56 +96,74 @@ def token_text(token: int, tokenizer: FASTTokenizer) -> str:
     return tokenizer.text_from([token])
 
 
-def _pieces(ids: np.ndarray, real: np.ndarray, tokenizer: FASTTokenizer) -> list[str]:
-    """What each token adds to the text before it: a piece alone would lose its leading space."""
+def _text_pieces(ids: np.ndarray, token_mask: np.ndarray, tokenizer: FASTTokenizer) -> list[str]:
+    """What each token adds to the text before it."""
     text, pieces = tokenizer.text, []
     run: list[int] = []
-    for token, there in zip(ids.tolist(), real.tolist(), strict=True):
-        control = token in (text.bos_id, text.eos_id, text.pad_id) or not there
-        if control or not 0 <= token < text.vocab_size:
-            pieces.append("" if not there else token_text(token, tokenizer))
+
+    for token, is_real in zip(ids.tolist(), token_mask.tolist(), strict=True):
+        is_control = token in (text.bos_id, text.eos_id, text.pad_id) or not is_real
+        if is_control or not 0 <= token < text.vocab_size:
+            pieces.append(token_text(token, tokenizer) if is_real else "")
             run = []
             continue
+
+        # A token decoded alone would lose its leading space, and half a character would become a question mark.
         before = text.decode(run)
         run.append(token)
         pieces.append(text.decode(run)[len(before) :])
+
     return pieces
 
 
-def _parts(
-    ids: np.ndarray, pieces: Sequence[str], real: np.ndarray, ar: np.ndarray, tokenizer: FASTTokenizer, question: bool
-) -> list[str]:
-    prefix = real & ~np.asarray(masks.is_suffix(ar))
-    written = "".join(piece for piece, there in zip(pieces[1:], prefix[1:], strict=True) if there)
-    span = None if question else tokenizer.dialect.state_span(written)
-    parts, done = [], 0
-    for n, (token, there) in enumerate(zip(ids.tolist(), real.tolist(), strict=True)):
-        if not there:
-            parts.append("padding")
-        elif n == 0:
-            parts.append("BOS")
-        elif prefix[n]:
-            start, done = done, done + len(pieces[n])
-            inside = span is not None and pieces[n].strip() and start < span[1] and done > span[0]
-            parts.append("state" if inside else "prompt")
-        elif token == tokenizer.text.eos_id:
-            parts.append("EOS")
-        elif not question and 0 <= tokenizer.fast_last_id - token < tokenizer.fast.vocab_size:
-            parts.append("FAST")
-        elif not question and token == tokenizer.stop_id:
-            parts.append("end")
+def _text_kinds(
+    ids: np.ndarray,
+    pieces: Sequence[str],
+    token_mask: np.ndarray,
+    ar_mask: np.ndarray,
+    tokenizer: FASTTokenizer,
+    is_question: bool,
+) -> list[ColumnKind]:
+    prefix = token_mask & ~np.asarray(masks.is_suffix(ar_mask))
+
+    # The state has no tokens of its own kind: it is digits in the prompt, found by where the dialect writes them.
+    written = "".join(piece for piece, is_real in zip(pieces[1:], prefix[1:], strict=True) if is_real)
+    state = None if is_question else tokenizer.dialect.state_span(written)
+
+    kinds = []
+    stop = 0  # where in `written` the piece at hand ends
+    for column, token in enumerate(ids.tolist()):
+        if not token_mask[column]:
+            kinds.append(ColumnKind.PADDING)
+        elif column == 0:
+            kinds.append(ColumnKind.BOS)
+        elif prefix[column]:
+            start, stop = stop, stop + len(pieces[column])
+            in_state = state is not None and pieces[column].strip() and start < state[1] and stop > state[0]
+            kinds.append(ColumnKind.STATE if in_state else ColumnKind.PROMPT)
         else:
-            parts.append("answer" if question else "prompt")  # the action's head, in a dialect that has one
-    return parts
+            kinds.append(_suffix_kind(token, tokenizer, is_question))
+    return kinds
+
+
+def _suffix_kind(token: int, tokenizer: FASTTokenizer, is_question: bool) -> ColumnKind:
+    if token == tokenizer.text.eos_id:
+        return ColumnKind.EOS
+    if is_question:
+        return ColumnKind.ANSWER
+    if 0 <= tokenizer.fast_last_id - token < tokenizer.fast.vocab_size:
+        return ColumnKind.FAST
+    return ColumnKind.STOP if token == tokenizer.stop_id else ColumnKind.PROMPT
 
 
 @dataclass(frozen=True, eq=False)
-class Chunk:
-    """Normalized actions [h, d] of the robot's own sizes, their rounded DCT coefficients, what the tokens decode to, or
-    why they do not. `spans`: for each FAST column, the coefficients [start, stop) it carries."""
+class SampleChunk:
+    """A chunk of the robot's own sizes, normalized; its rounded DCT coefficients; and what
+    its tokens decode to, or why they do not. `action_mask` is False past the end of the episode. `spans`: for each
+    FAST column, the coefficients [start, stop) it carries."""
 
-    actions: np.ndarray
-    real: np.ndarray
+    actions: Float[np.ndarray, "steps dims"]
+    action_mask: Bool[np.ndarray, "steps dims"]
     coefficients: np.ndarray
     scale: float
     decoded: np.ndarray | None
@@ -131,26 +171,28 @@ class Chunk:
     spans: dict[int, tuple[int, int]]
 
 
-def chunk(batch: Batch, robot: Robot, seen: TokenColumns, tokenizer: FASTTokenizer) -> Chunk:
+def read_chunk(batch: Batch, robot: Robot, seen: TokenColumns, tokenizer: FASTTokenizer) -> SampleChunk:
     """Of a batch of one, of that robot. Raises FASTRangeError where the codec cannot write the chunk."""
     h, d = robot.horizon, robot.action_dim
     actions = np.asarray(batch.actions)[0, :h, :d]
-    at = seen.where("FAST")
-    ids = [tokenizer.fast_last_id - int(i) for i in seen.id[at]]
-    decoded = tokenizer.actions_from(seen.id[seen.where("FAST", "end")].tolist(), h, d) if len(at) else None
-    invalid = decoded.invalid if decoded else _why_none(actions, tokenizer)
-    return Chunk(
+
+    columns = seen.where(ColumnKind.FAST)
+    written = seen.id[seen.where(ColumnKind.FAST, ColumnKind.STOP)].tolist()
+    decoded = tokenizer.actions_from(written, h, d) if len(columns) else None
+    fast_ids = [tokenizer.fast_last_id - int(token) for token in seen.id[columns]]
+
+    return SampleChunk(
         actions=actions,
-        real=np.asarray(batch.action_mask)[0, :h, :d],
+        action_mask=np.asarray(batch.action_mask)[0, :h, :d],
         coefficients=tokenizer.fast.coefficients(actions),
         scale=tokenizer.fast.scale,
-        decoded=None if decoded is None else decoded.actions,
-        invalid=invalid,
-        spans=dict(zip(at.tolist(), tokenizer.fast.spans(ids), strict=True)),
+        decoded=decoded.actions if decoded else None,
+        invalid=decoded.invalid if decoded else _why_no_tokens(actions, tokenizer),
+        spans=dict(zip(columns.tolist(), tokenizer.fast.spans(fast_ids), strict=True)),
     )
 
 
-def _why_none(actions: np.ndarray, tokenizer: FASTTokenizer) -> str:
+def _why_no_tokens(actions: np.ndarray, tokenizer: FASTTokenizer) -> str:
     try:
         tokenizer.tokenize("", None, actions)
     except TokenBudgetError as error:
@@ -159,4 +201,5 @@ def _why_none(actions: np.ndarray, tokenizer: FASTTokenizer) -> str:
 
 
 def is_question(source: object) -> bool:
+    """Whether the samples of a source are questions, which have no actions."""
     return isinstance(source, QuestionSamples)

@@ -8,27 +8,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from insula.batch import Batch
-from insula.certificate import LOSSES, Proof
+from insula.certificate import Proof, column_title
 from insula.data.chunks import dim_names
 from insula.data.images import encode_png
 from insula.data.samples import Samples
 from insula.errors import FASTRangeError
 from insula.inspection.findings import Findings
+from insula.inspection.influence import Effect, Influence
 from insula.inspection.measure import DRAWS, EXPECTED_DRAWS, LOOK_TIMES, TIMES, SampleMeasures
-from insula.inspection.token_columns import Chunk, TokenColumns, chunk, token_text
+from insula.inspection.token_columns import TokenColumns, read_chunk, token_text
 from insula.inspection.variants import REASONS
 from insula.model.config import ModelConfig
 from insula.model.vision import resize
 
 
-def view(found: Findings, sources: dict[str, int] | None = None) -> dict[str, Any]:
-    """Plain JSON values. `sources`: of the sample picker, where there is a server to pick for."""
+def sample_view(found: Findings, sources: dict[str, int] | None = None) -> dict[str, Any]:
+    """Plain JSON values. `sources`: how many samples each has, where there is a server to pick from them."""
     subject, sample, config = found.subject, found.sample, found.subject.assets.config
+    has_look = found.has_actions and subject.trained  # where random weights look says nothing
+
     return {
         "about": {
             "subject": subject.name,
             "model": config.name,
             "parameters": subject.parameters,
+            "certified": subject.certified,
             "sample": sample.where,
             "source": sample.name,
             "number": sample.number,
@@ -40,15 +44,16 @@ def view(found: Findings, sources: dict[str, int] | None = None) -> dict[str, An
             "cut": [config.num_image_tokens, len(found.seen.id)],
         },
         "sources": sources,
-        "cameras": _cameras(sample.batch, config),
-        "tokens": _tokens(found.seen, config),
-        "chunk": _chunk(found),
-        "attention": _attention(found, config),
-        "losses": found.measured and _losses(found, found.measured),
-        "gradients": found.proof and _gradients(found, found.proof),
-        "influence": found.influence and {"table": found.influence.table, "outcome": found.influence.outcome},
-        "look": found.measured and found.has_actions and subject.trained and _look(found.measured, config),
+        "cameras": _show_cameras(sample.batch, config),
+        "tokens": _show_tokens(found.seen, config),
+        "chunk": _show_chunk(found),
+        "attention": _show_attention(found, config),
+        "losses": found.measured and _show_losses(found, found.measured),
+        "gradients": found.proof and _show_gradients(found, found.proof),
+        "influence": found.influence and _show_influence(found.influence),
+        "look": found.measured and has_look and _show_look(found.measured, config),
         "outcome": found.outcome,
+        "verdict": found.verdict,
         "faults": found.faults,
     }
 
@@ -56,29 +61,33 @@ def view(found: Findings, sources: dict[str, int] | None = None) -> dict[str, An
 def pack(array: np.ndarray) -> dict[str, Any]:
     """Deflated, in base64: masks of a million cells take a few kilobytes. float32 keeps four digits."""
     if array.dtype.kind == "f":
+        # The last 13 of 23 bits of a float32 hardly compress, and no eye can tell them.
         whole = np.ascontiguousarray(array, np.float32).view(np.uint32)
         array = (whole & np.uint32(0xFFFFE000)).view(np.float32)
+
     assert array.dtype in (np.uint8, np.float32)
     raw = zlib.compress(np.ascontiguousarray(array).tobytes(), 9)
     return {"dtype": str(array.dtype), "shape": array.shape, "data": base64.b64encode(raw).decode("ascii")}
 
 
-def _number(value: Any, digits: int = 5) -> float | None:
-    """JSON has no NaN; a page has no use for sixteen digits."""
+def _rounded(value: Any, digits: int = 5) -> float | None:
+    """JSON has no NaN: None where it is not finite. A page has no use for sixteen digits."""
     return float(f"{float(value):.{digits}g}") if np.isfinite(value) else None
 
 
-def _numbers(array: np.ndarray) -> Any:
+def _rounded_rows(array: np.ndarray) -> Any:
     """Of any rank, as nested lists."""
-    return [_numbers(row) if row.ndim else _number(row) for row in array]
+    return [_rounded_rows(row) if row.ndim else _rounded(row) for row in array]
 
 
-def _cameras(batch: Batch, config: ModelConfig) -> list[dict[str, Any]]:
+def _show_cameras(batch: Batch, config: ModelConfig) -> list[dict[str, Any]]:
     """As the model sees them: resized, padded, and cut into patches."""
-    size, found = config.vision.image_size, []
+    size = config.vision.image_size
+    found = []
     for n, name in enumerate(config.cameras):
         pixels = np.asarray(resize(jnp.asarray(batch.observation.images[name][:1]), size))[0]
         image = np.clip(np.round((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
+
         present = bool(np.asarray(batch.observation.image_mask[name])[0])
         png = base64.b64encode(encode_png(image)).decode("ascii")
         found.append(
@@ -95,12 +104,12 @@ def _cameras(batch: Batch, config: ModelConfig) -> list[dict[str, Any]]:
     return found
 
 
-def _tokens(seen: TokenColumns, config: ModelConfig) -> list[dict[str, Any]]:
-    """Text columns, up to the last real one and the first few of padding; `hidden` columns of padding follow."""
+def _show_tokens(seen: TokenColumns, config: ModelConfig) -> list[dict[str, Any]]:
+    """Every text column: what it holds, and its masks as 0 or 1."""
     return [
         {
             "column": n,
-            "part": seen.part[n],
+            "kind": seen.kind[n],
             "id": int(seen.id[n]),
             "text": seen.text[n],
             "position": int(seen.position[n]),
@@ -110,101 +119,120 @@ def _tokens(seen: TokenColumns, config: ModelConfig) -> list[dict[str, Any]]:
     ]
 
 
-def _chunk(found: Findings) -> dict[str, Any] | None:
+def _show_chunk(found: Findings) -> dict[str, Any] | None:
+    """The chunk before and after its tokens, or why it has none. None for a question."""
     source = found.sample.source
     if not isinstance(source, Samples):
         return None
+
     assets = found.subject.assets
     try:
-        seen: Chunk = chunk(found.sample.batch, source.robot, found.seen, assets.tokenizer)
+        seen = read_chunk(found.sample.batch, source.robot, found.seen, assets.tokenizer)
     except FASTRangeError as error:
         return {"invalid": f"because {error}"}
+
+    # The policy answers in the model's sizes; the robot has the first of them.
     h, d = seen.actions.shape
     measured = found.measured
+    policy = np.asarray(measured.flow.chunk)[:h, :d] if measured and found.subject.trained else None
     return {
         "names": dim_names(source.dataset, source.data.actions),
-        "actions": _numbers(seen.actions),
-        "real": seen.real.astype(int).tolist(),
-        "decoded": None if seen.decoded is None else _numbers(seen.decoded),
+        "actions": _rounded_rows(seen.actions),
+        "action_mask": seen.action_mask.astype(int).tolist(),
+        "decoded": None if seen.decoded is None else _rounded_rows(seen.decoded),
         "invalid": seen.invalid,
-        "error": None if seen.decoded is None else _number(np.sqrt(np.mean((seen.decoded - seen.actions) ** 2))),
-        "policy": _numbers(np.asarray(measured.flow.chunk)[:h, :d]) if measured and found.subject.trained else None,
+        "error": None if seen.decoded is None else _rounded(np.sqrt(np.mean((seen.decoded - seen.actions) ** 2))),
+        "policy": None if policy is None else _rounded_rows(policy),
         "coefficients": seen.coefficients.tolist(),
         "scale": seen.scale,
         "spans": {str(column): list(span) for column, span in seen.spans.items()},
     }
 
 
-def _attention(found: Findings, config: ModelConfig) -> dict[str, Any]:
+def _show_attention(found: Findings, config: ModelConfig) -> dict[str, Any]:
     return {
         "actions": found.expert_positions,
         "state_token": config.state_input == "token",
         "own": "joint" if config.objective.flow_reaches_backbone else "insulated",
-        "reasons": [{"name": name, "on": on, "why": why} for name, on, why in REASONS],
-        "variants": [{"name": v.name, "about": v.about, "codes": pack(v.codes)} for v in found.drawn],
+        "reasons": [{"name": cell.name.lower(), **vars(reason)} for cell, reason in REASONS.items()],
+        "variants": [{"name": drawn.name, "about": drawn.about, "cells": pack(drawn.cells)} for drawn in found.drawn],
     }
 
 
-def _losses(found: Findings, measured: SampleMeasures) -> dict[str, Any]:
-    scores, flow, batch = measured.tokens, measured.flow, found.sample.batch
+def _show_losses(found: Findings, measured: SampleMeasures) -> dict[str, Any]:
+    scores, flow = measured.tokens, measured.flow
     tokenizer, config = found.subject.assets.tokenizer, found.subject.assets.config
-    used = np.asarray(scores.used)
-    fast = float(np.asarray(scores.loss)[used].mean()) if used.any() else 0.0
-    real = np.asarray(batch.action_mask)[0]
+    action_mask = np.asarray(found.sample.batch.action_mask)[0]
+
+    # A loss that the sample lacks counts as 0, as in training.
+    valid = np.asarray(scores.valid)
+    fast = float(np.asarray(scores.loss)[valid].mean()) if valid.any() else 0.0
     flow_loss = float(flow.loss) if found.has_actions else 0.0
+
     tokens = [
         {
             "column": int(scores.column[n]),
-            "loss": _number(scores.loss[n]),
-            "probability": _number(scores.probability[n]),
+            "loss": _rounded(scores.loss[n]),
+            "probability": _rounded(scores.probability[n]),
             "top": [
-                {"id": int(i), "text": token_text(int(i), tokenizer), "probability": _number(p)}
+                {"id": int(i), "text": token_text(int(i), tokenizer), "probability": _rounded(p)}
                 for i, p in zip(scores.likeliest[n], scores.likelihood[n], strict=True)
             ],
         }
-        for n in np.flatnonzero(used)
+        for n in np.flatnonzero(valid)
     ]
+
     error = None
     if found.has_actions:
-        steps, dims = real.any(1), real.any(0)
+        steps, dims = action_mask.any(1), action_mask.any(0)
         error = {
             "times": list(TIMES),
             "draws": DRAWS,
             "steps": steps.astype(int).tolist(),
             "dims": dims.astype(int).tolist(),
-            "by_step": _numbers(flow.error.sum(2) / np.maximum(real.sum(1), 1)),
-            "by_dim": _numbers(flow.error.sum(1) / np.maximum(real.sum(0), 1)),
+            "by_step": _rounded_rows(flow.error.sum(2) / np.maximum(action_mask.sum(1), 1)),
+            "by_dim": _rounded_rows(flow.error.sum(1) / np.maximum(action_mask.sum(0), 1)),
         }
+
     return {
         "tokens": tokens,
-        "fast": _number(fast),
-        "flow": _number(flow_loss),
+        "fast": _rounded(fast),
+        "flow": _rounded(flow_loss),
         "flow_draws": EXPECTED_DRAWS,
         "weight": config.objective.ki_fast_loss_weight,
-        "total": _number(flow_loss + config.objective.ki_fast_loss_weight * fast),
+        "total": _rounded(flow_loss + config.objective.ki_fast_loss_weight * fast),
         "horizon": config.horizon,
-        "real_dims": int(real.any(0).sum()),
+        "real_dims": int(action_mask.any(0).sum()),
         "action_dim": config.action_dim,
         "error": error,
     }
 
 
-def _gradients(found: Findings, proof: Proof) -> dict[str, Any]:
-    """Losses the sample does not have are left out: their zeros would say nothing."""
-    there = dict(zip(LOSSES, (found.has_actions, found.has_answer), strict=True))
+def _show_gradients(found: Findings, proof: Proof) -> dict[str, Any]:
+    columns = [{"loss": loss, "scheme": scheme, "title": column_title(loss, scheme)} for loss, scheme in found.columns]
     table = {
-        part: {name: _number(norm) for name, norm in row.items() if there[name.split("_")[0]]}
+        part: {loss: {scheme: _rounded(norm) for scheme, norm in norms.items()} for loss, norms in row.items()}
         for part, row in proof.table.items()
     }
-    both = found.shows_insulation
+    cosine = proof.cosine if found.shows_insulation else {}
+
     return {
+        "columns": columns,
         "table": table,
-        "cosine": {part: None if value is None else _number(value, 3) for part, value in proof.cosine.items()}
-        if both
-        else {},
-        "outcome": proof.outcome if both else None,
+        "cosine": {part: None if value is None else _rounded(value, 3) for part, value in cosine.items()},
+        "outcome": proof.outcome if found.shows_insulation else None,
     }
 
 
-def _look(measured: SampleMeasures, config: ModelConfig) -> dict[str, Any]:
+def _show_influence(measured: Influence) -> dict[str, Any]:
+    """`rows[n].moved` lacks what the change has nothing to do with; None is a number that is not finite."""
+    labels = [change.label for change in measured.table]
+    rows = [
+        {**row, "label": label, "moved": {effect: _rounded(value) for effect, value in row["moved"].items()}}
+        for label, row in zip(labels, measured.to_json(), strict=True)
+    ]
+    return {"effects": list(Effect), "rows": rows, "outcome": measured.outcome}
+
+
+def _show_look(measured: SampleMeasures, config: ModelConfig) -> dict[str, Any]:
     return {"times": list(LOOK_TIMES), "memory": config.num_memory, "weights": pack(np.asarray(measured.look))}

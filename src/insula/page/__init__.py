@@ -11,29 +11,33 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from insula.errors import FileError
-from insula.page.html import Html, tag, text
+from insula.page.html import Html, as_html, tag
 
-HERE = Path(__file__).parent
+TEMPLATE_FOLDER = Path(__file__).parent
 
 
-def render(title: str, body: Html, style: str = "", scripts: Sequence[str] = ()) -> str:
+def render_page(title: str, body: Html, style: str = "", scripts: Sequence[str] = ()) -> str:
     """The whole file. `style` comes after the common theme; `scripts` run in order once the body is there."""
-    template = string.Template((HERE / "page.html").read_text(encoding="utf-8"))
+    # Without a script nothing is allowed to run, by default-src 'none' in the template.
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii") for script in scripts]
+    allowed = "script-src " + " ".join(f"'sha256-{digest}'" for digest in hashes) if hashes else ""
+
+    template = string.Template((TEMPLATE_FOLDER / "page.html").read_text(encoding="utf-8"))
     return template.substitute(
-        title=text(title),
-        theme=(HERE / "theme.css").read_text(encoding="utf-8"),
+        title=as_html(title),
+        theme=(TEMPLATE_FOLDER / "theme.css").read_text(encoding="utf-8"),
         style=style,
-        scripts="script-src " + " ".join(f"'sha256-{digest}'" for digest in hashes) if hashes else "",
-        body=text([body, *(tag("script", Html(script)) for script in scripts)]),
+        scripts=allowed,
+        body=as_html([body, *(tag("script", Html(script)) for script in scripts)]),
     )
 
 
-def write(path: str | Path, page: str) -> Path:
-    """Write it whole or not at all. Returns its path. Raises IsADirectoryError for a folder."""
+def write_page(path: str | Path, page: str) -> Path:
+    """Write it whole or not at all. Returns its path. Raises FileError for a folder."""
     path = Path(path)
     if path.is_dir():
         raise FileError(f"{path}: a folder; name a file in it, such as {path / 'page.html'}")
+
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(page, encoding="utf-8")

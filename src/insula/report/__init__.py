@@ -13,14 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from insula import page
 from insula.errors import InputError
 from insula.evaluate.closed_loop import Recording
+from insula.page import render_page, write_page
 from insula.page.html import Html, tag
 from insula.report import sections
 
-STYLE = Path(__file__).with_name("report.css")
-PACKAGES = ("jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "mujoco", "gymnasium", "tokenizers")
+STYLE_FILE = Path(__file__).with_name("report.css")
+REPORTED_PACKAGES = ("jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "mujoco", "gymnasium", "tokenizers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Report:
     knowledge: Mapping[str, Mapping[str, Any]] | None = None
     """"before" and "after" robot training: `dataclasses.asdict(Knowledge)` of each."""
     question_share: float | None = None
-    """How much of the training data were questions."""
+    """How much of the training data were questions, 0 to 1."""
     insulation: Mapping[str, Any] | None = None
-    """`Proof.to_json()`."""
+    """`Proof.to_json()`, or `stored_certificate(path)`, which also says that a checkpoint has none."""
     fast: Mapping[str, Any] | None = None
     """Name and value of each FAST statistic: tokens of a chunk, reconstruction error."""
     demonstrations: int | None = None
@@ -53,25 +53,25 @@ class Report:
 
 def write_report(path: str | Path, report: Report) -> Path:
     """Write the page, whole or not at all. Returns its path."""
-    return page.write(path, render(report))
+    return write_page(path, render_report(report))
 
 
-def render(report: Report) -> str:
-    """The page."""
+def render_report(report: Report) -> str:
+    """The page, as the text of one HTML file."""
     body = tag(
         "main",
         tag("h1", report.title),
-        sections.statement(report.demonstrations),
-        sections.headline(report.closed_loop, report.knowledge, report.insulation, report.seconds, report.machine),
-        _section("Closed loop on unseen scenes", sections.closed_loop(report.closed_loop)),
-        _section("Rollouts", sections.rollouts(report.recordings)),
-        _section("Is the backbone insulated?", sections.insulation(report.insulation)),
-        _section("What the backbone still knows", sections.knowledge(report.knowledge, report.question_share)),
-        _section("Training", sections.curves(report.metrics)),
-        _section("FAST action tokens", sections.fast(report.fast)),
-        _section("How it was made", sections.provenance(_facts(report), report.settings)),
+        sections.show_statement(report.demonstrations),
+        sections.show_headline(report.closed_loop, report.knowledge, report.insulation, report.seconds, report.machine),
+        _section("Closed loop on unseen scenes", sections.show_closed_loop(report.closed_loop)),
+        _section("Rollouts", sections.show_rollouts(report.recordings)),
+        _section("Is the backbone insulated?", sections.show_insulation(report.insulation)),
+        _section("What the backbone still knows", sections.show_knowledge(report.knowledge, report.question_share)),
+        _section("Training", sections.show_curves(report.metrics)),
+        _section("FAST action tokens", sections.show_fast(report.fast)),
+        _section("How it was made", sections.show_provenance(_facts(report), report.settings)),
     )
-    return page.render(report.title, body, STYLE.read_text(encoding="utf-8"))
+    return render_page(report.title, body, STYLE_FILE.read_text(encoding="utf-8"))
 
 
 def _facts(report: Report) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def _section(title: str, content: Html | None) -> Html:
 
 
 def read_metrics(path: str | Path) -> tuple[dict[str, Any], ...]:
-    """The rows of a run's `metrics.jsonl`. Raises ValueError naming a line that is no JSON."""
+    """The rows of a run's `metrics.jsonl`. Raises InputError naming a line that is no JSON."""
     rows = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         try:
@@ -98,7 +98,9 @@ def read_metrics(path: str | Path) -> tuple[dict[str, Any], ...]:
 
 def machine() -> str:
     """Processor, cores and system in a few words."""
+    # Linux names the processor; elsewhere its architecture has to do.
     found = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    # Cores this process may use, which in a container are fewer than the machine has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{found[0] if found else platform.machine()}, {cores} cores, {platform.system()}"
 
@@ -111,4 +113,4 @@ def _cpuinfo() -> list[str]:
 def versions() -> dict[str, str]:
     """Of Python and the packages that the numbers depend on."""
     python = ".".join(map(str, sys.version_info[:3]))
-    return {"python": python} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": python} | {name: importlib.metadata.version(name) for name in REPORTED_PACKAGES}

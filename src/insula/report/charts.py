@@ -16,7 +16,9 @@ from insula.page.html import Html, data_uri, tag
 THEME = {"#010101": "var(--ink)", "#020202": "var(--line)", "#030303": "var(--train)", "#040404": "var(--held)"}
 """Stand-ins drawn by matplotlib, and the page's colors they become, light or dark."""
 INK, LINE, TRAIN, HELD = THEME
-FRAMES, SIDE = 6, 64
+KEY_FRAMES = 6
+LONGEST_SIDE = 64
+"""Pixels of a camera's picture on the page."""
 Curve = tuple[list[float], list[float]]
 
 
@@ -32,21 +34,25 @@ def loss_chart(title: str, train: Curve, held_out: Curve, log: bool = True) -> H
     if not train[0] and not held_out[0]:
         return None
     with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 11, "svg.hashsalt": title}):
+        # Without pyplot: it would keep every figure, and choose a window system.
         figure = Figure(figsize=(4.6, 2.9), layout="constrained")
         axes = figure.add_subplot()
         axes.plot(*train, color=TRAIN, lw=1.4, marker="o" if len(train[0]) < 8 else None, ms=3, label="training")
         axes.plot(*held_out, color=HELD, lw=1.8, marker="o", ms=3.5, label="held-out")
+
         if log and min(train[1] + held_out[1]) > 0:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
             axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+
         axes.set_title(title, loc="left", fontsize=12, color=INK)
         axes.set_xlabel("update", color=INK)
         axes.tick_params(colors=INK, which="both", length=0)
         axes.grid(color=LINE, lw=0.7)
         axes.spines[:].set_visible(False)
         axes.legend(frameon=False, labelcolor=INK, fontsize=10)
+
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None})
     return _inline(buffer.getvalue(), title)
@@ -55,11 +61,15 @@ def loss_chart(title: str, train: Curve, held_out: Curve, log: bool = True) -> H
 def _inline(svg: str, title: str) -> Html:
     """The drawing alone: no prologue, ids of its own, the page's colors and font."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
+
+    # Several drawings share one page, so every id carries its drawing's name.
     name = re.sub(r"\W+", "-", title.lower())
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+
     svg = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 system-ui, sans-serif", svg)
     label = f'role="img" aria-label="{name.replace("-", " ")}"'
     svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', label, svg, count=1)
+
     for stand_in, color in THEME.items():
         svg = svg.replace(stand_in, color)
     return tag("figure", Html(svg), class_="chart")
@@ -67,7 +77,8 @@ def _inline(svg: str, title: str) -> Html:
 
 def interval_bar(rate: float, low: float, high: float, bad: bool = False) -> Html:
     """A rate from 0 to 1 as a bar, its interval as a whisker."""
-    color, width = "var(--bad)" if bad else "var(--good)", max(100 * (high - low), 0.6)
+    color = "var(--bad)" if bad else "var(--good)"
+    width = max(100 * (high - low), 0.6)  # a narrow interval stays visible
     return Html(
         '<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
         '<rect width="100" height="10" fill="var(--line)" opacity=".6"/>'
@@ -76,7 +87,7 @@ def interval_bar(rate: float, low: float, high: float, bad: bool = False) -> Htm
     )
 
 
-def key_frames(frames: np.ndarray, count: int = FRAMES) -> str:
+def key_frames(frames: np.ndarray, count: int = KEY_FRAMES) -> str:
     """`count` evenly spread frames side by side, the last among them, cameras one above the other, as a PNG URI."""
     chosen = frames[np.unique(np.linspace(0, len(frames) - 1, count).round().astype(int))]
     views = [np.concatenate(list(view), axis=1) for view in _views(chosen)]
@@ -84,6 +95,7 @@ def key_frames(frames: np.ndarray, count: int = FRAMES) -> str:
 
 
 def first_frame(frames: np.ndarray) -> str:
+    """The first frame, both cameras side by side, as a PNG URI."""
     return _png(np.concatenate([view[0] for view in _views(frames[:1])], axis=1))
 
 
@@ -91,6 +103,7 @@ def animation(frames: np.ndarray, milliseconds: int = 100) -> str:
     """All frames, both cameras side by side, as a looping WebP URI; the end stays for a second."""
     sequence = np.concatenate(_views(frames), axis=2)
     images = [Image.fromarray(frame) for frame in sequence]
+
     buffer = io.BytesIO()
     duration = [milliseconds] * (len(images) - 1) + [1000]
     images[0].save(buffer, "WEBP", save_all=True, append_images=images[1:], duration=duration, loop=0, quality=80)
@@ -98,8 +111,8 @@ def animation(frames: np.ndarray, milliseconds: int = 100) -> str:
 
 
 def _views(frames: np.ndarray) -> list[np.ndarray]:
-    """Frames [T, h, cameras·w, 3] of square cameras, one array for each camera, no side longer than SIDE."""
-    step = -(-frames.shape[1] // SIDE)
+    """Frames [T, h, cameras·w, 3] of square cameras, one array for each camera, no side longer than LONGEST_SIDE."""
+    step = -(-frames.shape[1] // LONGEST_SIDE)
     return [view[:, ::step, ::step] for view in np.split(frames, frames.shape[2] // frames.shape[1], axis=2)]
 
 

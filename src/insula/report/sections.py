@@ -3,13 +3,17 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from insula.certificate import VERDICTS, Outcome, column_title, exact_text, table_columns
 from insula.evaluate.closed_loop import Recording
-from insula.page.html import Html, table, tag
+from insula.page.html import Html, html_table, tag
 from insula.report import charts
 
 MISSING = "not measured"
-SHOWN, ANIMATED = 8, 3
-NARROW = "\u202f"  # a narrow space that never breaks
+SHOWN = 8
+"""Episodes on the page."""
+ANIMATED = 3
+"""The first of them, which also move."""
+NARROW_SPACE = "\u202f"  # a narrow space that never breaks
 RATES = (  # key, what it says, whether more is worse
     ("success", "success", False),
     ("swapped_success", "success, instruction swapped", False),
@@ -18,7 +22,8 @@ RATES = (  # key, what it says, whether more is worse
 )
 
 
-def statement(demonstrations: int | None) -> Html:
+def show_statement(demonstrations: int | None) -> Html:
+    """Where the data come from, before any number."""
     many = "Demonstrations" if demonstrations is None else f"All {demonstrations:,} demonstrations"
     return tag(
         "p",
@@ -31,20 +36,23 @@ def statement(demonstrations: int | None) -> Html:
 
 
 def percent(value: float) -> str:
-    return f"{100 * value:.0f}{NARROW}%"
+    """A share from 0 to 1, as whole percent."""
+    return f"{100 * value:.0f}{NARROW_SPACE}%"
 
 
-def _between(rate: Mapping[str, Any]) -> str:
-    return f"{100 * rate['low']:.0f}–{100 * rate['high']:.0f}{NARROW}%"
+def _interval(rate: Mapping[str, Any]) -> str:
+    return f"{100 * rate['low']:.0f}–{100 * rate['high']:.0f}{NARROW_SPACE}%"
 
 
-def headline(
+def show_headline(
     loop: Mapping[str, Any] | None,
     knowledge: Mapping[str, Any] | None,
     proof: Mapping[str, Any] | None,
     seconds: Mapping[str, float] | None,
     machine: str | None,
 ) -> Html:
+    """One card for each number that matters, in plain sight."""
+
     def card(value: str | None, name: str, note: str | None = None, class_: str | None = None) -> Html:
         shown = tag("b", "–" if value is None else value, class_=class_)
         return tag("div", tag("span", name), shown, tag("span", MISSING if value is None else note), class_="card")
@@ -53,39 +61,50 @@ def headline(
     for key, name, _ in RATES[:3]:
         rate = loop[key] if loop else None
         cards.append(
-            card(percent(rate["rate"]), name, f"{_between(rate)}, {rate['total']} scenes") if rate else card(None, name)
+            card(percent(rate["rate"]), name, f"{_interval(rate)}, {rate['total']} scenes")
+            if rate
+            else card(None, name)
         )
+
     outcome = proof["outcome"] if proof else None
-    cards.append(card(outcome, "insulation", "gradients measured on this model", _verdict_class(proof)))
-    known, before = (percent(mean(knowledge[when])) if knowledge else None for when in ("after", "before"))
+    cards.append(card(outcome, "insulation", "gradients measured on this model", _outcome_class(proof)))
+
+    known, before = (percent(mean_accuracy(knowledge[when])) if knowledge else None for when in ("after", "before"))
     cards.append(card(known, "held-out questions right", f"{before} before robot training"))
+
     train = (seconds or {}).get("train")
     cards.append(card(None if train is None else f"{train / 60:.1f} min", "training", machine))
     return tag("div", cards, class_="cards")
 
 
-def mean(known: Mapping[str, Any]) -> float:
+def mean_accuracy(known: Mapping[str, Any]) -> float:
     """Accuracy over kinds of questions."""
     return sum(known["accuracy"].values()) / max(len(known["accuracy"]), 1)
 
 
-def closed_loop(loop: Mapping[str, Any] | None) -> Html | None:
+def show_closed_loop(loop: Mapping[str, Any] | None) -> Html | None:
+    """Rates with their intervals, as `ClosedLoop.to_json()` has them, and every episode one click away."""
     if loop is None:
         return None
+
     rows = []
     for key, name, worse in RATES:
         rate = loop[key]
         if rate is None:
             rows.append([name, tag("span", MISSING, class_="missing"), "", "", ""])
             continue
+
         bar = charts.interval_bar(rate["rate"], rate["low"], rate["high"], worse)
-        rows.append([name, percent(rate["rate"]), _between(rate), f"{rate['count']} of {rate['total']}", bar])
+        rows.append([name, percent(rate["rate"]), _interval(rate), f"{rate['count']} of {rate['total']}", bar])
+
     latency = ", ".join(f"{name} {value:.1f} ms" for name, value in loop["latency_ms"].items())
     solved = loop["mean_steps_of_successes"]
     seeds = f"{loop['first_seed']} to {loop['first_seed'] + loop['scenes'] - 1}"
     episodes = [
-        [e["seed"], e["task"], "swapped" if e["swapped"] else "", _mark(e), e["steps"]] for e in loop["episodes"]
+        [e["seed"], e["task"], "swapped" if e["swapped"] else "", _success_mark(e), e["steps"]]
+        for e in loop["episodes"]
     ]
+
     return tag(
         "div",
         tag(
@@ -93,7 +112,7 @@ def closed_loop(loop: Mapping[str, Any] | None) -> Html | None:
             "Every scene is run twice: with its instruction, and with one that names another block and the other bowl "
             "of the same scene. A policy that does not listen scores 0\u202f% there and moves a wrong object instead.",
         ),
-        table(["", "rate", "95 % interval", "scenes", ""], rows),
+        html_table(["", "rate", "95 % interval", "scenes", ""], rows),
         tag(
             "p",
             f"Seeds {seeds}; {loop['replan_steps']} steps of each chunk executed before looking again; "
@@ -105,12 +124,12 @@ def closed_loop(loop: Mapping[str, Any] | None) -> Html | None:
         tag(
             "details",
             tag("summary", f"All {len(episodes)} episodes"),
-            table(["seed", "instruction", "", "outcome", "steps"], episodes),
+            html_table(["seed", "instruction", "", "outcome", "steps"], episodes),
         ),
     )
 
 
-def _mark(episode: Mapping[str, Any]) -> Html:
+def _success_mark(episode: Mapping[str, Any]) -> Html:
     """Success or failure, in a word and a color."""
     good = episode["success"]
     word = "✓ success" if good else "✗ failure"
@@ -118,13 +137,17 @@ def _mark(episode: Mapping[str, Any]) -> Html:
     return tag("span", word + wrong, class_="good" if good else "bad")
 
 
-def rollouts(recordings: Sequence[Recording]) -> Html | None:
+def show_rollouts(recordings: Sequence[Recording]) -> Html | None:
+    """The first episodes in key frames, and the first of those in motion. Not chosen: a choice would flatter."""
     if not recordings:
         return None
+
     shown = recordings[:SHOWN]
     which = f"The first {len(shown)} episodes as they came, not chosen" + (
         f", of {len(recordings)} that were recorded" if len(recordings) > len(shown) else ""
     )
+
+    # Animations are most of the page's size, so only a few move.
     figures = [_rollout(recording, i < ANIMATED) for i, recording in enumerate(shown)]
     return tag(
         "div",
@@ -134,7 +157,8 @@ def rollouts(recordings: Sequence[Recording]) -> Html | None:
 
 
 def _rollout(recording: Recording, animated: bool) -> Html:
-    episode, moving = vars(recording.episode), None
+    episode = vars(recording.episode)
+    moving = None
     if animated:  # a still one for those who asked their system for less motion
         still = charts.first_frame(recording.frames)
         moving = tag(
@@ -142,10 +166,11 @@ def _rollout(recording: Recording, animated: bool) -> Html:
             tag("source", srcset=still, media="(prefers-reduced-motion: reduce)"),
             tag("img", src=charts.animation(recording.frames), alt="the whole episode, front and wrist camera"),
         )
+
     note = f"seed {episode['seed']}{', swapped' if episode['swapped'] else ''}, {episode['steps']} steps"
     return tag(
         "figure",
-        tag("p", tag("span", _mark(episode), class_="badge"), episode["task"]),
+        tag("p", tag("span", _success_mark(episode), class_="badge"), episode["task"]),
         moving,
         tag("img", src=charts.key_frames(recording.frames), alt="key frames from first to last"),
         tag("figcaption", note),
@@ -153,28 +178,25 @@ def _rollout(recording: Recording, animated: bool) -> Html:
     )
 
 
-def insulation(proof: Mapping[str, Any] | None) -> Html | None:
+def show_insulation(proof: Mapping[str, Any] | None) -> Html | None:
+    """The verdict, what spoils it, and the table of a proof or a certificate, as plain values."""
     if proof is None:
         return None
-    names = {
-        "flow": "flow loss",
-        "flow_control": "flow loss, not insulated",
-        "fast": "token loss",
-        "fast_control": "token loss, not insulated",
-    }
-    rows = [[part, *(_norm(row[name]) for name in names)] for part, row in proof["table"].items()]
-    verdicts = {
-        "holds": "Insulation holds: every gradient that must be zero is exactly zero, and every control is not.",
-        "off": "Insulation is off: this model learns from the flow loss as the columns “not insulated” show.",
-        "leaks": "Insulation leaks: a gradient arrives where there must be none.",
-        "vacuous": "Nothing is shown: a control is zero, so the zeros beside it mean nothing (an untrained model?).",
-        "not finite": "Nothing is shown: some gradients are not finite.",
-    }
+
+    verdict = tag("span", VERDICTS[Outcome(proof["outcome"])], class_=_outcome_class(proof))
+    findings = tag("ul", [tag("li", finding) for finding in proof["findings"]]) if proof["findings"] else None
+    if not proof["table"]:  # a checkpoint that was never certified
+        return tag("div", tag("p", verdict), findings)
+
+    columns = table_columns(proof["table"])
+    rows = [
+        [part, *(_exact_norm(row[loss][scheme]) for loss, scheme in columns)] for part, row in proof["table"].items()
+    ]
     return tag(
         "div",
-        tag("p", tag("span", verdicts[proof["outcome"]], class_=_verdict_class(proof))),
-        tag("ul", [tag("li", finding) for finding in proof["findings"]]) if proof["findings"] else None,
-        table(["gradient norm on", *names.values()], rows),
+        tag("p", verdict),
+        findings,
+        html_table(["gradient norm on", *(column_title(loss, scheme) for loss, scheme in columns)], rows),
         tag(
             "p",
             "Measured on this very model. “Not insulated” is the same loss of the same weights "
@@ -185,26 +207,32 @@ def insulation(proof: Mapping[str, Any] | None) -> Html | None:
     )
 
 
-def _verdict_class(proof: Mapping[str, Any] | None) -> str | None:
-    return None if proof is None else "good" if proof["outcome"] == "holds" else "bad"
+def _outcome_class(proof: Mapping[str, Any] | None) -> str | None:
+    if proof is None:
+        return None
+    return "good" if proof["outcome"] == Outcome.HOLDS else "bad"
 
 
-def _norm(value: float) -> Any:
-    return tag("span", "0 exactly", class_="good") if value == 0 else f"{value:.3g}"
+def _exact_norm(value: float) -> Any:
+    shown = exact_text(value)
+    return tag("span", shown, class_="good") if value == 0 else shown
 
 
-def knowledge(known: Mapping[str, Mapping[str, Any]] | None, question_share: float | None = None) -> Html | None:
+def show_knowledge(known: Mapping[str, Mapping[str, Any]] | None, question_share: float | None = None) -> Html | None:
+    """What the backbone answers "before" and "after" robot training, kind by kind. `question_share`: of its samples."""
     if known is None:
         return None
+
     before, after = known["before"], known["after"]
 
     def row(name: Any, old: float | None, new: float | None) -> list[Any]:
         change = "–" if old is None or new is None else f"{100 * (new - old):+.1f}"
         return [name, *("–" if v is None else percent(v) for v in (old, new)), change]
 
+    # A kind may be missing on one side: not every scene allows every question.
     kinds = sorted({*before["accuracy"], *after["accuracy"]})
     rows = [row(kind, before["accuracy"].get(kind), after["accuracy"].get(kind)) for kind in kinds]
-    rows.append(row(tag("b", "mean of kinds"), mean(before), mean(after)))
+    rows.append(row(tag("b", "mean of kinds"), mean_accuracy(before), mean_accuracy(after)))
     return tag(
         "div",
         tag(
@@ -217,7 +245,7 @@ def knowledge(known: Mapping[str, Mapping[str, Any]] | None, question_share: flo
                 else f" In that training, {percent(question_share)} of the samples were questions about other scenes."
             ),
         ),
-        table(["kind of question", "before", "after", "points"], rows),
+        html_table(["kind of question", "before", "after", "points"], rows),
         tag(
             "p",
             f"Locations are off by {before['location_error']:.1f} bins of 128 before and {after['location_error']:.1f} "
@@ -227,7 +255,8 @@ def knowledge(known: Mapping[str, Mapping[str, Any]] | None, question_share: flo
     )
 
 
-def curves(metrics: Sequence[Mapping[str, Any]]) -> Html | None:
+def show_curves(metrics: Sequence[Mapping[str, Any]]) -> Html | None:
+    """Losses over updates, training and held-out."""
     wanted = (("Flow loss", "flow", True), ("Token loss", "fast", True), ("Token accuracy", "token_accuracy", False))
     drawn = [
         charts.loss_chart(title, charts.curve(metrics, name), charts.curve(metrics, f"held_out/{name}"), log)
@@ -235,6 +264,7 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> Html | None:
     ]
     if not any(drawn):
         return None
+
     return tag(
         "div",
         tag("p", "Held-out: episodes never trained on, with the averaged weights that are evaluated."),
@@ -242,17 +272,18 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> Html | None:
     )
 
 
-def fast(found: Mapping[str, Any] | None) -> Html | None:
-    return table([], [[name, _plain(value)] for name, value in found.items()], "plain") if found else None
+def show_fast(found: Mapping[str, Any] | None) -> Html | None:
+    """Name and value of each statistic."""
+    return html_table([], [[name, _short(value)] for name, value in found.items()], "plain") if found else None
 
 
-def provenance(facts: Mapping[str, Any], settings: Mapping[str, Any] | None) -> Html:
+def show_provenance(facts: Mapping[str, Any], settings: Mapping[str, Any] | None) -> Html:
     """`facts` in sight, all settings (nested) one click away."""
 
     def listed(pairs: Mapping[str, Any]) -> Html:
-        return table([], [[k, MISSING if v is None else _plain(v)] for k, v in pairs.items()], "plain")
+        return html_table([], [[k, MISSING if v is None else _short(v)] for k, v in pairs.items()], "plain")
 
-    flat = dict(_flat(settings or {}))
+    flat = dict(_flattened(settings or {}))
     return tag(
         "div",
         listed(facts),
@@ -260,14 +291,14 @@ def provenance(facts: Mapping[str, Any], settings: Mapping[str, Any] | None) -> 
     )
 
 
-def _plain(value: Any) -> str:
+def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def _flattened(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     """{"a": {"b": 1}} → ("a.b", 1)."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{above}{name}.")
+            yield from _flattened(value, f"{above}{name}.")
         else:
             yield above + name, "none" if value is None else value

@@ -4,14 +4,6 @@
   const { el } = insula;
   const data = JSON.parse(document.getElementById("data").textContent);
   const { about } = data;
-  const verdicts = {
-    holds: "Insulation holds: what must be zero is exactly zero, and every control is not.",
-    off: "Insulation is off: this model learns from the flow loss as the columns “not insulated” show.",
-    leaks: "Insulation leaks: something arrives where nothing must.",
-    vacuous: "Nothing is shown: a control is zero, too.",
-    "not finite": "Nothing is shown: some numbers are not finite.",
-    "not asked": about.parameters === "no" ? "The model was not run." : "This sample lacks a loss, so it cannot show insulation.",
-  };
   const color = { holds: "good", "not asked": "soft" }[data.outcome] ?? "bad";
   const card = (name, value, note, kind = null) =>
     el("div", { class: "card" }, el("span", {}, name), el("b", { class: kind }, value), el("span", {}, note));
@@ -24,10 +16,11 @@
     el("p", { class: "soft" }, `Sample ${about.number} of ${about.count} of ${about.source}: ${about.sample}. `,
       `Model ${about.model}, ${about.parameters} weights; ${about.subject}; seed ${about.seed}.`),
     data.sources ? picker(data.sources) : "",
-    el("p", { id: "verdict", class: color }, verdicts[data.outcome]),
+    el("p", { id: "verdict", class: color }, data.verdict),
     data.faults.length ? el("ul", { id: "faults", class: "bad" }, data.faults.map((fault) => el("li", {}, fault))) : "",
     el("div", { class: "cards" },
       card("insulation", data.outcome, losses ? "measured on this sample" : "not measured", color),
+      about.certified ? card("certificate", about.certified, "of this checkpoint", about.certified === "holds" ? "good" : "bad") : "",
       card("scored tokens", about.scored, "by the token loss"),
       card("scored action steps", about.real_steps, "by the flow loss"),
       card("total loss", losses ? insula.number(losses.total, 4) : "–", losses ? "flow + λ · token" : "not measured")),

@@ -1,4 +1,4 @@
-"""The page of one sample: one file, offline, drawn in the browser from `view`.
+"""The page of one sample: one file, offline, drawn in the browser from `sample_view`.
 
 The scripts run in this order: uPlot (the only library, in vendor/), dom.js (elements, packed arrays, charts),
 patches.js (images with their patches), then one file for each section, and main.js, which calls them.
@@ -8,12 +8,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from insula import page
 from insula.inspection.findings import Findings
-from insula.inspection.view import view
+from insula.inspection.view import sample_view
+from insula.page import render_page
 from insula.page.html import Html, tag
 
-HERE = Path(__file__).parent
+SCRIPTS_FOLDER = Path(__file__).parent
 SCRIPTS = (
     "vendor/uPlot.iife.min.js",
     "dom.js",
@@ -28,25 +28,25 @@ SCRIPTS = (
 STYLES = ("vendor/uPlot.min.css", "inspect.css")
 
 
-def render(found: Findings, sources: dict[str, int] | None = None) -> str:
+def render_sample(found: Findings, sources: dict[str, int] | None = None) -> str:
     """The page. `sources`, with how many samples each has, where a server is there to pick from them."""
-    seen = view(found, sources)
+    seen = sample_view(found, sources)
     body = [
-        tag("script", _data(seen), type="application/json", id="data"),
+        tag("script", _embedded(seen), type="application/json", id="data"),
         tag("main", tag("noscript", tag("p", "This page is drawn by a script in it; nothing is fetched.")), id="page"),
     ]
-    return page.render(
+    return render_page(
         f"insula inspect: {seen['about']['sample']}",
         Html("".join(body)),
-        "".join(_read(name) for name in STYLES),
-        [_read(name) for name in SCRIPTS],
+        "".join(_page_file(name) for name in STYLES),
+        [_page_file(name) for name in SCRIPTS],
     )
 
 
-def _data(seen: dict[str, Any]) -> Html:
+def _embedded(seen: dict[str, Any]) -> Html:
     """JSON that no text in it can end."""
     return Html(json.dumps(seen, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"))
 
 
-def _read(name: str) -> str:
-    return (HERE / name).read_text(encoding="utf-8")
+def _page_file(name: str) -> str:
+    return (SCRIPTS_FOLDER / name).read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ insula.sections.push(["Who may look at whom", "attention", (data) => {
   const [images, columns] = data.about.cut;
   const size = columns + actions;
   const names = Array.from({ length: size }, (_, n) => nameOf(n));
-  const parts = Array.from({ length: size }, (_, n) => partOf(n));
+  const kinds = Array.from({ length: size }, (_, n) => kindOf(n));
 
   const canvas = el("canvas", { id: "matrix", tabindex: 0, role: "img", "aria-label": "attention mask: queries down, keys across" });
   const readout = el("output", { class: "readout", id: "cell-readout", "aria-live": "polite" }, "Hover a cell, or walk over them with the arrow keys.");
@@ -16,8 +16,8 @@ insula.sections.push(["Who may look at whom", "attention", (data) => {
   const choices = variants.map(({ name }) => el("label", {},
     el("input", { type: "radio", name: "variant", value: name, checked: name === own }), name, name === own ? " (this model)" : ""));
 
-  let codes = null; // Uint8Array [size · size] of the chosen variant
-  const packed = variants.map((variant) => insula.unpack(variant.codes));
+  let cells = null; // Uint8Array [size · size] of the chosen variant: indices into reasons
+  const packed = variants.map((variant) => insula.unpack(variant.cells));
   let ours = null;
   let bitmap = null;
   let at = null; // [query, key]
@@ -25,13 +25,13 @@ insula.sections.push(["Who may look at whom", "attention", (data) => {
 
   const paint = () => {
     const image = new ImageData(size, size);
-    const palette = reasons.map(({ name, on, why }) => {
-      if (on) return [...rgb(why.startsWith("LEAK") ? "bad" : `mask-${name.replace(" ", "-")}`), 255];
-      return ["hidden", "future", "blind"].includes(name) ? [...rgb("soft"), 45] : [0, 0, 0, 0];
+    const palette = reasons.map(({ name, on, leak, withheld }) => {
+      if (on) return [...rgb(leak ? "bad" : `mask-${name.replace("_", "-")}`), 255];
+      return withheld ? [...rgb("soft"), 45] : [0, 0, 0, 0];
     });
-    codes.forEach((code, n) => {
-      const color = palette[code];
-      const same = difference.checked && codes[n] === ours[n];
+    cells.forEach((cell, n) => {
+      const color = palette[cell];
+      const same = difference.checked && cell === ours[n];
       image.data.set(same ? [color[0], color[1], color[2], color[3] / 6] : color, 4 * n);
     });
     bitmap = new OffscreenCanvas(size, size);
@@ -54,7 +54,7 @@ insula.sections.push(["Who may look at whom", "attention", (data) => {
     context.clearRect(0, 0, canvas.width, band);
     context.clearRect(0, 0, band, canvas.height);
     for (let n = 0; n < size; n += 1) { // what each row and column is
-      context.fillStyle = insula.color(`part-${parts[n]}`);
+      context.fillStyle = insula.color(`kind-${kinds[n]}`);
       const from = band + n * lens.scale;
       if (from + lens.top + lens.scale > band) context.fillRect(0, Math.max(band, from + lens.top), band - 2, Math.ceil(lens.scale));
       if (from + lens.left + lens.scale > band) context.fillRect(Math.max(band, from + lens.left), 0, Math.ceil(lens.scale), band - 2);
@@ -84,30 +84,30 @@ insula.sections.push(["Who may look at whom", "attention", (data) => {
   const chosen = () => variants[choices.findIndex((label) => label.firstChild.checked)];
   const choose = async () => {
     const variant = chosen();
-    [ours, codes] = [await packed[0], await packed[variants.indexOf(variant)]];
+    [ours, cells] = [await packed[0], await packed[variants.indexOf(variant)]];
     if (variant !== chosen()) return; // another one was chosen meanwhile
     about.textContent = variant.about;
     const count = new Uint32Array(reasons.length);
-    codes.forEach((code) => { count[code] += 1; });
-    legend.replaceChildren(...reasons.flatMap(({ name, on, why }, n) => count[n] && name !== "padding"
-      ? [el("span", { class: `key mask-${name.replace(" ", "-")}${on ? "" : " off"}${why.startsWith("LEAK") ? " leak" : ""}` },
-        `${on ? "on" : "off"}: ${why} (${count[n].toLocaleString("en")})`)] : []));
+    cells.forEach((cell) => { count[cell] += 1; });
+    legend.replaceChildren(...reasons.flatMap(({ name, on, why, leak }, n) => count[n] && name !== "padding"
+      ? [el("span", { class: `key mask-${name.replace("_", "-")}${on ? "" : " off"}${leak ? " leak" : ""}` },
+        `${on ? "on" : "off"}: ${leak ? "LEAK: " : ""}${why} (${count[n].toLocaleString("en")})`)] : []));
     paint();
     draw();
     if (at) say();
   };
   const say = () => {
     const [q, k] = at;
-    const { on, why } = reasons[codes[q * size + k]];
-    readout.textContent = `${names[q]} → ${names[k]}: ${on ? "on" : "off"}, ${why}`;
-    readout.classList.toggle("bad", why.startsWith("LEAK"));
+    const { on, why, leak } = reasons[cells[q * size + k]];
+    readout.textContent = `${names[q]} → ${names[k]}: ${on ? "on" : "off"}, ${leak ? "LEAK: " : ""}${why}`;
+    readout.classList.toggle("bad", leak);
   };
   const go = (q, k) => {
     at = [q, k].map((v) => Math.min(size - 1, Math.max(0, v)));
     say();
     draw();
   };
-  const cell = (event) => {
+  const cellAt = (event) => {
     const box = canvas.getBoundingClientRect();
     const ratio = canvas.width / box.width;
     const find = (v, first) => Math.floor((v * ratio - first) / lens.scale);
@@ -133,14 +133,14 @@ insula.sections.push(["Who may look at whom", "attention", (data) => {
   canvas.addEventListener("pointerup", () => { held = null; });
   canvas.addEventListener("pointercancel", () => { held = null; });
   canvas.addEventListener("pointermove", (event) => {
-    if (!codes) return;
+    if (!cells) return;
     if (held && event.buttons) {
       const ratio = canvas.width / canvas.clientWidth;
       lens.left += (event.clientX - held[0]) * ratio;
       lens.top += (event.clientY - held[1]) * ratio;
       held = [event.clientX, event.clientY];
     }
-    go(...cell(event));
+    go(...cellAt(event));
   });
   canvas.addEventListener("wheel", (event) => {
     if (!event.ctrlKey && document.activeElement !== canvas) return; // the page scrolls, unless this was asked for
@@ -148,7 +148,7 @@ insula.sections.push(["Who may look at whom", "attention", (data) => {
     zoom(event.deltaY < 0 ? 1.25 : 0.8, event);
   }, { passive: false });
   canvas.addEventListener("keydown", (event) => {
-    if (!codes) return;
+    if (!cells) return;
     const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
     if (step) go(...(at ?? [-step[0], -step[1]]).map((v, i) => v + step[i] * (event.shiftKey ? 10 : 1)));
     else if (event.key === "+" || event.key === "=") zoom(1.5);
@@ -186,16 +186,16 @@ insula.sections.push(["Who may look at whom", "attention", (data) => {
     canvas.fillRect(0, 0, 1, 1);
     return canvas.getImageData(0, 0, 1, 1).data.slice(0, 3);
   }
-  function partOf(n) {
+  function kindOf(n) {
     if (n >= columns) return stateToken && n === columns ? "state" : "action";
-    if (n >= images) return data.tokens[n - images].part;
+    if (n >= images) return data.tokens[n - images].kind;
     return data.cameras[Math.floor(n / data.cameras[0].grid ** 2)].present ? "image" : "absent";
   }
   function nameOf(n) {
     if (n >= columns) return stateToken && n === columns ? "the state's token" : `action ${n - columns - stateToken}`;
     if (n >= images) {
       const token = data.tokens[n - images];
-      return `column ${n} (${token.part}${token.part === "padding" ? "" : ` “${insula.visible(token.text)}”`})`;
+      return `column ${n} (${token.kind}${token.kind === "padding" ? "" : ` “${insula.visible(token.text)}”`})`;
     }
     const camera = data.cameras[Math.floor(n / data.cameras[0].grid ** 2)];
     const patch = n - camera.first;

@@ -11,20 +11,22 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from insula.errors import FileError, InputError
+from insula.errors import FileError, InputError, InsulaError
 from insula.inspection.findings import Inspector
-from insula.inspection.page import render
+from insula.inspection.sample_page import render_sample
 
 HOST = "127.0.0.1"
 
 
-def application(inspector: Inspector, source: str | None = None, number: int = 0) -> Starlette:
-    """`GET /?source=NAME&sample=N`, the first time `source` and `number`. What does not exist is one line and 404.
+def make_app(inspector: Inspector, source: str | None = None, number: int = 0) -> Starlette:
+    """`GET /?source=NAME&sample=N`, `source` and `number` unless asked otherwise. What does not exist is one line and
+    404.
 
     Other names than this machine's are refused, so that no web page elsewhere can read samples through a name of its
     own that leads here.
     """
-    subject, busy = inspector.subject, threading.Lock()
+    subject = inspector.subject
+    busy = threading.Lock()
     sources = {name: len(samples) for name, samples in subject.sources.items()}
 
     def show(request: Request) -> Response:
@@ -33,9 +35,9 @@ def application(inspector: Inspector, source: str | None = None, number: int = 0
             wanted = _whole(asked.get("sample", str(number)))
             with busy:  # a decoder and a cache are not made for two readers at once
                 found = inspector.look(wanted, asked.get("source", source))
-        except (ValueError, IndexError, OSError) as error:
+        except InsulaError as error:
             return PlainTextResponse(f"insula: {error}\n", status_code=404)
-        return HTMLResponse(render(found, sources), headers={"Cache-Control": "no-store"})
+        return HTMLResponse(render_sample(found, sources), headers={"Cache-Control": "no-store"})
 
     trusted = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
     return Starlette(routes=[Route("/", show)], middleware=[trusted])
@@ -48,13 +50,20 @@ def _whole(text: str) -> int:
         raise InputError(f"sample is {text[:40]!r}, expected a whole number") from None
 
 
-def serve(inspector: Inspector, source: str | None, number: int, port: int) -> None:
-    """Until Ctrl-C. Raises OSError where the port is taken."""
-    app = application(inspector, source, number)
+def listen(port: int) -> socket.socket:
+    """A socket of this machine; port 0 takes a free one. Raises InputError for what is no port, FileError where it is
+    taken."""
+    if not 0 <= port <= 65535:
+        raise InputError(f"--port {port}: expected 0 to 65535")
     try:
-        listening = socket.create_server((HOST, port))
+        return socket.create_server((HOST, port))
     except OSError as error:
         raise FileError(f"port {port} of {HOST}: {error.strerror}; --port 0 takes a free one") from None
+
+
+def serve_samples(inspector: Inspector, source: str | None, number: int, listening: socket.socket) -> None:
+    """Serve at a socket from `listen` until Ctrl-C; the address is printed."""
+    app = make_app(inspector, source, number)
     config = uvicorn.Config(app, log_level="warning", lifespan="off")
     print(f"http://{HOST}:{listening.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
     uvicorn.Server(config).run(sockets=[listening])

@@ -28,7 +28,7 @@ insula.sections.push(["Where the expert looks", "look", (data) => {
   });
   const words = data.tokens.filter((token) => token.visible).map((token) => {
     const node = el("span", { class: "word", tabindex: 0 }, insula.visible(token.text));
-    const say = () => { readout.textContent = `“${insula.visible(token.text)}” (${token.part}): ${insula.percent(shares[token.column])} of the attention`; };
+    const say = () => { readout.textContent = `“${insula.visible(token.text)}” (${token.kind}): ${insula.percent(shares[token.column])} of the attention`; };
     node.addEventListener("pointerenter", say);
     node.addEventListener("focus", say);
     return { token, node };

@@ -32,8 +32,8 @@ insula.sections.push(["The sequence", "sequence", (data) => {
   const chunk = data.chunk;
   const coefficients = chunk?.coefficients && coefficientTable(chunk);
   const describe = (token) => {
-    const words = token.part === "padding" ? "padding" : `“${insula.visible(token.text)}”`;
-    let text = `column ${token.column}: ${words} (${token.part}), id ${token.id}, position ${token.position}; ${bits(token)}`;
+    const words = token.kind === "padding" ? "padding" : `“${insula.visible(token.text)}”`;
+    let text = `column ${token.column}: ${words} (${token.kind}), id ${token.id}, position ${token.position}; ${bits(token)}`;
     const span = chunk?.spans?.[token.column];
     if (span) {
       const dims = chunk.names.length;
@@ -47,10 +47,10 @@ insula.sections.push(["The sequence", "sequence", (data) => {
   };
   const chips = data.tokens.map((token, n) => {
     const chip = el("li", {
-      class: `token part-${token.part}`, "data-column": token.column, tabindex: n ? -1 : 0, role: "option",
-      "aria-label": `${token.part} ${token.text}, id ${token.id}`,
+      class: `token kind-${token.kind}`, "data-column": token.column, tabindex: n ? -1 : 0, role: "option",
+      "aria-label": `${token.kind} ${token.text}, id ${token.id}`,
     },
-    el("span", { class: "piece" }, token.part === "padding" ? "" : insula.visible(token.text)),
+    el("span", { class: "piece" }, token.kind === "padding" ? "" : insula.visible(token.text)),
     el("small", {}, token.id),
     el("span", { class: "masks", "aria-hidden": "true" },
       masks.map(([key]) => el("i", { "data-mask": key, class: token[key] ? "on" : "off" }))));
@@ -69,13 +69,13 @@ insula.sections.push(["The sequence", "sequence", (data) => {
     next.tabIndex = 0;
     next.focus();
   });
-  const parts = [...new Set(data.tokens.map((token) => token.part))];
+  const kinds = [...new Set(data.tokens.map((token) => token.kind))];
   const [images, all] = data.about.cut;
   return [
     el("p", {}, `${all} columns: ${images} of images, then ${all - images} of text. Positions count real columns only. ` +
       "Under each token, from the left: " + masks.map(([, name, why]) => `${name} (${why})`).join(", ") + "."),
     el("div", { class: "cameras" }, cameras),
-    el("p", { class: "legend" }, parts.map((part) => el("span", { class: `key part-${part}` }, part))),
+    el("p", { class: "legend" }, kinds.map((kind) => el("span", { class: `key kind-${kind}` }, kind))),
     list,
     readout,
     chunk ? chunkParts(chunk, coefficients) : el("p", { class: "soft" }, "A question: it has no chunk of actions."),
@@ -94,7 +94,7 @@ insula.sections.push(["The sequence", "sequence", (data) => {
   function chunkParts(seen, drawn) {
     if (!seen.actions) return el("p", { class: "bad" }, `The chunk has no FAST tokens: ${seen.invalid}.`);
     const steps = seen.actions.map((_, n) => n);
-    const real = seen.real.filter((row) => row.some(Boolean)).length;
+    const real = seen.action_mask.filter((row) => row.some(Boolean)).length;
     const place = el("div", { class: "charts", id: "chunk" });
     const series = [["what was recorded", "actions", "ink", null], ["read back from FAST tokens", "decoded", "fast", [6, 4]],
       ["what the policy does", "policy", "look", [2, 3]]].filter(([, key]) => seen[key]);

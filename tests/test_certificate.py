@@ -13,9 +13,9 @@ import pytest
 
 from insula import certificate as gradients
 from insula import losses
+from insula.batch import LossName
 from insula.certificate import (
     EXPERT_PARTS,
-    LossName,
     Outcome,
     Scheme,
     judge,

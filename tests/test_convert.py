@@ -19,7 +19,7 @@ from insula.checkpoints.openpi import OPENPI
 from insula.checkpoints.paligemma import HUGGING_FACE
 from insula.checkpoints.store import CheckpointStore
 from insula.checkpoints.writing import foreign_shapes
-from insula.convert import convert
+from insula.convert import convert_checkpoint
 from insula.data import normalize as normalize
 from insula.data.normalize import NormStats
 from insula.data.robot import Robot
@@ -83,7 +83,7 @@ def weights_of(path: Path, config: ModelConfig = POLICY) -> object:
 
 
 def test_a_run_becomes_a_policy_that_acts_the_same(run: Path, tmp_path: Path) -> None:
-    report = convert(run, tmp_path / "out", "insula")
+    report = convert_checkpoint(run, tmp_path / "out", "insula")
     assert len(report.loaded) == len(jax.tree.leaves(model(POLICY)[0])) and not report.fresh
     expected = Policy.load(run).act(OBSERVATION)
     np.testing.assert_array_equal(Policy.load(tmp_path / "out").act(OBSERVATION), expected)
@@ -94,11 +94,11 @@ def test_a_run_becomes_a_policy_that_acts_the_same(run: Path, tmp_path: Path) ->
 @pytest.mark.usefixtures("small_is_pi05")
 @pytest.mark.parametrize("to", ["lerobot", "openpi"])
 def test_out_to_a_robot_and_back(to: str, run: Path, tmp_path: Path) -> None:
-    convert(run, tmp_path / "there", to)
+    convert_checkpoint(run, tmp_path / "there", to)
     assert equal(weights_of(tmp_path / "there"), model(POLICY)[0])
-    convert(tmp_path / "there", tmp_path / "back", "insula")
+    convert_checkpoint(tmp_path / "there", tmp_path / "back", "insula")
     assert equal(weights_of(tmp_path / "back"), model(POLICY)[0])
-    stats = normalize.load(tmp_path / "back" / "norm_stats.json")
+    stats = normalize.load_stats(tmp_path / "back" / "norm_stats.json")
     for name, value in (("state", [1.0, 0.5]), ("actions", [0.3, 1, 0.25])):
         np.testing.assert_allclose(
             stats[name].normalize(np.array(value)), STATS[name].normalize(np.array(value)), atol=1e-5
@@ -111,7 +111,7 @@ def test_out_to_a_robot_and_back(to: str, run: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small_is_pi05")
 def test_the_lerobot_directory_is_whole(run: Path, tmp_path: Path) -> None:
     """Every file, key, shape and field of a PI05 policy, and none besides."""
-    convert(run, tmp_path / "policy", "lerobot", dtype="bfloat16")
+    convert_checkpoint(run, tmp_path / "policy", "lerobot", dtype="bfloat16")
     files = {path.name: path for path in (tmp_path / "policy").iterdir()}
     before, after = (
         "policy_preprocessor_step_2_normalizer_processor",
@@ -180,7 +180,7 @@ PI05_FIELDS = set(_FIELDS.split())
 def test_full_size_pi05_is_what_lerobot_knows(tmp_path: Path) -> None:
     bounds = (np.zeros(7), np.ones(7))
     lerobot.write_policy_files(tmp_path, PI05, bounds, bounds, "bfloat16")
-    config = lerobot.read_config(tmp_path)
+    config = lerobot.read_policy_config(tmp_path)
     assert dataclasses.replace(config, name="pi05") == PI05
     with pytest.raises(CheckpointError, match=r"cannot be config 'policy': backbone, expert, vision, vocab_size"):
         lerobot.write_policy_files(tmp_path, POLICY, bounds, bounds, "bfloat16")
@@ -192,40 +192,40 @@ def test_full_size_pi05_is_what_lerobot_knows(tmp_path: Path) -> None:
 def test_another_tokenizer_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversion, "PI05", PI05)
     with pytest.raises(CheckpointError, match="trained with 2,176 in 'pi05'"):
-        convert(run, tmp_path / "out", "openpi")
+        convert_checkpoint(run, tmp_path / "out", "openpi")
 
 
 @pytest.mark.usefixtures("small_is_pi05")
 def test_statistics_must_come_from_somewhere(tmp_path: Path) -> None:
     source = write(OPENPI, POLICY, tmp_path / "source")
     with pytest.raises(CheckpointError, match=r"no normalization statistics.*--norm-stats"):
-        convert(source, tmp_path / "out", "lerobot")
-    normalize.save(tmp_path / "stats.json", STATS)
-    convert(source, tmp_path / "out", "lerobot", norm_stats=tmp_path / "stats.json")
+        convert_checkpoint(source, tmp_path / "out", "lerobot")
+    normalize.save_stats(tmp_path / "stats.json", STATS)
+    convert_checkpoint(source, tmp_path / "out", "lerobot", norm_stats=tmp_path / "stats.json")
     assert equal(weights_of(tmp_path / "out"), model(POLICY)[0])
 
 
 def test_what_is_there_is_not_overwritten(run: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(OSError, match="not empty"):
-        convert(run, tmp_path, "insula")
+        convert_checkpoint(run, tmp_path, "insula")
 
 
 @pytest.mark.usefixtures("small_is_pi05")
 def test_a_config_of_another_policy_is_named(run: Path, tmp_path: Path) -> None:
-    convert(run, tmp_path / "out", "lerobot")
+    convert_checkpoint(run, tmp_path / "out", "lerobot")
     path = tmp_path / "out" / "config.json"
     raw = json.loads(path.read_text())
     path.write_text(json.dumps(raw | {"paligemma_variant": "gemma_9b"}))
     with pytest.raises(CheckpointError, match=r"config\.json: not a PI05 config .*gemma_9b"):
-        convert(tmp_path / "out", tmp_path / "again", "insula")
+        convert_checkpoint(tmp_path / "out", tmp_path / "again", "insula")
 
 
 def test_an_incomplete_source_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "pi05", POLICY)
     source = write(HUGGING_FACE, POLICY, tmp_path / "source")
     with pytest.raises(CheckpointError, match=r"missing .*--fresh"):
-        convert(source, tmp_path / "out", "insula")
+        convert_checkpoint(source, tmp_path / "out", "insula")
     assert not (tmp_path / "out").exists()
 
 
@@ -235,14 +235,14 @@ def test_an_interrupted_write_leaves_no_half_file(run: Path, tmp_path: Path, mon
 
     monkeypatch.setattr("os.fsync", stop)
     with pytest.raises(KeyboardInterrupt):
-        convert(run, tmp_path / "out", "insula")
+        convert_checkpoint(run, tmp_path / "out", "insula")
     assert not (tmp_path / "out" / "model.safetensors").exists()
     with pytest.raises(CheckpointError, match="no checkpoints here"):
         Policy.load(tmp_path / "out")
 
 
 def test_a_damaged_export_is_named(run: Path, tmp_path: Path) -> None:
-    convert(run, tmp_path / "out", "insula")
+    convert_checkpoint(run, tmp_path / "out", "insula")
     path = tmp_path / "out" / "model.safetensors"
     tensors = load_file(path)
     del tensors["expert.action_out.bias"]

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from lerobot_files import ACTION, CAMERA, LENGTHS, STATE, picture, png, v21, v30, write_json, write_video
 
-from insula.data.lerobot.conversion import convert
+from insula.data.lerobot.conversion import convert_dataset
 from insula.data.lerobot.doctor import REMEDIES, Finding, examine
 
 EPISODES = "meta/episodes.jsonl"
@@ -190,7 +190,7 @@ def test_a_planted_fault_is_found(planted: str, tmp_path: Path) -> None:
 
 
 def test_statistics_that_do_not_match_are_found(tmp_path: Path) -> None:
-    convert(v21(tmp_path / "old"), tmp_path / "set")
+    convert_dataset(v21(tmp_path / "old"), tmp_path / "set")
     assert examine(tmp_path / "set") == []
     path = tmp_path / "set" / "meta" / "stats.json"
     stats = json.loads(path.read_text())

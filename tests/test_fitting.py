@@ -54,7 +54,7 @@ def test_quantiles_in_passes_are_numpys(size: int) -> None:
     rows = np.stack([rng.standard_t(1.5, size), np.round(rng.normal(size=size)), np.full(size, 7.0)], 1)
     blocks = np.array_split(rows.astype(np.float32), 7)
     blocks = [block for block in blocks if len(block)]
-    whole = quantiles.merged(map(quantiles.moments, blocks))
+    whole = quantiles.merge_moments(map(quantiles.moments, blocks))
     wanted = quantiles.wanted_bins(sum(quantiles.counts(block, whole) for block in blocks), (0.0, 0.01, 0.5, 0.99, 1.0))
     parts = [quantiles.candidates(block, whole, wanted) for block in blocks]
     found = quantiles.quantiles(parts, wanted, whole, (0.0, 0.01, 0.5, 0.99, 1.0))
@@ -70,17 +70,17 @@ def test_statistics_are_those_of_all_episodes(data: RobotData, processes: int) -
     dataset = LeRobotDataset(data.path)
     found = fit_stats(data, HORIZON, processes=processes)
     for name, column in (("state", "observation.state"), ("actions", "action")):
-        expected = normalize.fit(dataset.column(column))
+        expected = normalize.fit_stats_of(dataset.column(column))
         for key, value in fields(expected).items():
             np.testing.assert_allclose(fields(found[name])[key], value, rtol=1e-9, atol=1e-12)
-    first = normalize.fit(dataset.column("action")[:20])
+    first = normalize.fit_stats_of(dataset.column("action")[:20])
     assert not np.allclose(first.q99[:2], found["actions"].q99[:2])  # the first episode alone would not do
 
 
 def test_statistics_of_some_episodes(data: RobotData) -> None:
     dataset = LeRobotDataset(data.path)
     frames, _ = frames_of(dataset, np.array([0, 9]))
-    expected = normalize.fit(dataset.column("action")[frames])
+    expected = normalize.fit_stats_of(dataset.column("action")[frames])
     np.testing.assert_allclose(fit_stats(data, HORIZON, [9, 0])["actions"].q01, expected.q01, rtol=1e-12)
 
 
@@ -94,7 +94,7 @@ def test_relative_actions_are_measured_as_they_are_learned(
     index, is_pad = chunk_indices(frames, stop, HORIZON)
     chunks = dataset.column("action")[index]
     chunks[..., [0, 2]] -= dataset.column("observation.state")[frames][:, None, [0, 2]]
-    expected = normalize.fit(chunks[~is_pad])
+    expected = normalize.fit_stats_of(chunks[~is_pad])
     found = fit_stats(dataclasses.replace(data, delta=(0, 2)), HORIZON)["actions"]
     for key, value in fields(expected).items():
         np.testing.assert_allclose(fields(found)[key], value, rtol=1e-5, atol=1e-6)
@@ -114,7 +114,7 @@ def test_a_robot_without_a_state(data: RobotData) -> None:
 @pytest.mark.parametrize("kind", ["min_max", "mean_std", "none", "quantiles"])
 def test_every_kind_of_normalization_comes_back(kind: str, tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(3.0, 2.0, size=(500, 2))
-    found = normalize.fit(values, kind=kind)
+    found = normalize.fit_stats_of(values, kind=kind)
     scaled = found.normalize(values)
     np.testing.assert_allclose(found.unnormalize(scaled), values, atol=1e-5)
     expected = {
@@ -124,12 +124,12 @@ def test_every_kind_of_normalization_comes_back(kind: str, tmp_path: Path) -> No
         "quantiles": lambda: (np.quantile(scaled, 0.99, axis=0), 1.0),
     }
     np.testing.assert_allclose(*expected[kind](), rtol=1e-5)
-    normalize.save(tmp_path / "s.json", {"state": found})
-    again = normalize.load(tmp_path / "s.json")["state"]
+    normalize.save_stats(tmp_path / "s.json", {"state": found})
+    again = normalize.load_stats(tmp_path / "s.json")["state"]
     assert again.kind == kind and np.array_equal(again.normalize(values), scaled)
     (tmp_path / "s.json").write_text((tmp_path / "s.json").read_text().replace(f'"{kind}"', '"quantile"'))
     with pytest.raises(ValueError, match="kind is 'quantile', expected one of quantiles"):
-        normalize.load(tmp_path / "s.json")
+        normalize.load_stats(tmp_path / "s.json")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -165,7 +165,7 @@ def test_a_codecs_report_counts_what_is_there() -> None:
 def test_the_commands_write_what_training_takes(data: RobotData, tmp_path: Path) -> None:
     text = stats(data.path, HORIZON, tmp_path / "norm_stats.json", limit=1000, processes=1)
     assert "constant: always 0" in text and "rarely moves" in text and "action[2]" in text and "%" in text
-    written = normalize.load(tmp_path / "norm_stats.json")
+    written = normalize.load_stats(tmp_path / "norm_stats.json")
     np.testing.assert_array_equal(written["actions"].q99, fit_stats(data, HORIZON)["actions"].q99)
     (tmp_path / "data.toml").write_text(
         f'[robots.a]\npath = "{data.path}"\ncameras = {{}}\nstatistics = "norm_stats.json"\n'

@@ -22,7 +22,7 @@ from lerobot_files import ACTION, CAMERA, v21, v30
 
 from insula.data.describe import describe
 from insula.data.lerobot import LeRobotDataset
-from insula.data.lerobot.conversion import convert
+from insula.data.lerobot.conversion import convert_dataset
 from insula.data.lerobot.doctor import examine
 from insula.errors import InsulaError
 
@@ -174,7 +174,7 @@ def outcomes(root: Path, work: Path) -> list[str]:
         dataset.images(CAMERA, [0, 8, len(dataset) - 1])  # of each data file
 
     said = ["\n".join(map(str, examine(root)))]
-    for ask in (lambda: describe(root, ("front",)), read, lambda: convert(root, work, overwrite=True)):
+    for ask in (lambda: describe(root, ("front",)), read, lambda: convert_dataset(root, work, overwrite=True)):
         try:
             ask()
             said.append("fine")

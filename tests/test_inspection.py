@@ -13,8 +13,8 @@ import pytest
 from mixtures import SMALL, write_mixture
 
 from insula import losses
-from insula.batch import Batch
-from insula.certificate import LossName, Outcome, Proof, Scheme, read_certificate
+from insula.batch import Batch, LossName
+from insula.certificate import Outcome, Proof, Scheme, read_certificate
 from insula.data.config import DataConfig
 from insula.data.lerobot import LeRobotWriter
 from insula.data.lerobot.info import Feature, image_feature
@@ -34,7 +34,7 @@ from insula.inspection.influence import (
 from insula.inspection.measure import LOOK_TIMES, TIMES, TOP
 from insula.inspection.sample_page import render_sample
 from insula.inspection.subject import Subject, open_subject
-from insula.inspection.token_columns import ColumnKind, is_question, read_chunk, read_columns
+from insula.inspection.token_columns import ColumnKind, is_question, lay_out_columns, read_chunk
 from insula.inspection.variants import IS_ON, REASONS, Cell, draw_variants, model_mask
 from insula.inspection.view import sample_view
 from insula.losses import compute_loss
@@ -434,7 +434,7 @@ def test_what_a_sample_lacks_is_no_zero(inspector: Inspector, found: Findings) -
     asked = dataclasses.replace(batch, observation=observation, ar_mask=batch.ar_mask & ~answer)
     params, tokenizer = inspector.subject.params, inspector.subject.assets.tokenizer
     assert params is not None
-    seen = read_columns(asked, SMALL, tokenizer, False)
+    seen = lay_out_columns(asked, SMALL, tokenizer, False)
     measured = measure_influence(inspector._forward, params, SMALL, asked, seen, jax.random.key(0))
     assert measured.outcome == "holds" and not any("answer" in change.kind for change in measured.table)
     assert {row[Effect.AFTER] for row in measured.table.values()} == {None}
@@ -593,5 +593,5 @@ def test_columns_need_no_model(found: Findings) -> None:
     subject = dataclasses.replace(found.subject, params=None)
     bare = Inspector(subject).look(3, "arm")
     assert bare.proof is bare.influence is bare.measured is None and bare.outcome == "not asked"
-    again = read_columns(found.sample.batch, subject.assets.config, subject.assets.tokenizer, False)
+    again = lay_out_columns(found.sample.batch, subject.assets.config, subject.assets.tokenizer, False)
     assert again.kind == bare.seen.kind == found.seen.kind

@@ -19,7 +19,7 @@ from lerobot_files import ACTION, CAMERA, LENGTHS, STATE, TASKS, picture, rows, 
 
 from insula.data.describe import describe
 from insula.data.lerobot import LeRobotDataset
-from insula.data.lerobot.conversion import convert
+from insula.data.lerobot.conversion import convert_dataset
 from insula.data.lerobot.doctor import Finding, examine
 from insula.data.lerobot.info import Feature, parse_feature
 from insula.data.lerobot.layout import read_layout
@@ -190,7 +190,7 @@ def test_texts_that_are_null_are_counted(old: Path) -> None:
     assert dataset.nullable_texts("said")[2:5] == ["go", None, "go"]
     with pytest.raises(DatasetError, match=r"episode 0, frame 3: 'said' is null, expected a text \(3 of 24 frames\)"):
         dataset.texts("said")
-    made = convert(old, old.parent / "made")
+    made = convert_dataset(old, old.parent / "made")
     assert made.nullable_texts("said") == dataset.nullable_texts("said")
 
 
@@ -225,7 +225,7 @@ def test_other_names_are_left_aside_and_said(old: Path, names: Any) -> None:
     assert dataset.feature(STATE).names is None
     found = faults(old)
     assert "left aside" in found["names"].message and "'observation.state', 1" in found["not finite"].message
-    assert convert(old, old.parent / "made").feature(STATE).names is None
+    assert convert_dataset(old, old.parent / "made").feature(STATE).names is None
     assert STATE in describe(old, ("front",))
 
 
@@ -276,7 +276,7 @@ def test_conversion_leaves_out_what_cannot_be_written_and_says_so(old: Path, cap
     put(old, "grid", lambda rows, n: pa.array([[[1, 2, 3], [4, 5, 6]]] * len(rows)))
     assert LeRobotDataset(old).column("grid").shape == (24, 2, 3)
     with caplog.at_level(logging.WARNING):
-        made = convert(old, old.parent / "made")
+        made = convert_dataset(old, old.parent / "made")
     assert set(made.features) == set(LeRobotDataset(old).features) - {"grid", "events"}
     assert "'grid' is left out: shape is [2, 3]" in caplog.text and "'events' is left out: dtype" in caplog.text
     assert examine(old.parent / "made") == []
@@ -289,7 +289,7 @@ def test_a_camera_without_any_video_blocks_nothing(tmp_path: Path) -> None:
     assert dataset.cameras == (CAMERA,) and dataset.images(CAMERA, [3]).shape == (1, 48, 64, 3)
     with pytest.raises(DatasetError, match=r"no video of it is there, such as videos/chunk-000/"):
         dataset.images("observation.images.old", [0])
-    assert convert(root, tmp_path / "made").cameras == (CAMERA,)
+    assert convert_dataset(root, tmp_path / "made").cameras == (CAMERA,)
 
 
 @pytest.mark.parametrize("value", [None, float("nan")])
@@ -307,7 +307,7 @@ def test_values_that_are_not_finite_are_kept_in_a_conversion(old: Path, caplog: 
     edit_info(old, features={"current": {"dtype": "float32", "shape": [2], "names": None}})
     values = [[1.0, float("inf")], [2.0, 5.0], [float("nan"), 7.0]]
     put(old, "current", lambda rows, n: pa.array((values * 4)[: len(rows)], pa.list_(pa.float32())))
-    made = convert(old, old.parent / "made")
+    made = convert_dataset(old, old.parent / "made")
     np.testing.assert_array_equal(made.column("current"), LeRobotDataset(old).column("current"))
     stats = json.loads((old.parent / "made/meta/stats.json").read_text())["current"]
     assert (stats["min"], stats["max"]) == ([1.0, 5.0], [2.0, 7.0])
@@ -363,7 +363,7 @@ def test_numbering_of_every_kind_is_mapped_inside(old: Path, kind: str) -> None:
     pictures = sound.images(CAMERA, range(24))
     NUMBERINGS[kind](old)
     dataset = LeRobotDataset(old)
-    made = convert(old, old.parent / "made")
+    made = convert_dataset(old, old.parent / "made")
     for name, values in columns.items():
         np.testing.assert_array_equal(dataset.column(name), values, err_msg=name)
         np.testing.assert_array_equal(made.column(name), values, err_msg=name)
@@ -382,7 +382,7 @@ def test_a_gap_in_the_episodes_is_mapped_inside_and_messages_keep_the_number(old
     assert len(dataset.episodes) == 2 and dataset.episodes.number.tolist() == [0, 2]
     assert dataset.episodes.locate(8) == (2, 1)
     np.testing.assert_array_equal(dataset.images(CAMERA, [7])[0], picture(2, 0))
-    assert convert(old, old.parent / "made").episodes.number.tolist() == [0, 1] and examine(old) == []
+    assert convert_dataset(old, old.parent / "made").episodes.number.tolist() == [0, 1] and examine(old) == []
     put(old, ACTION, lambda rows, n: pa.array([[0.0]] * len(rows)) if n == 1 else rows[ACTION])
     with pytest.raises(DatasetError, match="episode 2, frame 0"):
         LeRobotDataset(old).column(ACTION)
@@ -406,17 +406,17 @@ def test_pictures_need_no_clock_but_a_wrong_rate_is_said(old: Path, caplog: Any)
         return pa.array((step / 10 + 0.0123 + 0.004 * np.sin(7 * step)).astype(np.float32))
 
     put(old, "timestamp", jittered)
-    made = convert(old, old.parent / "made")
+    made = convert_dataset(old, old.parent / "made")
     np.testing.assert_allclose(made.column("timestamp")[:7], np.arange(7) / 10, atol=1e-6)
     assert "timestamps are written anew" in caplog.text
     edit_info(old, fps=30)
     with pytest.raises(DatasetError, match=r'frames are 0\.\d+ s apart, but fps is 30: write "fps": '):
-        convert(old, old.parent / "again")
+        convert_dataset(old, old.parent / "again")
 
 
 def test_no_clock_at_all_is_no_matter_for_pictures(old: Path) -> None:
     put(old, "timestamp", lambda rows, n: pa.array([None] * len(rows), pa.float32()))
-    made = convert(old, old.parent / "made")
+    made = convert_dataset(old, old.parent / "made")
     np.testing.assert_array_equal(made.images(CAMERA, [3, 9]), LeRobotDataset(old).images(CAMERA, [3, 9]))
     np.testing.assert_allclose(made.column("timestamp")[:7], np.arange(7) / 10, atol=1e-6)
 
@@ -517,7 +517,7 @@ def test_a_clone_without_git_lfs_is_one_line(write: Callable, tmp_path: Path) ->
     found = examine(root)
     assert len(found) == 1 and f"{len(files)} of {len(files)} data files are Git LFS pointers" in found[0].message
     with pytest.raises(DatasetError, match="git lfs pull"):
-        convert(root, tmp_path / "made")
+        convert_dataset(root, tmp_path / "made")
 
 
 @pytest.mark.parametrize("name", ["meta/info.json", "meta/tasks.jsonl", OLD])
@@ -622,7 +622,7 @@ def test_lengths_are_those_of_the_rows(old: Path, caplog: Any) -> None:
     assert 'write "length": 12' in found[1].message
     np.testing.assert_array_equal(everything(old)[0], before)
     assert "the rows are believed" in caplog.text and "and 1 more; insula data doctor" in caplog.text
-    made = convert(old, old.parent / "made")
+    made = convert_dataset(old, old.parent / "made")
     assert made.episodes.length.tolist() == list(LENGTHS) and examine(old.parent / "made") == []
     edit_episodes(old, lambda entries: [entry.update(length=n) for entry, n in zip(entries, LENGTHS, strict=True)])
     assert examine(old) == []  # the remedy works
@@ -641,7 +641,7 @@ def test_an_episode_listed_twice_is_read_once(old: Path, new: Path) -> None:
         edit_episodes(root, lambda entries: entries.insert(1, dict(entries[1])))
         assert everything(root)[0].shape == (24, 3)
         assert faults(root)["episode repeated"].episode == 1
-        assert convert(root, root / "made").episodes.length.tolist() == list(LENGTHS)
+        assert convert_dataset(root, root / "made").episodes.length.tolist() == list(LENGTHS)
 
 
 def test_a_stale_pointer_is_read_past(new: Path) -> None:
@@ -704,10 +704,10 @@ def test_rows_that_mean_another_task_than_the_table_are_refused(write: Callable,
     with pytest.raises(DatasetError, match="episode 1: the rows have task_index 0"):
         LeRobotDataset(root).column("task_index")
     with pytest.raises(DatasetError, match="episode 1: the rows have task_index 0"):
-        convert(root, tmp_path / "made")
-    by_rows = convert(root, tmp_path / "rows", tasks_from="rows")
+        convert_dataset(root, tmp_path / "made")
+    by_rows = convert_dataset(root, tmp_path / "rows", tasks_from="rows")
     assert set(by_rows.column("task_index").tolist()) == {0} and by_rows.tasks == TASKS[:1]
-    by_table = convert(root, tmp_path / "episodes", tasks_from="episodes")
+    by_table = convert_dataset(root, tmp_path / "episodes", tasks_from="episodes")
     assert [by_table.tasks[i] for i in by_table.column("task_index")[[0, 7, 19]]] == [TASKS[0], TASKS[1], TASKS[0]]
     assert examine(tmp_path / "rows") == [] and examine(tmp_path / "episodes") == []
 
@@ -716,7 +716,7 @@ def test_videos_of_several_episodes_are_converted_as_well(tmp_path: Path) -> Non
     root = v30(tmp_path / "set")
     before = everything(root)
     edit_episodes(root, lambda entries: entries[2].update({"data/file_index": 0, "length": 1}))
-    convert(root, tmp_path / "made")
+    convert_dataset(root, tmp_path / "made")
     for one, other in zip(before, everything(tmp_path / "made"), strict=True):
         np.testing.assert_array_equal(one, other)
     assert len(list((tmp_path / "made/videos").rglob("*.mp4"))) == 2 and examine(tmp_path / "made") == []

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from insula.data.images import resize_with_pad
-from insula.letterbox import fit, triangle_weights
+from insula.letterbox import fit_box, triangle_weights
 from insula.model.vision import resize
 
 SIZES = [
@@ -69,7 +69,7 @@ def test_random_sizes() -> None:
 
 def test_a_size_that_floating_point_cuts_off() -> None:
     """The black row is where both targets put it; computed in whole numbers, everything would be a row off."""
-    box = fit((260, 256), (224, 224))
+    box = fit_box((260, 256), (224, 224))
     assert (box.rows, box.columns, box.above, box.left) == (223, 220, 0, 2)
     assert not on_the_device(np.full((260, 256, 3), 255, np.uint8), 224)[-1].any()
 

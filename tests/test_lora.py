@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from small import CLOSE, FAR, SMALL, VARIANTS, by_leaf, difference, gradients, jit, largest, loss, model
 
-from insula.certificate import EXPERT_PARTS, LossName, Scheme, prove
+from insula.batch import LossName
+from insula.certificate import EXPERT_PARTS, Scheme, prove
 from insula.checkpoints.pretrained import load_pretrained
 from insula.checkpoints.store import CheckpointStore
 from insula.collect.demonstrations import collect
-from insula.convert import convert
+from insula.convert import convert_checkpoint
 from insula.data.config import DataConfig
 from insula.decode.flow import sample_actions
 from insula.errors import CheckpointError
@@ -314,7 +315,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 def test_a_run_resumes_and_serves(finished: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted and resumed equals uninterrupted; both load as policies; merged, the policy acts the same."""
     cut = dataclasses.replace(finished, run=finished.run.parent / "cut")
-    fit = training.fit
+    fit = training.run_loop
 
     def interrupted(*args: object, **kwargs: object) -> object:
         *head, hooks, quiet = args
@@ -342,7 +343,7 @@ def test_a_run_resumes_and_serves(finished: TrainConfig, monkeypatch: pytest.Mon
     assert difference(Policy(merge(policy.params), plain).act(seen), chunk) < CLOSE
     assert np.ptp(chunk) > FAR
 
-    convert(finished.run, finished.run.parent / "exported", "insula")  # merged on the way out
+    convert_checkpoint(finished.run, finished.run.parent / "exported", "insula")  # merged on the way out
     exported = Policy.load(finished.run.parent / "exported")
     assert exported.config.lora is None and difference(exported.act(seen), chunk) < CLOSE
 

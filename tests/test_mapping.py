@@ -9,7 +9,7 @@ import pytest
 
 from insula.data.describe import describe, pair_cameras
 from insula.data.lerobot.info import Feature, Info, image_feature
-from insula.data.mapping import Columns, Mapping, RobotData, parse_mapping, read_mapping, to_json
+from insula.data.mapping import Columns, Mapping, RobotData, mapping_to_json, parse_mapping, read_mapping
 from insula.errors import DatasetError
 
 CAMERAS = ("front", "wrist")
@@ -62,7 +62,7 @@ def test_every_setting_is_read(tmp_path: Path) -> None:
 
 def test_json_and_back_from_anywhere(tmp_path: Path) -> None:
     mapping = read(tmp_path, WHOLE)
-    stored = json.loads(json.dumps(to_json(mapping)))
+    stored = json.loads(json.dumps(mapping_to_json(mapping)))
     assert parse_mapping(stored, Path("/elsewhere"), "stored") == mapping
 
 

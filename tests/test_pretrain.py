@@ -66,7 +66,7 @@ def test_it_records_what_made_the_weights(finished: Path) -> None:
 def test_interrupted_and_started_again_equals_uninterrupted(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = pretraining.fit
+    real = pretraining.run_loop
 
     def interrupted(*args: object, hooks: tuple[Every, ...]) -> object:
         stop = Every(3, lambda _: signal.raise_signal(signal.SIGINT))

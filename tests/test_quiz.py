@@ -49,7 +49,7 @@ def test_told_location_shows_the_told_color(scenes):
                 place = q.place(facts, camera, f"{block.color} block")
                 if not (pixel.in_frame and pixel.visible == 1.0):
                     continue
-                y, x = (min(int((n + 0.5) / q.BINS * 64), 63) for n in numbers(place))
+                y, x = (min(int((n + 0.5) / q.LOCATION_BINS * 64), 63) for n in numbers(place))
                 patch = observation["images"][camera][y, x].astype(float)
                 assert nearest_color(patch) == block.color, (camera, block, pixel, patch)
                 checked += 1
@@ -123,10 +123,10 @@ def test_offsets_decode_to_metres(scenes):
         for question, answer in q.questions(facts, "offset"):
             color, noun = question.split()[-2:]
             thing = facts.table.block(color) if noun == "block" else facts.table.bowl(color)
-            y, x, z = ((n + 0.5) / q.BINS for n in numbers(answer))
+            y, x, z = ((n + 0.5) / q.LOCATION_BINS for n in numbers(answer))
             span, tall = q.OFFSET[1] - q.OFFSET[0], q.HEIGHT[1] - q.HEIGHT[0]
             got = np.array([q.OFFSET[0] + x * span, q.OFFSET[0] + y * span, -(q.HEIGHT[0] + z * tall)])
-            assert np.abs(got - (thing.position - facts.table.gripper)).max() <= span / q.BINS / 2 + 1e-9
+            assert np.abs(got - (thing.position - facts.table.gripper)).max() <= span / q.LOCATION_BINS / 2 + 1e-9
 
 
 def test_compound_questions_join_the_simple_answers(scenes):

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from insula.certificate import LossName, Outcome, Scheme, stored_certificate
+from insula.batch import LossName
+from insula.certificate import Outcome, Scheme, stored_certificate
 from insula.evaluate.closed_loop import ClosedLoop, EpisodeResult, Recording
 from insula.page.html import Html, as_html, tag
 from insula.report import Report, charts, machine, read_metrics, render_report, versions, write_report

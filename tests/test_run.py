@@ -13,7 +13,7 @@ from insula import losses
 from insula.certificate import read_certificate
 from insula.checkpoints.store import CheckpointStore
 from insula.collect.demonstrations import collect
-from insula.convert import convert
+from insula.convert import convert_checkpoint
 from insula.data.config import DataConfig
 from insula.errors import CheckpointError, DatasetError, InsulationError
 from insula.model.config import TINY, ModelConfig, TransformerConfig, VisionConfig
@@ -94,7 +94,7 @@ def test_metrics_hold_losses_norms_and_held_out_figures(finished: Path) -> None:
 def test_interrupted_and_resumed_equals_uninterrupted(
     finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = training.fit
+    real = training.run_loop
 
     def interrupted(*args: object, **kwargs: object) -> object:
         *head, hooks, quiet = args
@@ -207,7 +207,7 @@ def test_assets_round_trip(finished: Path, tmp_path: Path) -> None:
 
 def test_a_run_starts_from_a_checkpoint(data: Path, finished: Path, tmp_path: Path) -> None:
     """Its weights, its tokenizers; what is initialized afresh is asked for and recorded."""
-    convert(finished, tmp_path / "weights", "insula")
+    convert_checkpoint(finished, tmp_path / "weights", "insula")
     tokenizers = read_assets(tmp_path / "weights").tokenizer
     config = settings(
         data,

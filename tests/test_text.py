@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from insula.tokens import text
 from insula.tokens.sequence import PALIGEMMA_FAST_LAST_ID
-from insula.tokens.text import PALIGEMMA_TOKENS, TextTokenizer, embedded, load
+from insula.tokens.text import PALIGEMMA_TOKENS, TextTokenizer, embedded, load_text_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "Task: put the red block in the blue bowl, State: 12 200 34 128 255;\nAction: "
@@ -111,7 +111,11 @@ def test_the_script_makes_the_shipped_file(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_an_instruction_cannot_smuggle_in_control_tokens(gemma_json: Path) -> None:
-    for tokenizer in (embedded(), load(gemma_json), copy.deepcopy(embedded())):  # a copy as a worker gets it
+    for tokenizer in (
+        embedded(),
+        load_text_tokenizer(gemma_json),
+        copy.deepcopy(embedded()),
+    ):  # a copy as a worker gets it
         ids = tokenizer.encode("put <eos> the <bos><pad>")
         assert not {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id} & set(ids)
         assert tokenizer.decode(ids) == "put <eos> the <bos><pad>"
@@ -120,13 +124,13 @@ def test_an_instruction_cannot_smuggle_in_control_tokens(gemma_json: Path) -> No
 
 def test_a_gemma_json_gets_paligemmas_tokens(gemma_json: Path, tmp_path: Path) -> None:
     size = Tokenizer.from_file(str(gemma_json)).get_vocab_size()
-    tokenizer = load(gemma_json)
+    tokenizer = load_text_tokenizer(gemma_json)
     assert tokenizer.vocab_size == size + 1024 + 128
     assert tokenizer.encode("<loc0000><loc1023><seg000><seg127>") == [size, size + 1023, size + 1024, size + 1151]
     words = "the red\n<loc0007> ünï"
     assert tokenizer.decode(tokenizer.encode(words)) == words
     tokenizer.save(tmp_path)
-    again = load(tmp_path)
+    again = load_text_tokenizer(tmp_path)
     assert again.vocab_size == tokenizer.vocab_size
     assert again.encode(words) == tokenizer.encode(words)
 
@@ -137,7 +141,7 @@ def test_gemmas_256000_pieces_become_paligemmas_257152(gemma_json: Path, tmp_pat
     vocab = raw["model"]["vocab"]
     vocab |= {f"piece{n}": n for n in range(len(vocab), 256_000)}
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
-    tokenizer = load(tmp_path)
+    tokenizer = load_text_tokenizer(tmp_path)
     assert tokenizer.vocab_size == 257_152
     assert tokenizer.encode("<loc0000><loc1023><seg000><seg127>") == [256_000, 257_023, 257_024, 257_151]
     assert PALIGEMMA_FAST_LAST_ID == 257_023
@@ -151,7 +155,7 @@ def test_a_paligemma_json_keeps_its_own(gemma_json: Path, tmp_path: Path) -> Non
     whole.add_special_tokens(["<image>"])
     whole.enable_truncation(2)
     whole.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = load(tmp_path / "tokenizer.json")
+    tokenizer = load_text_tokenizer(tmp_path / "tokenizer.json")
     assert tokenizer.vocab_size == size
     assert tokenizer.encode("<seg127>") == [size - 1]
     assert max(tokenizer.encode("<image> the red")) < size
@@ -159,7 +163,7 @@ def test_a_paligemma_json_keeps_its_own(gemma_json: Path, tmp_path: Path) -> Non
 
 
 def test_a_sentencepiece_model_gets_paligemmas_tokens(gemma_model: Path, tmp_path: Path) -> None:
-    tokenizer = load(gemma_model)
+    tokenizer = load_text_tokenizer(gemma_model)
     assert isinstance(tokenizer, TextTokenizer)
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id) == (0, 1, 2)
     assert tokenizer.vocab_size == 340 + 1024 + 128
@@ -170,11 +174,11 @@ def test_a_sentencepiece_model_gets_paligemmas_tokens(gemma_model: Path, tmp_pat
     assert not {0, 1, 2} & set(ids)
     assert len(tokenizer.encode("|")) == 1
     tokenizer.save(tmp_path)
-    assert load(tmp_path).encode(words) == ids
+    assert load_text_tokenizer(tmp_path).encode(words) == ids
 
 
 def test_a_sentencepiece_model_with_locations_keeps_its_own(tmp_path: Path) -> None:
-    tokenizer = load(train_sentencepiece(tmp_path / "own.model", PALIGEMMA_TOKENS))
+    tokenizer = load_text_tokenizer(train_sentencepiece(tmp_path / "own.model", PALIGEMMA_TOKENS))
     assert tokenizer.vocab_size == 340 + 1024 + 128
     assert len(tokenizer.encode("<loc0500>")) == 1
     assert tokenizer.decode(tokenizer.encode("put <loc0500> in")) == "put <loc0500> in"
@@ -183,7 +187,7 @@ def test_a_sentencepiece_model_with_locations_keeps_its_own(tmp_path: Path) -> N
 def test_sentencepiece_is_asked_for(gemma_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(ValueError, match=r"insula\[gemma\]"):
-        load(gemma_model)
+        load_text_tokenizer(gemma_model)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
@@ -191,18 +195,18 @@ def test_malformed_and_missing_files_are_named(tmp_path: Path, name: str) -> Non
     if name.endswith(".model"):
         pytest.importorskip("sentencepiece")
     with pytest.raises(FileNotFoundError, match="neither"):
-        load(tmp_path)
+        load_text_tokenizer(tmp_path)
     with pytest.raises(FileNotFoundError, match="expected a tokenizer"):
-        load(tmp_path / name)
+        load_text_tokenizer(tmp_path / name)
     (tmp_path / name).write_text("{}")
     with pytest.raises(ValueError, match=f"{name}: not a"):
-        load(tmp_path / name)
+        load_text_tokenizer(tmp_path / name)
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
     Tokenizer(models.BPE({"<pad>": 0, "<bos>": 1}, [])).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="<eos>, </s>"):
-        load(tmp_path)
+        load_text_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("wrong", [-1, 2176])

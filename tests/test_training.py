@@ -17,7 +17,7 @@ from small import SMALL, by_leaf, difference, jit, largest, model
 from insula.checkpoints.store import CheckpointStore
 from insula.errors import CheckpointError, NonFiniteError
 from insula.model.params import Params
-from insula.train.loop import Every, MetricsLog, fit
+from insula.train.loop import Every, MetricsLog, run_loop
 from insula.train.optimizer import OptimizerConfig, make_optimizer
 from insula.train.step import TrainState, make_train_state, make_train_step
 
@@ -226,7 +226,7 @@ def test_the_loop_logs_means_and_calls_hooks(tmp_path: Path, unchecked: None) ->
     called: list[int] = []
     hook = Every(2, lambda state: called.append(int(state.step)) or {"held_out/flow": 0.5})
     log = MetricsLog(tmp_path / "metrics.jsonl")
-    state, complete = fit(state, step, batches(), 5, log, 2, (hook,), quiet=True)
+    state, complete = run_loop(state, step, batches(), 5, log, 2, (hook,), quiet=True)
     log.close()
     assert complete and int(state.step) == 5 and called == [2, 4, 5]
     found = rows(tmp_path / "metrics.jsonl")
@@ -241,7 +241,7 @@ def test_nan_ends_training_and_is_named(tmp_path: Path, unchecked: None, bad_ste
     called: list[int] = []
     hook = Every(hook_every, lambda state: called.append(int(state.step)))
     with pytest.raises(NonFiniteError, match=f"flow is nan at step {bad_step}"):
-        fit(state, step, batches(), 20, MetricsLog(tmp_path / "metrics.jsonl"), 5, (hook,), quiet=True)
+        run_loop(state, step, batches(), 20, MetricsLog(tmp_path / "metrics.jsonl"), 5, (hook,), quiet=True)
     assert called == [] and rows(tmp_path / "metrics.jsonl")[-1] == {"step": bad_step, "total": bad_step, "flow": "nan"}
 
 
@@ -250,7 +250,7 @@ def test_an_interruption_ends_after_the_running_update(tmp_path: Path, unchecked
     step, state = counter()
     before = signal.getsignal(number)
     hook = Every(3, lambda state: os.kill(os.getpid(), number))
-    state, complete = fit(state, step, batches(), 50, MetricsLog(tmp_path / "m.jsonl"), 5, (hook,), quiet=True)
+    state, complete = run_loop(state, step, batches(), 50, MetricsLog(tmp_path / "m.jsonl"), 5, (hook,), quiet=True)
     assert not complete and int(state.step) == 3
     assert signal.getsignal(number) is before
 
@@ -267,7 +267,7 @@ def test_nan_before_an_interruption_is_no_state_to_keep(tmp_path: Path, unchecke
         return step(state, batch)
 
     with pytest.raises(NonFiniteError, match="at step 2"):
-        fit(state, stepping, batches(), 50, MetricsLog(tmp_path / "m.jsonl"), 20, quiet=True)
+        run_loop(state, stepping, batches(), 50, MetricsLog(tmp_path / "m.jsonl"), 20, quiet=True)
 
 
 def test_a_second_interruption_ends_at_once(tmp_path: Path, unchecked: None) -> None:
@@ -278,4 +278,4 @@ def test_a_second_interruption_ends_at_once(tmp_path: Path, unchecked: None) -> 
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        fit(state, step, batches(), 50, MetricsLog(tmp_path / "m.jsonl"), 5, (Every(3, twice),), quiet=True)
+        run_loop(state, step, batches(), 50, MetricsLog(tmp_path / "m.jsonl"), 5, (Every(3, twice),), quiet=True)

@@ -10,7 +10,7 @@ import pytest
 from lerobot_files import ACTION, CAMERA, FPS, LENGTHS, STATE, TASKS, picture, rows, v21, v30, write_video
 
 from insula.data.lerobot import LeRobotDataset
-from insula.data.lerobot.conversion import convert
+from insula.data.lerobot.conversion import convert_dataset
 from insula.data.lerobot.video import VideoReader
 from insula.errors import DatasetError
 
@@ -134,7 +134,7 @@ def test_a_bad_line_is_named(line: str, message: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("video", [True, False])
 def test_conversion_keeps_every_row_and_every_picture(video: bool, tmp_path: Path) -> None:
     old = LeRobotDataset(v21(tmp_path / "old", video=video))
-    new = convert(tmp_path / "old", tmp_path / "new")
+    new = convert_dataset(tmp_path / "old", tmp_path / "new")
     assert new.info.codebase_version == "v3.0" and new.features == old.features
     assert new.tasks == old.tasks and new.episodes.tasks == old.episodes.tasks
     assert (new.fps, new.info.robot_type) == (old.fps, old.info.robot_type)
@@ -152,7 +152,7 @@ def test_conversion_refuses_timestamps_off_the_grid(tmp_path: Path) -> None:
     path = root / "meta" / "info.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"fps": 30}))
     with pytest.raises(DatasetError, match=r"episode 1, frame 11 lies 0\.7333 s from a multiple of 1 / fps \(30\)"):
-        convert(root, tmp_path / "new")
+        convert_dataset(root, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -163,8 +163,8 @@ def test_conversion_of_tasks_that_change_within_an_episode(tmp_path: Path) -> No
     changing = pa.array([1, 1, 1, 0, 0, 1, 1])
     pq.write_table(table.set_column(table.column_names.index("task_index"), "task_index", changing), path)
     with pytest.raises(DatasetError, match="the rows have task_index 1"):
-        convert(root, tmp_path / "new")
-    new = convert(root, tmp_path / "new", tasks_from="rows")
+        convert_dataset(root, tmp_path / "new")
+    new = convert_dataset(root, tmp_path / "new", tasks_from="rows")
     said = [new.tasks[i] for i in new.column("task_index")[:7]]
     assert said == [TASKS[i] for i in changing.to_pylist()]
     assert new.episodes.tasks[0] == (TASKS[1], TASKS[0])

@@ -14,10 +14,18 @@ Text is one sequence per sample, contiguous, padding only at its end::
 """
 
 import dataclasses
+import enum
 
 import jax
 
 from insula.shapes import AnyArray, Bool, Float, Int, UInt8
+
+
+class LossName(enum.StrEnum):
+    """The two losses, by their names in a mapping's `losses` and in `compute_loss`'s metrics."""
+
+    FLOW = "flow"
+    FAST = "fast"
 
 
 @jax.tree_util.register_dataclass

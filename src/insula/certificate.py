@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from insula.batch import Batch
+from insula.batch import Batch, LossName
 from insula.compile import compiled_quickly
 from insula.errors import InputError, InsulaError, InsulationError, MissingFileError
 from insula.files import read_json, write_json
@@ -41,13 +41,6 @@ from insula.shapes import Array, PRNGKeyArray
 
 FORMAT = 2
 """Layout of certificate.json. 2: `table[part][loss][scheme]`. 1 (it had no number): `table[part][loss_scheme]`."""
-
-
-class LossName(enum.StrEnum):
-    """The two losses, by their names in `compute_loss`'s metrics."""
-
-    FLOW = "flow"
-    FAST = "fast"
 
 
 class Scheme(enum.StrEnum):

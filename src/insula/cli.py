@@ -42,7 +42,7 @@ class Command:
     about: str
     module: str
     config: str
-    run: str = "run"
+    run: str
     default: str | None = None
 
 
@@ -67,19 +67,24 @@ COMMANDS = {
         "a FAST tokenizer for these actions, with a report", "insula.train.prepare", "FitFastConfig", "run_fit_fast"
     ),
     "data convert": Command(
-        "a data set as LeRobot v3.0", "insula.data.lerobot.command", "DataConvertConfig", "run_convert"
+        "a data set as LeRobot v3.0", "insula.data.lerobot.command", "DataConvertConfig", "run_data_convert"
     ),
-    "pretrain": Command("the small backbone, from questions alone", "insula.pretrain.run", "PretrainConfig"),
-    "train": Command("a knowledge-insulated policy", "insula.train.command", "TrainConfig", default="default_settings"),
-    "evaluate": Command("a trained policy in closed loop", "insula.evaluate.command", "EvaluateConfig"),
+    "pretrain": Command(
+        "the small backbone, from questions alone", "insula.pretrain.run", "PretrainConfig", "run_pretrain"
+    ),
+    "train": Command(
+        "a knowledge-insulated policy", "insula.train.command", "TrainConfig", "run_train", default="train_defaults"
+    ),
+    "evaluate": Command("a trained policy in closed loop", "insula.evaluate.command", "EvaluateConfig", "run_evaluate"),
     "inspect": Command(
         "one sample as a model sees it, and where gradients go",
         "insula.inspection.command",
         "InspectConfig",
-        default="default_settings",
+        "run_inspect",
+        default="inspect_defaults",
     ),
-    "convert": Command("a checkpoint into another format", "insula.convert", "ConvertConfig"),
-    "demo": Command("all of it, to one report.html", "insula.demo", "DemoConfig"),
+    "convert": Command("a checkpoint into another format", "insula.convert", "ConvertConfig", "run_convert"),
+    "demo": Command("all of it, to one report.html", "insula.demo", "DemoConfig", "run_demo"),
 }
 
 _OF_THE_MACHINE = {

@@ -46,7 +46,7 @@ class Model:
     assets: Assets | None = None
 
 
-def convert(
+def convert_checkpoint(
     source: Path,
     destination: Path,
     to: Target,
@@ -66,7 +66,7 @@ def convert(
         raise FileError(f"{destination} is not empty; choose a new directory")
     model = open_model(source, preset_name, ignore)
     if norm_stats is not None:
-        model = dataclasses.replace(model, stats=normalize.load(norm_stats))
+        model = dataclasses.replace(model, stats=normalize.load_stats(norm_stats))
     if to == "insula":
         _write_insula(destination, model, dtype)
     else:
@@ -83,7 +83,7 @@ def convert(
             write_orbax(destination / "params", format, model.config, model.read, dtype)
             folder = destination / "assets" / "insula"
             folder.mkdir(parents=True)
-            normalize.save(folder / STATS_FILE, _openpi_stats(stats))
+            normalize.save_stats(folder / STATS_FILE, _openpi_stats(stats))
     return model.report
 
 
@@ -133,7 +133,7 @@ def _config(source: Path, preset_name: str) -> ModelConfig:
     raw = read_json(path)
     if "insula" in raw:
         return config_from_dict(raw["model"], str(path))
-    return lerobot.read_config(source) if raw.get("type") == "pi05" else preset(preset_name)
+    return lerobot.read_policy_config(source) if raw.get("type") == "pi05" else preset(preset_name)
 
 
 def _find_stats(source: Path) -> Stats | None:
@@ -145,7 +145,7 @@ def _find_stats(source: Path) -> Stats | None:
             f"{source} holds statistics of {len(files)} robots; choose one with --norm-stats: {files}"
         )
     if files:
-        return normalize.load(files[0])
+        return normalize.load_stats(files[0])
     bounds = lerobot.read_bounds(source)
     if bounds is None:
         return None
@@ -186,7 +186,7 @@ def _write_insula(destination: Path, model: Model, dtype: str) -> None:
     else:
         write_config(destination, model.config)
         if model.stats is not None:
-            normalize.save(destination / STATS_FILE, model.stats)
+            normalize.save_stats(destination / STATS_FILE, model.stats)
     write_safetensors(destination / SAFETENSORS, INSULA, model.config, model.read, dtype)
 
 
@@ -212,9 +212,9 @@ class ConvertConfig:
     """Whose statistics to write, where the run was trained on several."""
 
 
-def run(config: ConvertConfig) -> None:
+def run_convert(config: ConvertConfig) -> None:
     """Convert, and print what was read. Raises as `convert`."""
-    report = convert(
+    report = convert_checkpoint(
         config.source,
         config.destination,
         config.to,

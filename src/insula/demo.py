@@ -99,7 +99,7 @@ class DemoConfig:
         check_seed("seed", self.seed)
 
 
-def run(config: DemoConfig) -> None:
+def run_demo(config: DemoConfig) -> None:
     """Make the demo, and say where its report is. Raises as `demo`."""
     out = config.out or Path("runs/quick" if config.quick else "runs/demo")
     check_output_folder(out, "out")

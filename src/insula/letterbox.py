@@ -21,7 +21,7 @@ class Box:
     left: int
 
 
-def fit(picture: tuple[int, int], frame: tuple[int, int]) -> Box:
+def fit_box(picture: tuple[int, int], frame: tuple[int, int]) -> Box:
     """The box for a picture in a frame, both (height, width).
 
     The size is computed in floating point and cut off, as openpi and LeRobot do it: 260×256 in 224×224 takes 223 rows,

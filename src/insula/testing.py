@@ -11,10 +11,10 @@ from insula.batch import Batch, Observation
 from insula.model.config import ModelConfig
 from insula.shapes import Array, Leaf, PRNGKeyArray
 
-Tree = TypeVar("Tree")
+_Tree = TypeVar("_Tree")
 
 
-def randomize(params: Tree, rng: PRNGKeyArray) -> Tree:
+def randomize(params: _Tree, rng: PRNGKeyArray) -> _Tree:
     """Every leaf drawn anew, about as large as a trained one. Fresh parameters hide leaks: adaRMS gates start at
     zero, so *every* scheme would show a zero gradient."""
     leaves, tree = jax.tree.flatten(params)

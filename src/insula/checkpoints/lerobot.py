@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from insula.checkpoints.openpi import HEAD, torch_table, unused_head
+from insula.checkpoints.openpi import HEAD, openpi_torch_table, unused_head
 from insula.checkpoints.paligemma import TORCH_RENAMES
 from insula.checkpoints.sources import open_source
 from insula.checkpoints.tensor_map import Format, Line
@@ -26,7 +26,7 @@ VARIANTS: dict[str, TransformerConfig] = {"gemma_2b": PI05.backbone, "gemma_300m
 
 
 def table(config: ModelConfig) -> list[Line]:
-    return [dataclasses.replace(line, theirs=f"model.{line.theirs}") for line in torch_table(config)]
+    return [dataclasses.replace(line, theirs=f"model.{line.theirs}") for line in openpi_torch_table(config)]
 
 
 LEROBOT = Format(
@@ -42,7 +42,7 @@ Bounds = tuple[np.ndarray, np.ndarray]
 """What −1 and 1 stand for, each [D], in the robot's units; equal where a dimension never moves."""
 
 
-def read_config(folder: Path) -> ModelConfig:
+def read_policy_config(folder: Path) -> ModelConfig:
     """The config of a policy directory. Raises CheckpointError where it is another policy or an unknown variant."""
     path = folder / CONFIG
     try:

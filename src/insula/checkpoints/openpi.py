@@ -27,11 +27,14 @@ def _prefixed(lines: list[Line], prefix: str) -> list[Line]:
     return [dataclasses.replace(line, theirs=prefix + line.theirs) for line in lines]
 
 
-def jax_table(config: ModelConfig) -> list[Line]:
+def openpi_jax_table(config: ModelConfig) -> list[Line]:
     """Names of the Orbax tree, joined by slashes, below the item "params"."""
     table = expert_weights(config)
     llm = "PaliGemma/llm"
-    lines = [*_prefixed(paligemma.jax_table(config), "PaliGemma/"), *paligemma.jax_layers("expert", config, llm, "_1")]
+    lines = [
+        *_prefixed(paligemma.paligemma_jax_table(config), "PaliGemma/"),
+        *paligemma.jax_layers("expert", config, llm, "_1"),
+    ]
     for ours, theirs in _projections(config).items():
         axes = getattr(table, ours).kernel.axes
         lines += [
@@ -51,10 +54,10 @@ def jax_table(config: ModelConfig) -> list[Line]:
     return lines
 
 
-def torch_table(config: ModelConfig) -> list[Line]:
+def openpi_torch_table(config: ModelConfig) -> list[Line]:
     """Names of the PyTorch model's state_dict."""
     table = expert_weights(config)
-    lines = _prefixed(paligemma.torch_table(config), TORCH + "paligemma.")
+    lines = _prefixed(paligemma.paligemma_torch_table(config), TORCH + "paligemma.")
     lines += paligemma.torch_layers("expert", EXPERT + "model")
     for ours, theirs in _projections(config).items():
         axes = getattr(table, ours).kernel.axes
@@ -81,10 +84,10 @@ def unused_head(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 HEAD = f"{TORCH}paligemma.lm_head.weight", f"{TORCH}paligemma.model.language_model.embed_tokens.weight"
-OPENPI = Format("openpi", jax_table, renames=((r"^params/", ""), (r"/value$", "")))
+OPENPI = Format("openpi", openpi_jax_table, renames=((r"^params/", ""), (r"/value$", "")))
 OPENPI_TORCH = Format(
     "openpi (PyTorch)",
-    torch_table,
+    openpi_torch_table,
     renames=paligemma.TORCH_RENAMES,
     tied=(HEAD,),
     unused=unused_head,

@@ -80,7 +80,7 @@ def jax_layers(ours: str, config: ModelConfig, theirs: str = "llm", suffix: str 
     ]
 
 
-def torch_table(config: ModelConfig) -> list[Line]:
+def paligemma_torch_table(config: ModelConfig) -> list[Line]:
     """Vision and backbone as `transformers` names them since 4.52."""
     tower, text = "model.vision_tower.vision_model", "model.language_model"
     return [
@@ -103,7 +103,7 @@ def torch_table(config: ModelConfig) -> list[Line]:
     ]
 
 
-def jax_table(config: ModelConfig) -> list[Line]:
+def paligemma_jax_table(config: ModelConfig) -> list[Line]:
     """Vision and backbone as big_vision names them."""
     return [
         Line("vision.stem.0.kernel", "img/embedding/kernel", "hwcW"),
@@ -132,7 +132,7 @@ TORCH_RENAMES = (
 """What transformers 5 calls otherwise, in memory or in the files it writes."""
 HUGGING_FACE = Format(
     "PaliGemma (Hugging Face)",
-    torch_table,
+    paligemma_torch_table,
     renames=(
         (r"^language_model\.lm_head\.", "lm_head."),
         (r"^(vision_tower|multi_modal_projector|language_model)\.", r"model.\1."),  # before 4.52, and in files since
@@ -140,4 +140,4 @@ HUGGING_FACE = Format(
     ),
     tied=(("lm_head.weight", "model.language_model.embed_tokens.weight"),),
 )
-BIG_VISION = Format("PaliGemma (big_vision)", jax_table, renames=((r"^params/", ""),))
+BIG_VISION = Format("PaliGemma (big_vision)", paligemma_jax_table, renames=((r"^params/", ""),))

@@ -28,7 +28,7 @@ from insula.worlds.tabletop.demonstrator import rollout
 from insula.worlds.tabletop.environment import ACTION_DIM, ACTION_NAMES, STATE_DIM, STATE_NAMES
 from insula.worlds.tabletop.scene import CAMERAS
 
-FPS = 10
+CONTROL_HZ = 10
 BLOCK = 8  # episodes a worker makes at a time
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def collect(
     discarded: list[int] = []
     features = tabletop_features(image_size)
     with (
-        LeRobotWriter(root, FPS, features, "insula_tabletop", overwrite=overwrite) as writer,
+        LeRobotWriter(root, CONTROL_HZ, features, "insula_tabletop", overwrite=overwrite) as writer,
         contextlib.closing(_demonstrations(first_seed, noise, image_size, workers)) as made,
     ):
         for demonstration in made:

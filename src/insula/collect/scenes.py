@@ -30,7 +30,7 @@ KIND_WEIGHTS = {
 }
 """How often each kind of question is asked: mostly the ones about where things are."""
 
-NAMES = (*(f"{color} {noun}" for noun in ("block", "bowl") for color in COLORS), "gripper")
+THING_NAMES = (*(f"{color} {noun}" for noun in ("block", "bowl") for color in COLORS), "gripper")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +75,10 @@ def _render(seeds: range, questions_each: int, image_size: int) -> Scenes:
             images.setdefault(name, np.empty((len(seeds), *image.shape), np.uint8))[n] = image
         facts = env.facts()
         for camera, pixels in facts.pixels.items():
-            places.setdefault(camera, np.full((len(seeds), len(NAMES), 2), np.nan, np.float32))
+            places.setdefault(camera, np.full((len(seeds), len(THING_NAMES), 2), np.nan, np.float32))
             for name, pixel in pixels.items():
                 if pixel.in_frame and pixel.visible > 0:
-                    places[camera][n, NAMES.index(name)] = pixel.y / image_size, pixel.x / image_size
+                    places[camera][n, THING_NAMES.index(name)] = pixel.y / image_size, pixel.x / image_size
         asked.append(_draw(facts, rng, questions_each))
     env.close()
     return Scenes(images, places, asked)

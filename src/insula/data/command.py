@@ -52,7 +52,7 @@ def stats(path: Path, horizon: int, out: Path | None, limit: int, processes: int
         if out is not None:
             target = out if out.suffix == ".json" and len(found) == 1 else out / f"{name}.json"
             target.parent.mkdir(parents=True, exist_ok=True)
-            normalize.save(target, measured.robot.stats)
+            normalize.save_stats(target, measured.robot.stats)
     return "\n".join(_tables(name, measured) for name, measured in found.items())
 
 

@@ -18,7 +18,7 @@ from insula.data.workers import Map, mapping_over
 from insula.errors import DatasetError, FASTRangeError, InputError
 from insula.tokens.fast import FASTCodec
 
-QUANTILES = (0.01, 0.99)
+RANGE_QUANTILES = (0.01, 0.99)
 ROWS_AT_ONCE = 2**17
 ENCODED_AT_ONCE = 2000
 Blocks = Callable[[int], Iterable[np.ndarray]]
@@ -44,7 +44,7 @@ def robot_stats(
     """The statistics the mapping names, else those `fit_stats` finds. Raises DatasetError where the file lacks some."""
     if data.statistics is None:
         return fit_stats(data, horizon, episodes, processes, skip_non_finite)
-    stats = normalize.load(data.statistics)
+    stats = normalize.load_stats(data.statistics)
     if missing := [part for part in ("state", "actions") if part not in stats]:
         raise DatasetError(f"{data.statistics}: no {missing[0]!r}; expected 'state' and 'actions'")
     return stats
@@ -89,11 +89,13 @@ def _prepared(
 
 def _stats(over: Map, blocks: Blocks, count: int, data: RobotData, what: str, names: list[str]) -> NormStats:
     files = range(count)
-    whole = quantiles.merged(part for part in over(partial(_moments, blocks), files) if part is not None)
-    histogram = sum(over(partial(_counts, blocks, whole), files), np.zeros((len(names), quantiles.BINS), np.int64))
-    wanted = quantiles.wanted_bins(histogram, QUANTILES)
+    whole = quantiles.merge_moments(part for part in over(partial(_moments, blocks), files) if part is not None)
+    histogram = sum(
+        over(partial(_counts, blocks, whole), files), np.zeros((len(names), quantiles.HISTOGRAM_BINS), np.int64)
+    )
+    wanted = quantiles.wanted_bins(histogram, RANGE_QUANTILES)
     parts = list(over(partial(_candidates, blocks, whole, wanted), files))
-    q01, q99 = quantiles.quantiles(parts, wanted, whole, QUANTILES)
+    q01, q99 = quantiles.quantiles(parts, wanted, whole, RANGE_QUANTILES)
     stats = NormStats(whole.mean, whole.std, q01, q99, whole.min, whole.max, data.normalization)
     normalize.warn_of_constants(stats, names, f"{data.path}, {what}")
     return stats
@@ -101,11 +103,11 @@ def _stats(over: Map, blocks: Blocks, count: int, data: RobotData, what: str, na
 
 def _moments(blocks: Blocks, file: int) -> quantiles.Moments | None:
     parts = [quantiles.moments(block) for block in blocks(file) if len(block)]
-    return quantiles.merged(parts) if parts else None
+    return quantiles.merge_moments(parts) if parts else None
 
 
 def _counts(blocks: Blocks, whole: quantiles.Moments, file: int) -> np.ndarray:
-    none = np.zeros((len(whole.mean), quantiles.BINS), np.int64)
+    none = np.zeros((len(whole.mean), quantiles.HISTOGRAM_BINS), np.int64)
     return sum((quantiles.counts(block, whole) for block in blocks(file)), none)
 
 
@@ -138,7 +140,7 @@ def _values(work: _Pass, name: str, file: int) -> np.ndarray:
     values = joined(dataset, columns, lambda column: dataset.read_column(column, file))
     if not work.skip_non_finite:
         start, _ = dataset.frames_of(file)
-        refuse_non_finite(dataset, values, start, dim_names(dataset, columns))
+        refuse_non_finite_frames(dataset, values, start, dim_names(dataset, columns))
     return values
 
 
@@ -159,7 +161,7 @@ def _blocks(work: _Pass, name: str, file: int) -> Iterator[np.ndarray]:
         yield rows[np.isfinite(rows).all(1)] if work.skip_non_finite else rows
 
 
-def refuse_non_finite(dataset: LeRobotDataset, values: np.ndarray, first: int, names: list[str]) -> None:
+def refuse_non_finite_frames(dataset: LeRobotDataset, values: np.ndarray, first: int, names: list[str]) -> None:
     """Raises ValueError naming episode, frame and dimension of the first value that is NaN or infinite."""
     if np.isfinite(values).all():
         return

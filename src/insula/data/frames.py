@@ -8,7 +8,7 @@ from typing import SupportsIndex
 import numpy as np
 
 from insula.data.chunks import check_delta, chosen_episodes, chunk_indices, dim_names, frames_of, joined
-from insula.data.fitting import refuse_non_finite
+from insula.data.fitting import refuse_non_finite_frames
 from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.mapping import RobotData
 from insula.data.robot import Robot
@@ -60,7 +60,7 @@ def read_frames(
     left_out = int((~finite).sum())
     if left_out and not skip_non_finite:
         for values, columns in ((state, data.state), (actions, data.actions)):
-            refuse_non_finite(dataset, values, 0, dim_names(dataset, columns))
+            refuse_non_finite_frames(dataset, values, 0, dim_names(dataset, columns))
     if left_out:
         log.warning("data set %s: %d samples with a NaN or infinity are left out", dataset.root, left_out)
     if not finite.any():

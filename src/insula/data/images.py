@@ -14,7 +14,7 @@ from insula import letterbox
 from insula.errors import DatasetError, InputError
 
 PNG = b"\x89PNG\r\n\x1a\n"
-FORMATS = ("PNG", "JPEG", "WEBP")
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def decode_image(data: bytes, size: tuple[int, int], where: str) -> np.ndarray:
 def decode_any(data: bytes, where: str, check: Callable[[int, int], None] | None = None) -> np.ndarray:
     """The same for an image of any size. `check(width, height)` is called before any pixel is decoded."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as image:
             if check:
                 check(*image.size)
             return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
@@ -94,7 +94,7 @@ def decode_any(data: bytes, where: str, check: Callable[[int, int], None] | None
         if isinstance(e, DatasetError):
             raise
         raise DatasetError(
-            f"{where}: unreadable image ({len(data)} bytes: {e}); expected {', '.join(FORMATS)}. "
+            f"{where}: unreadable image ({len(data)} bytes: {e}); expected {', '.join(PICTURE_FORMATS)}. "
             "Remove the episode or restore the file"
         ) from None
 
@@ -104,7 +104,7 @@ def resize_with_pad(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     does it (`insula.letterbox`). For pictures of several sizes in one batch; others travel as they are."""
     if image.shape[:2] == size:
         return image
-    box = letterbox.fit((image.shape[0], image.shape[1]), size)
+    box = letterbox.fit_box((image.shape[0], image.shape[1]), size)
     inner = Image.fromarray(image).resize((box.columns, box.rows), Image.Resampling.BILINEAR)
     out = np.zeros((*size, 3), np.uint8)
     out[box.above : box.above + box.rows, box.left : box.left + box.columns] = np.asarray(inner)

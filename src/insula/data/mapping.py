@@ -18,13 +18,13 @@ import tomllib
 from collections.abc import Mapping as Table
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from insula.batch import LossName
 from insula.data.normalize import Kind
 from insula.errors import DatasetError, did_you_mean
 
 STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
-LossName = Literal["flow", "fast"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class RobotData:
     """A norm_stats.json to use; fitted to the training episodes unless given."""
     instruction: str | None = None
     """A column of text; the task of each frame unless given."""
-    losses: tuple[LossName, ...] = ("flow", "fast")
+    losses: tuple[LossName, ...] = tuple(LossName)
     """Without "fast" its actions teach the expert alone, without "flow" the backbone alone."""
     units: dict[str, str] = field(default_factory=dict)
     """What "state" and "actions" are measured in; kept in the checkpoint for whoever serves it."""
@@ -140,7 +140,7 @@ def parse_mapping(raw: Any, folder: Path, where: str) -> Mapping:
     return Mapping(robots, questions)
 
 
-def to_json(mapping: Mapping) -> dict[str, Any]:
+def mapping_to_json(mapping: Mapping) -> dict[str, Any]:
     """Plain values with absolute paths: `parse_mapping` reads them from anywhere."""
 
     def plain(value: Any) -> Any:
@@ -162,12 +162,12 @@ def _robot(entry: Table[str, Any], folder: Path, where: str) -> RobotData:
     if not robot.actions:
         raise DatasetError(f"{where}: actions is empty; expected at least one column")
     for loss in robot.losses:
-        _known(loss, get_args(LossName), f"{where}.losses", "loss")
+        _known(loss, [name.value for name in LossName], f"{where}.losses", "loss")
     if not robot.losses:
         raise DatasetError(f"{where}: losses is empty, so nothing would be learned; expected 'flow', 'fast' or both")
     for key in robot.units:
         _known(key, ("state", "actions"), f"{where}.units", "entry")
-    return robot
+    return dataclasses.replace(robot, losses=tuple(LossName(loss) for loss in robot.losses))
 
 
 _KINDS: dict[str, tuple[type, ...]] = {

@@ -104,7 +104,7 @@ class NormStats:
         return array
 
 
-def fit(
+def fit_stats_of(
     values: np.ndarray, names: Sequence[str] | None = None, what: str = "values", kind: Kind = "quantiles"
 ) -> NormStats:
     """Statistics of [N, D]. Warns by name of every dimension the guard changes.
@@ -151,25 +151,25 @@ def refuse_non_finite(values: np.ndarray, names: Sequence[str] | None = None, wh
     )
 
 
-def to_json(stats: Mapping[str, NormStats]) -> dict[str, Any]:
+def stats_to_json(stats: Mapping[str, NormStats]) -> dict[str, Any]:
     """openpi's layout, keyed "state" and "actions"."""
     return {"norm_stats": {key: {f.name: _plain(getattr(s, f.name)) for f in fields(s)} for key, s in stats.items()}}
 
 
-def from_json(raw: Any, where: str = "norm_stats.json") -> dict[str, NormStats]:
+def stats_from_json(raw: Any, where: str = "norm_stats.json") -> dict[str, NormStats]:
     """The inverse of `to_json`; reads openpi's own files too. Raises ValueError naming what is missing or wrong."""
     if not isinstance(raw, dict) or not isinstance(raw.get("norm_stats"), dict):
         raise InputError(f"{where}: expected an object with the key 'norm_stats'")
     return {key: _parse(entry, f"{where}: {key!r}") for key, entry in raw["norm_stats"].items()}
 
 
-def save(path: str | Path, stats: Mapping[str, NormStats]) -> None:
-    write_json(Path(path), to_json(stats))
+def save_stats(path: str | Path, stats: Mapping[str, NormStats]) -> None:
+    write_json(Path(path), stats_to_json(stats))
 
 
-def load(path: str | Path) -> dict[str, NormStats]:
+def load_stats(path: str | Path) -> dict[str, NormStats]:
     """Raises FileNotFoundError, or ValueError naming what is wrong in the file."""
-    return from_json(read_json(Path(path)), str(path))
+    return stats_from_json(read_json(Path(path)), str(path))
 
 
 def _plain(value: np.ndarray | str | None) -> list[float] | str | None:

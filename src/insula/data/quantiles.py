@@ -11,7 +11,7 @@ from functools import reduce
 
 import numpy as np
 
-BINS = 4096
+HISTOGRAM_BINS = 4096
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def moments(rows: np.ndarray) -> Moments:
     return Moments(len(values), mean, np.square(values - mean).sum(0), values.min(0), values.max(0))
 
 
-def merged(parts: Iterable[Moments]) -> Moments:
+def merge_moments(parts: Iterable[Moments]) -> Moments:
     """Of all blocks together (Chan et al. 1979)."""
 
     def merge(a: Moments, b: Moments) -> Moments:
@@ -55,7 +55,7 @@ def merged(parts: Iterable[Moments]) -> Moments:
 def counts(rows: np.ndarray, whole: Moments) -> np.ndarray:
     """How many values of a block lie in each bin, int64 [D, BINS]."""
     bins = _bins(rows, whole)
-    return np.stack([np.bincount(bins[:, d], minlength=BINS) for d in range(rows.shape[1])])
+    return np.stack([np.bincount(bins[:, d], minlength=HISTOGRAM_BINS) for d in range(rows.shape[1])])
 
 
 Wanted = dict[tuple[int, int], int]
@@ -109,4 +109,6 @@ def _neighbors(q: float, count: int) -> tuple[int, int, float]:
 
 def _bins(rows: np.ndarray, whole: Moments) -> np.ndarray:
     span = np.where(whole.max > whole.min, whole.max - whole.min, 1.0)
-    return np.clip((rows.astype(np.float64) - whole.min) / span * BINS, 0, BINS - 1).astype(np.int64)
+    return np.clip((rows.astype(np.float64) - whole.min) / span * HISTOGRAM_BINS, 0, HISTOGRAM_BINS - 1).astype(
+        np.int64
+    )

@@ -29,7 +29,7 @@ from insula.errors import DatasetError, TokenBudgetError, did_you_mean
 from insula.tokens.sequence import FASTTokenizer
 
 IMAGE_CACHE = 2**30
-NAMES = ("questions.jsonl", "questions.parquet")
+QUESTION_FILES = ("questions.jsonl", "questions.parquet")
 
 
 @dataclass(frozen=True)
@@ -198,9 +198,9 @@ def _picture(row: Any) -> str | None:
 def _file(path: Path) -> Path:
     if path.is_file():
         return path
-    found = [path / name for name in NAMES if (path / name).is_file()]
+    found = [path / name for name in QUESTION_FILES if (path / name).is_file()]
     if not found:
-        raise DatasetError(f"questions: no {' or '.join(NAMES)} in {path}, and it is no such file itself")
+        raise DatasetError(f"questions: no {' or '.join(QUESTION_FILES)} in {path}, and it is no such file itself")
     return found[0]
 
 

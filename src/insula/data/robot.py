@@ -70,7 +70,7 @@ class Robot:
         directory.mkdir(parents=True, exist_ok=True)
         written = {key: value for key, value in asdict(self).items() if key != "stats"}
         write_json(directory / ROBOT_FILE, written)
-        normalize.save(directory / STATS_FILE, self.stats)
+        normalize.save_stats(directory / STATS_FILE, self.stats)
 
 
 def relative(actions: np.ndarray, state: np.ndarray, delta: tuple[int, ...]) -> np.ndarray:
@@ -92,4 +92,4 @@ def read_robot(directory: Path) -> Robot:
         horizon, units = int(raw["horizon"]), dict(raw["units"])
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: expected cameras, horizon, delta and units ({error!r})") from None
-    return Robot(normalize.load(directory / STATS_FILE), cameras, horizon, delta, units)
+    return Robot(normalize.load_stats(directory / STATS_FILE), cameras, horizon, delta, units)

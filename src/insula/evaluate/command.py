@@ -40,7 +40,7 @@ class EvaluateConfig:
         check_seed("seed", self.seed)
 
 
-def run(config: EvaluateConfig) -> None:
+def run_evaluate(config: EvaluateConfig) -> None:
     """Run the newest policy of a run, print a table, and write what was asked for.
 
     Raises, before anything is run, InputError for seeds of another purpose and for outputs of another ending, FileError

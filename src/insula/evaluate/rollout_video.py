@@ -12,13 +12,13 @@ from PIL import Image
 from insula.errors import InputError, did_you_mean
 from insula.evaluate.closed_loop import Recording
 
-FPS = 10
+VIDEO_FPS = 10
 ENDINGS = (".mp4", ".gif")
 HOLD = 8  # frames an episode's end stays on screen
 SUCCESS, FAILURE = (46, 160, 67), (207, 68, 60)
 
 
-def write_video(path: str | Path, frames: np.ndarray, fps: int = FPS, scale: int = 4) -> Path:
+def write_video(path: str | Path, frames: np.ndarray, fps: int = VIDEO_FPS, scale: int = 4) -> Path:
     """Write `frames` uint8 [T, h, w, 3], enlarged `scale` times, as the format its ending names.
 
     Raises ValueError for another ending and for frames that are not such an array.

@@ -52,12 +52,12 @@ def inspect(config: InspectConfig) -> bool:
     return not found.faults
 
 
-def run(config: InspectConfig) -> int:
+def run_inspect(config: InspectConfig) -> int:
     """Inspect, and return the exit code: 1 where a fault was found."""
     return 0 if inspect(config) else 1
 
 
-def default_settings(preset: str | None, arguments: list[str]) -> InspectConfig:
+def inspect_defaults(preset: str | None, arguments: list[str]) -> InspectConfig:
     """What flags change: the model and the dialect of a preset. Raises InputError where there is no such preset."""
     name = preset or "tiny"
     reading = dataclasses.replace(training_preset(name, Path()).reading, on_overflow=InspectConfig.reading.on_overflow)

@@ -60,7 +60,7 @@ class TokenColumns:
         return np.flatnonzero([kind in kinds for kind in self.kind])
 
 
-def read_columns(batch: Batch, config: ModelConfig, tokenizer: FASTTokenizer, is_question: bool) -> TokenColumns:
+def lay_out_columns(batch: Batch, config: ModelConfig, tokenizer: FASTTokenizer, is_question: bool) -> TokenColumns:
     """The columns of a batch of one, masked by the functions the model calls."""
     observation, images = batch.observation, config.num_image_tokens
     assert observation.tokens is not None and batch.loss_mask is not None

@@ -15,7 +15,7 @@ from insula.model.backbone import BackboneOutput
 from insula.shapes import Array, Bool, Float, Int
 from insula.tokens import masks
 
-Tree = TypeVar("Tree")
+_Tree = TypeVar("_Tree")
 
 
 @jax.tree_util.register_dataclass
@@ -40,6 +40,6 @@ def insulate(prefix: BackboneOutput, columns: int, stop: bool = True) -> Memory:
     return Memory(keys, values, visible, jnp.sum(visible, axis=1, dtype=jnp.int32))
 
 
-def freeze(tree: Tree) -> Tree:
+def freeze(tree: _Tree) -> _Tree:
     """The same values without any gradient: for parts that are not to be trained."""
     return jax.lax.stop_gradient(tree)

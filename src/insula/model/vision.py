@@ -103,7 +103,7 @@ def resize(image: UInt8[AnyArray, "B h w 3"], size: int) -> Float[Array, "B size
     pixels = jnp.asarray(image).astype(jnp.float32)
     height, width = image.shape[1:3]
     if (height, width) != (size, size):
-        box = letterbox.fit((height, width), (size, size))
+        box = letterbox.fit_box((height, width), (size, size))
         pixels = _shrink_or_grow(pixels, box.rows, box.columns)
         below, right = size - box.rows - box.above, size - box.columns - box.left
         pixels = jnp.pad(pixels, ((0, 0), (box.above, below), (box.left, right), (0, 0)))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from insula.collect.scenes import NAMES
+from insula.collect.scenes import THING_NAMES
 from insula.model.backbone import Backbone
 from insula.model.config import ModelConfig
 from insula.model.vision import Vision, encode_images
@@ -30,12 +30,12 @@ class Head:
 
     @classmethod
     def start(cls, width: int) -> "Head":
-        return cls(jnp.asarray(10.0), jnp.asarray(-4.0), jnp.zeros((width, len(NAMES), 2)))
+        return cls(jnp.asarray(10.0), jnp.asarray(-4.0), jnp.zeros((width, len(THING_NAMES), 2)))
 
 
 def name_tokens(text: TextTokenizer) -> Int[np.ndarray, "n words"]:
     """Token ids of each of NAMES as it stands inside a sentence, padded by repeating the last."""
-    rows = [text.encode(f" {name}") for name in NAMES]
+    rows = [text.encode(f" {name}") for name in THING_NAMES]
     longest = max(map(len, rows))
     return np.array([row + row[-1:] * (longest - len(row)) for row in rows])
 

@@ -39,7 +39,7 @@ from insula.shapes import Array, Float
 from insula.tokens.fast import FASTCodec
 from insula.tokens.sequence import FASTTokenizer
 from insula.tokens.text import TextTokenizer, embedded
-from insula.train.loop import Every, Metrics, MetricsLog, fit
+from insula.train.loop import Every, MetricRow, MetricsLog, run_loop
 from insula.train.optimizer import DEFAULT, OptimizerConfig, make_optimizer
 from insula.train.step import TrainState, make_train_state, make_train_step
 from insula.worlds.seeds import PRETRAINING
@@ -77,7 +77,7 @@ class PretrainConfig:
         check_seed("seed", self.seed)
 
 
-def run(config: PretrainConfig) -> None:
+def run_pretrain(config: PretrainConfig) -> None:
     """Pretrain, and say what the backbone knows. Raises as `pretrain`."""
     check_output_folder(config.out, "out")
     known = pretrain(config, question_tokenizer(config.model))
@@ -102,7 +102,7 @@ def pretrain(config: PretrainConfig, tokenizer: FASTTokenizer) -> Knowledge:
     optimizer = make_optimizer(config.optimizer, model, config.steps)
     step = make_train_step(model, optimizer, config.optimizer.ema_decay, step_key, loss=language_loss)
 
-    def look(state: TrainState) -> Metrics:
+    def look(state: TrainState) -> MetricRow:
         known = measure_knowledge(state.ema_params, model, tokenizer, held_out)
         return {f"held_out/{k}": v for k, v in known.accuracy.items()} | {
             "held_out/location_error": known.location_error
@@ -124,12 +124,12 @@ def pretrain(config: PretrainConfig, tokenizer: FASTTokenizer) -> Knowledge:
 
         hooks = (Every(config.checkpoint_every, look), Every(config.checkpoint_every, save_state))
         batches = _batches(scenes, tokenizer, config, int(state.step))
-        state, complete = fit(state, step, batches, config.steps, log, hooks=hooks)
+        state, complete = run_loop(state, step, batches, config.steps, log, hooks=hooks)
         save_state(state)
     if not complete:
         raise KeyboardInterrupt("pretraining was interrupted; the same command goes on where it stopped")
     known = measure_knowledge(state.ema_params, model, tokenizer, held_out)
-    save(config, state.ema_params, known, time.time() - started)
+    save_backbone(config, state.ema_params, known, time.time() - started)
     return known
 
 
@@ -198,7 +198,7 @@ def _batches(scenes: Scenes, tokenizer: FASTTokenizer, config: PretrainConfig, s
         yield question_batch(scenes, tokens, index, which, config.model)
 
 
-def save(config: PretrainConfig, params: Params, known: Knowledge, seconds: float) -> None:
+def save_backbone(config: PretrainConfig, params: Params, known: Knowledge, seconds: float) -> None:
     """bfloat16 weights of vision and backbone, and a record of what made them."""
     record = {
         "command": f"insula pretrain --steps {config.steps} --scenes {config.scenes} --seed {config.seed}",

@@ -9,7 +9,7 @@ from insula.page.html import Html, html_table, tag
 from insula.report import charts
 
 MISSING = "not measured"
-SHOWN = 8
+EPISODES_SHOWN = 8
 """Episodes on the page."""
 ANIMATED = 3
 """The first of them, which also move."""
@@ -142,7 +142,7 @@ def show_rollouts(recordings: Sequence[Recording]) -> Html | None:
     if not recordings:
         return None
 
-    shown = recordings[:SHOWN]
+    shown = recordings[:EPISODES_SHOWN]
     which = f"The first {len(shown)} episodes as they came, not chosen" + (
         f", of {len(recordings)} that were recorded" if len(recordings) > len(shown) else ""
     )

@@ -26,7 +26,7 @@ from insula.tokens.text import TextTokenizer
 
 PALIGEMMA_FAST_LAST_ID = 257_152 - 1 - 128
 """`fast_last_id` of π0-FAST: below the segmentation tokens, over the location tokens and rare pieces."""
-SETTINGS_FILE = "sequence.json"
+SEQUENCE_FILE = "sequence.json"
 STATE_EDGES = np.linspace(-1, 1, 257)[1:-1]
 STOP = "|"
 
@@ -134,20 +134,20 @@ class FASTTokenizer:
         self.text.save(path / "text")
         self.fast.save(path / "fast")
         settings = {key: getattr(self, key) for key in _SETTINGS if key != "dialect"}
-        write_json(path / SETTINGS_FILE, {"dialect": self.dialect.name, **settings})
+        write_json(path / SEQUENCE_FILE, {"dialect": self.dialect.name, **settings})
 
     @classmethod
     def load(cls, path: str | Path) -> "FASTTokenizer":
         """Read what `save` wrote. Raises FileNotFoundError, or ValueError naming what is malformed."""
         path = Path(path)
-        settings = read_json(path / SETTINGS_FILE)
+        settings = read_json(path / SEQUENCE_FILE)
         for key in settings:
             if key not in _SETTINGS:
-                raise InputError(f"{path / SETTINGS_FILE}: unknown setting {key!r}{did_you_mean(key, _SETTINGS)}")
+                raise InputError(f"{path / SEQUENCE_FILE}: unknown setting {key!r}{did_you_mean(key, _SETTINGS)}")
         for key, kind in _SETTINGS.items():
             if type(settings.get(key)) not in kind:
-                raise InputError(f"{path / SETTINGS_FILE}: {key} is {settings.get(key)!r}, expected {kind[0].__name__}")
-        return cls(texts.load(path / "text"), FASTCodec.load(path / "fast"), **settings)
+                raise InputError(f"{path / SEQUENCE_FILE}: {key} is {settings.get(key)!r}, expected {kind[0].__name__}")
+        return cls(texts.load_text_tokenizer(path / "text"), FASTCodec.load(path / "fast"), **settings)
 
     def _sequence(self, prefix: list[int], suffix: list[int], scored: list[bool], part: str) -> Tokenized:
         """BOS and prefix, then suffix, then padding."""

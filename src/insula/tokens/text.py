@@ -56,10 +56,10 @@ def embedded() -> TextTokenizer:
     """The tokenizer that comes with insula: byte-level BPE of 2,048 entries, then 128 location tokens. Any text
     encodes; " 0" to " 255" and the words of a tabletop are one token each (scripts/train_text_tokenizer.py).
     """
-    return load(EMBEDDED)
+    return load_text_tokenizer(EMBEDDED)
 
 
-def load(path: str | Path) -> TextTokenizer:
+def load_text_tokenizer(path: str | Path) -> TextTokenizer:
     """Read a `tokenizer.json`, a SentencePiece `.model`, or a directory holding `tokenizer.json` or `tokenizer.model`.
 
     A file without location tokens (Gemma's 256,000 pieces) gets PaliGemma's 1,024 location and 128 segmentation tokens

@@ -10,7 +10,7 @@ from insula.train.resume import stored_settings
 from insula.train.run import train
 
 
-def default_settings(preset: str | None, arguments: list[str]) -> TrainConfig:
+def train_defaults(preset: str | None, arguments: list[str]) -> TrainConfig:
     """What flags change: the settings of a preset, or, with --resume, those of the run, so that only what is given
     differs. Raises as `training_preset` and `stored_settings`, InputError for another preset than the run's."""
     parser = argparse.ArgumentParser("insula train", add_help=False, allow_abbrev=False)
@@ -27,7 +27,7 @@ def default_settings(preset: str | None, arguments: list[str]) -> TrainConfig:
     return stored
 
 
-def run(config: TrainConfig) -> int:
+def run_train(config: TrainConfig) -> int:
     """Train, and say how to go on where that was interrupted."""
     complete = train(config, base=stored_settings(config.run) if config.resume else None)
     if complete:

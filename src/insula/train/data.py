@@ -12,7 +12,7 @@ import numpy as np
 from insula.data.chunks import chunk_horizon, named_cameras
 from insula.data.fitting import action_chunks, robot_stats
 from insula.data.lerobot import LeRobotDataset
-from insula.data.mapping import Mapping, RobotData, parse_mapping, read_mapping, to_json
+from insula.data.mapping import Mapping, RobotData, mapping_to_json, parse_mapping, read_mapping
 from insula.data.mixture import Mixture, SampleSource
 from insula.data.observe import Sizes
 from insula.data.questions import QuestionSamples, pictures
@@ -27,8 +27,15 @@ from insula.tokens import text
 from insula.tokens.fast import FASTCodec
 from insula.tokens.sequence import FASTTokenizer
 from insula.train.config import TrainConfig
-from insula.train.split import Part, episode_checksums, instructions_of, split_again, split_episodes, split_rows
-from insula.train.split import to_json as split_to_json
+from insula.train.split import (
+    Part,
+    episode_checksums,
+    instructions_of,
+    split_again,
+    split_episodes,
+    split_rows,
+    split_to_json,
+)
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +89,7 @@ def open_data(config: TrainConfig, moved: Path | None = None) -> RunData:
 def write_data(config: TrainConfig, data: RunData) -> None:
     """What `open_data` reads when the run is resumed."""
     split = {name: split_to_json(part, data.units[name]) for name, part in data.parts.items()}
-    write_json(config.run / MAPPING_FILE, {"mapping": to_json(data.mapping), "split": split})
+    write_json(config.run / MAPPING_FILE, {"mapping": mapping_to_json(data.mapping), "split": split})
 
 
 def _open_datasets(config: TrainConfig, mapping: Mapping) -> dict[str, LeRobotDataset]:
@@ -110,7 +117,7 @@ def _stored_mapping(config: TrainConfig, stored: Any, moved: Path | None) -> Map
 
     if config.data is not None and config.data.is_file():
         try:
-            changed = to_json(read_mapping(config.data, config.model.cameras)) != to_json(mapping)
+            changed = mapping_to_json(read_mapping(config.data, config.model.cameras)) != mapping_to_json(mapping)
         except DatasetError:
             changed = True
         if changed:
@@ -135,7 +142,7 @@ def moved_mapping(stored: Mapping, moved: Path, cameras: tuple[str, ...]) -> Map
         return Mapping({name: dataclasses.replace(robot, path=moved)})
 
     given = read_mapping(moved, cameras)
-    before, after = to_json(stored), to_json(given)
+    before, after = mapping_to_json(stored), mapping_to_json(given)
     for kind in ("robots", "questions"):
         if list(before[kind]) != list(after[kind]):
             raise InputError(f"--data {moved}: {kind} are {list(after[kind])}, the run has {list(before[kind])}")
@@ -168,7 +175,7 @@ def fit_assets(config: TrainConfig, data: RunData) -> Assets:
             raise InputError("FAST: no robot of the mapping has the loss 'fast', so nothing teaches the backbone")
         codec = FASTCodec.fit(chunks, config.reading.fast_vocab, config.reading.fast_scale)
     tokenizer = FASTTokenizer(
-        text.load(config.reading.text_tokenizer) if config.reading.text_tokenizer else text.embedded(),
+        text.load_text_tokenizer(config.reading.text_tokenizer) if config.reading.text_tokenizer else text.embedded(),
         codec,
         config.reading.dialect,
         max_token_len=model.max_token_len,

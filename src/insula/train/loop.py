@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from insula.errors import NonFiniteError
 from insula.train.step import TrainState
 
-Metrics = dict[str, float]
+MetricRow = dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Every:
     """Do `action(state)` after each `steps`-th update. Metrics it returns are written to the log."""
 
     steps: int
-    action: Callable[[TrainState], Metrics | None]
+    action: Callable[[TrainState], MetricRow | None]
 
 
 class MetricsLog:
@@ -36,7 +36,7 @@ class MetricsLog:
         self._file = path.open("a", encoding="utf-8")
         self._tensorboard = tensorboard
 
-    def write(self, step: int, metrics: Metrics) -> None:
+    def write(self, step: int, metrics: MetricRow) -> None:
         """Raises NonFiniteError naming metric and step."""
         self._file.write(json.dumps({"step": step, **{k: _short(v) for k, v in metrics.items()}}) + "\n")
         self._file.flush()
@@ -60,7 +60,7 @@ def _short(value: float) -> float | str:
     return float(f"{value:.6g}") if math.isfinite(value) else str(value)  # NaN is no JSON
 
 
-def fit(
+def run_loop(
     state: TrainState,
     step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
     batches: Iterator[Any],

@@ -65,7 +65,7 @@ def resumed_settings(asked: TrainConfig, base: TrainConfig | None = None) -> tup
     change, CheckpointError where there is nothing to resume.
     """
     stored = stored_settings(asked.run)
-    settings = merged(stored, asked, TrainConfig(run=asked.run) if base is None else base)
+    settings = merge_settings(stored, asked, TrainConfig(run=asked.run) if base is None else base)
     settings = dataclasses.replace(settings, run=asked.run, resume=True)
     refused = {name: values for name, values in differences(stored, settings).items() if name not in MAY_CHANGE}
     if refused:
@@ -76,13 +76,13 @@ def resumed_settings(asked: TrainConfig, base: TrainConfig | None = None) -> tup
     return stored, settings
 
 
-def merged(stored: Any, asked: Any, base: Any) -> Any:
+def merge_settings(stored: Any, asked: Any, base: Any) -> Any:
     """The dataclass `stored`, with the fields in which `asked` differs from `base`; nested ones field by field."""
     changes = {}
     for field in dataclasses.fields(stored):
         values = [getattr(settings, field.name) for settings in (stored, asked, base)]
         if all(dataclasses.is_dataclass(value) for value in values):
-            changes[field.name] = merged(*values)
+            changes[field.name] = merge_settings(*values)
         elif values[1] != values[2]:
             changes[field.name] = values[1]
     return dataclasses.replace(stored, **changes)

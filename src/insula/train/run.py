@@ -38,7 +38,7 @@ from insula.shapes import PRNGKeyArray
 from insula.train.augment import augmented_loss
 from insula.train.config import TrainConfig, to_dict
 from insula.train.data import fit_assets, held_out_sources, open_data, training_mixture, write_data
-from insula.train.loop import Every, Metrics, MetricsLog, fit
+from insula.train.loop import Every, MetricRow, MetricsLog, run_loop
 from insula.train.optimizer import make_optimizer
 from insula.train.resume import resumed_settings, tell_changes
 from insula.train.step import TrainState, make_train_state, make_train_step
@@ -112,7 +112,9 @@ def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointSto
             hooks.append(Every(config.log_every, lambda _: {"quarantined": float(quarantined(mixture))}))
 
         with Loader(mixture, config.batch_size, config.seed, int(state.step), config.workers) as batches:
-            state, complete = fit(state, step, batches, config.steps, metrics, config.log_every, tuple(hooks), quiet)
+            state, complete = run_loop(
+                state, step, batches, config.steps, metrics, config.log_every, tuple(hooks), quiet
+            )
         save(state)
         store.wait()  # whoever sent the signal may not wait for a certificate
         certify(state)
@@ -216,7 +218,7 @@ def _nothing(state: TrainState) -> None:
 
 def make_held_out_losses(
     config: TrainConfig, mapping: Mapping, unseen: dict[str, SampleSource], rng: PRNGKeyArray, batches: int = 8
-) -> Callable[[TrainState], Metrics]:
+) -> Callable[[TrainState], MetricRow]:
     """Mean losses of the averaged parameters on the same unseen samples, noise and times each time. The only robot's
     are called "held_out/flow" and so on; those of other sources carry their name."""
     loss = jax.jit(lambda params, batch, key: compute_loss(params, config.model, batch, key))
@@ -229,8 +231,8 @@ def make_held_out_losses(
         rows = np.random.default_rng(config.seed).permutation(len(samples))[: batches * size]
         groups[name] = [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)]
 
-    def look(state: TrainState) -> Metrics:
-        metrics: Metrics = {}
+    def look(state: TrainState) -> MetricRow:
+        metrics: MetricRow = {}
         for name in unseen:
             made = (read[name].batch(np.zeros_like(rows), rows) for rows in groups[name])
             found = [loss(state.ema_params, batch, jax.random.fold_in(rng, i))[1] for i, batch in enumerate(made)]

@@ -22,7 +22,7 @@ from insula.data.mapping import RobotData
 from insula.errors import DatasetError, InputError
 
 log = logging.getLogger(__name__)
-SHOWN = 5
+INSTRUCTIONS_LISTED = 5
 """Instructions that a warning lists in full."""
 
 
@@ -72,12 +72,12 @@ def split_episodes(instructions: Sequence[set[str]], fraction: float, seed: int,
         chosen.append(episode)
         shown.subtract(instructions[episode])
     if unseen := sorted(instruction for instruction, episodes in shown.items() if episodes == 0):
-        more = f" and {len(unseen) - SHOWN} more" if len(unseen) > SHOWN else ""
+        more = f" and {len(unseen) - INSTRUCTIONS_LISTED} more" if len(unseen) > INSTRUCTIONS_LISTED else ""
         log.warning(
             "%s: every episode of these instructions is held out, none is trained on: %s%s; "
             "--held-out-fraction 0 trains on all episodes",
             where,
-            ", ".join(map(repr, unseen[:SHOWN])),
+            ", ".join(map(repr, unseen[:INSTRUCTIONS_LISTED])),
             more,
         )
     return _part(count, np.array(chosen, np.int64))
@@ -117,7 +117,7 @@ def split_again(stored: Any, units: np.ndarray, where: str, what: str) -> Part:
     return _part(before.count, np.array(stored["held_out"], np.int64))
 
 
-def to_json(part: Part, units: np.ndarray) -> dict[str, Any]:
+def split_to_json(part: Part, units: np.ndarray) -> dict[str, Any]:
     """What `split_again` reads. `units`: those the part was made of, or more."""
     seen = fingerprint(units, len(part.train) + len(part.held_out))
     return {"count": seen.count, "crc32": seen.crc32, "held_out": part.held_out.tolist()}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from insula.data.lerobot.conversion import convert
+from insula.data.lerobot.conversion import convert_dataset
 from insula.data.lerobot.doctor import examine
 from insula.data.lerobot.reader import TasksFrom
 
@@ -25,9 +25,9 @@ class DataConvertConfig:
     """Whom to believe where the rows mean another task than the episode table says."""
 
 
-def run_convert(config: DataConvertConfig) -> None:
+def run_data_convert(config: DataConvertConfig) -> None:
     """Write it, and say what it holds. Raises DatasetError."""
-    done = convert(config.source, config.destination, overwrite=config.overwrite, tasks_from=config.tasks_from)
+    done = convert_dataset(config.source, config.destination, overwrite=config.overwrite, tasks_from=config.tasks_from)
     print(f"{len(done.episodes)} episodes, {len(done)} frames, {done.info.codebase_version}: {config.destination}")
 
 

@@ -26,7 +26,7 @@ SAMPLED_FRAMES = 64
 """Of a camera and episode, evenly spread: what its pixel statistics are made of."""
 
 
-def convert(
+def convert_dataset(
     source: Path,
     destination: Path,
     *,

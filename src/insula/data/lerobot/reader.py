@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 GIB = 2**30
 ENCODED_BYTES = GIB // 4  # PNG bytes of recently read row groups, kept so that neighbors need no second read
-OPEN_FILES = 64  # v2.1 has a file per episode
+OPEN_TABLES = 64  # v2.1 has a file per episode
 DECODE_FRAMES = 256  # at a time into the cache
 TasksFrom = Literal["rows", "episodes"]
 _T = TypeVar("_T")
@@ -372,7 +372,7 @@ class LeRobotDataset:
                     "the file or meta/episodes is from another state of the data set"
                 )
             self._shards[number] = _Shard(path, start, stop, file, start + np.cumsum([0, *sizes[:-1]]))
-            if len(self._shards) > OPEN_FILES:
+            if len(self._shards) > OPEN_TABLES:
                 self._shards.popitem(last=False)
         return self._shards[number]
 

@@ -15,7 +15,7 @@ from insula.errors import DatasetError
 
 TOLERANCE = 1e-4
 """Seconds a frame may lie from where it is asked for (LeRobot's)."""
-OPEN_FILES = 16
+OPEN_VIDEOS = 16
 
 
 @dataclass
@@ -31,7 +31,7 @@ class _Video:
 class VideoReader:
     """Keeps the last few files open. Safe to use from several threads, which take turns."""
 
-    def __init__(self, open_files: int = OPEN_FILES):
+    def __init__(self, open_files: int = OPEN_VIDEOS):
         self._videos: OrderedDict[Path, _Video] = OrderedDict()
         self._open_files, self._lock = open_files, threading.Lock()
 

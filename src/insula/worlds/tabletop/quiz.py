@@ -37,7 +37,7 @@ from insula.errors import InputError
 from insula.worlds.tabletop.facts import Facts
 from insula.worlds.tabletop.instructions import COLORS, instruction
 
-BINS = 128
+LOCATION_BINS = 128
 OFFSET = (-0.4, 0.4)  # meters, from the gripper to a thing, along x and y
 HEIGHT = (-0.05, 0.20)  # meters, of the fingertips above a thing
 SIDE_MARGIN = 0.03  # of the image's width; nearer than that, left and right are not asked
@@ -47,7 +47,7 @@ Pairs = list[tuple[str, str]]
 
 def location(fraction: float) -> str:
     """The location token of a fraction of a range; 0 to 1, beyond it the outermost bin."""
-    return f"<loc{int(np.clip(fraction * BINS, 0, BINS - 1)):04d}>"
+    return f"<loc{int(np.clip(fraction * LOCATION_BINS, 0, LOCATION_BINS - 1)):04d}>"
 
 
 def place(facts: Facts, camera: str, name: str) -> str | None:

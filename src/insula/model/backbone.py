@@ -1,6 +1,11 @@
-"""The VLM backbone: a Gemma-style text model over [images | prompt | FAST], read once.
+"""The VLM backbone: a Gemma-style text model over [images | prompt | FAST], read once (PaliGemma, arXiv 2407.07726).
 
-Training and serving call the same function; at serving the FAST suffix is simply absent.
+    images, prompt   one bidirectional block: what serving sees, and what the action expert may read
+    FAST             causal, after it, in the same pass
+
+Training and serving call the same function; at serving the FAST suffix is simply absent. One pass is enough because
+no prefix position can see the suffix: its keys and values are the same numbers with the suffix there and without it.
+Two passes with logits for every position take 1.7 times as long at tiny, 11 times at 257,152 entries (docs/log.md).
 """
 
 import dataclasses
@@ -22,7 +27,8 @@ from insula.tokens import masks
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BackboneLayer:
-    """Gemma layer; leaves are stacked over depth."""
+    """Gemma layer (arXiv 2403.08295, §2): no biases, GeGLU, RMSNorm before each branch and none after. Leaves are
+    stacked over depth."""
 
     attention_norm: Leaf
     query: Leaf
@@ -38,6 +44,8 @@ class BackboneLayer:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Backbone:
+    """The text model's parameters. `embedding` [V, W] also is the token head: the two are tied in Gemma."""
+
     embedding: Leaf
     layers: BackboneLayer
     norm: Leaf
@@ -61,8 +69,10 @@ def backbone_weights(config: ModelConfig) -> Backbone:
     c = config.backbone
     x, w, f, n, g, e = c.depth, c.width, c.mlp_dim, c.num_heads, c.num_kv_heads, c.head_dim
     return Backbone(
+        # Rows of about unit length, so that logits of a normed hidden state start at the size of one.
         embedding=Weight((config.vocab_size, w), "VW", "normal", w**-0.5),
         layers=BackboneLayer(
+            # Zeros, for a norm's scale is 1 + this (`layers.rms_norm`).
             attention_norm=zeros("XW", x, w),
             query=dense("XWNE", x, w, n, e, fan_in=w),
             key=dense("XWGE", x, w, g, e, fan_in=w),
@@ -84,11 +94,15 @@ def embed(
     observation: Observation,
     ar_mask: Bool[Array, "B L"] | None,
 ) -> tuple[Float[Array, "B T W"], Bool[Array, "B T"], Bool[Array, "B T"]]:
-    """The sequence [images | tokens]: embeddings, and `column_masks`."""
+    """The sequence [images | tokens]: embeddings, and `column_masks`. Raises InputError as `encode_images`."""
     x = encode_images(vision, config, observation.images)
+
     if observation.tokens is not None:
+        # Gemma's factor: the table serves as token head too and has small entries; times √W they have the size of
+        # everything else in the residual stream. Image tokens come from a projection of their own and take none.
         text = backbone.embedding[observation.tokens] * backbone.embedding.shape[-1] ** 0.5
         x = jnp.concatenate([x, text], axis=1)
+
     return x, *column_masks(config, observation, ar_mask)
 
 
@@ -97,13 +111,16 @@ def column_masks(
 ) -> tuple[Bool[Array, "B T"], Bool[Array, "B T"]]:
     """Which columns of [images | tokens] are real, and which start a causal step. Images come first, in the order of
     `config.cameras`, and are bidirectional; without `ar_mask` so is all text."""
+    # An absent camera keeps its columns, masked: shapes stay static, and a robot with fewer cameras shares the batch.
     present = jnp.stack([jnp.asarray(observation.image_mask[name], bool) for name in config.cameras], axis=1)
     token_mask = jnp.repeat(present, config.vision.num_patches, axis=1)
     column_ar_mask = jnp.zeros(token_mask.shape, bool)
+
     if observation.tokens is not None:
         text_ar = jnp.zeros(observation.tokens.shape, bool) if ar_mask is None else jnp.asarray(ar_mask, bool)
         token_mask = jnp.concatenate([token_mask, jnp.asarray(observation.token_mask, bool)], axis=1)
         column_ar_mask = jnp.concatenate([column_ar_mask, text_ar], axis=1)
+
     return token_mask, column_ar_mask
 
 
@@ -119,6 +136,7 @@ def run_backbone(
 
     `positions`: those whose final hidden state is wanted, all unless given. Unrolled, the last layer's queries and
     feed-forward run for these only; its keys and values, which the expert reads, exist for every position either way.
+    Raises InputError as `encode_images`.
     """
     x, token_mask, column_ar_mask = embed(vision, backbone, config, observation, ar_mask)
     return run_layers(backbone, config, x, token_mask, column_ar_mask, positions)
@@ -134,7 +152,7 @@ def run_layers(
 ) -> BackboneOutput:
     """What `run_backbone` does with its embeddings."""
     mask = masks.make_attn_mask(token_mask, ar_mask)
-    rotary = masks.positions(token_mask)
+    rotary = masks.positions(token_mask)  # of real tokens: where the padding stands, and how much, changes nothing
     dtype = config.compute.dtype
 
     def layer(x: Array, p: BackboneLayer, wanted: Array | None = None) -> tuple[Array, tuple[Array, Array]]:
@@ -142,7 +160,8 @@ def run_layers(
         k = layers.rope(layers.matmul(y, p.key, dtype), rotary)
         v = layers.matmul(y, p.value, dtype)
 
-        # Keys and values exist for every position; queries and all that follows, in the last layer, for those wanted.
+        # The last layer's output is read only where a token is scored, at most 24 of 76 positions at tiny. Queries and
+        # feed-forward of the others took a tenth of the whole train step. Their keys and values are needed either way.
         query_rotary, query_mask = rotary, mask
         if wanted is not None:
             x, query_rotary, query_mask = (gather_positions(rows, wanted) for rows in (x, rotary, mask))
@@ -153,6 +172,7 @@ def run_layers(
         x = x + layers.geglu(layers.rms_norm(x, p.mlp_norm), p.gate, p.up, p.down, dtype)
         return x, (k, v)
 
+    # A scan runs one and the same body for every layer, so there the last one cannot do less.
     if config.compute.scan_layers:
         x, (keys, values) = layers.walk(layer, x, backbone.layers, scan=True)
         x = x if positions is None else gather_positions(x, positions)

@@ -27,10 +27,12 @@ class VisionConfig:
 
     @property
     def grid(self) -> int:
+        """Tokens along one side of an image."""
         return self.image_size // math.prod(self.patch_sizes)
 
     @property
     def num_patches(self) -> int:
+        """Tokens of one image, P."""
         return self.grid**2
 
 
@@ -52,7 +54,8 @@ LORA_PARTS = ("backbone", "expert")
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """Low-rank updates (`insula.model.lora`) of the attention and feed-forward matrices of `parts`, scaled by
-    alpha / rank. All else of these parts is frozen; the other parts are trained as usual."""
+    alpha / rank. All else of these parts is frozen; the other parts are trained as usual. Raises InputError for values
+    that make no update."""
 
     rank: int = 16
     alpha: float = 16.0
@@ -78,10 +81,11 @@ class ObjectiveConfig:
     knowledge_insulation: bool = True
     """The flow loss stops at the backbone's keys and values."""
     ki_fast_loss_weight: float = 1.0
-    """λ in total = flow + λ · fast."""
+    """λ in total = flow + λ · fast. With insulation it scales the backbone's gradient and never the expert's."""
     freeze_backbone: bool = False
+    """Train the expert alone, vision and backbone as they are."""
     flow_samples: int = 1
-    """Noise draws per sample that share one backbone pass; each costs only the expert."""
+    """Noise draws per sample that share one backbone pass, K; each costs only the expert."""
 
     @property
     def flow_reaches_backbone(self) -> bool:
@@ -92,6 +96,7 @@ class ObjectiveConfig:
         if self.ki_fast_loss_weight < 0 or not math.isfinite(self.ki_fast_loss_weight):
             raise InputError(f"objective: ki_fast_loss_weight is {self.ki_fast_loss_weight}, expected ≥ 0")
 
+        # With none the flow loss would be a mean over nothing, and the expert would silently never learn.
         if self.flow_samples < 1:
             raise InputError(f"objective: flow_samples is {self.flow_samples}, expected ≥ 1")
 
@@ -112,7 +117,7 @@ class ComputeConfig:
     scan_layers: bool = False
     """Walk depth by one compiled loop, rematerialized: less memory and compilation, slower for small models."""
     vocab_chunk: int | None = None
-    """Vocabulary entries per step of the token loss; None takes all at once."""
+    """Vocabulary entries per step of the token loss, a divisor of the vocabulary; None takes all at once."""
 
     def __post_init__(self) -> None:
         _check_choice("compute: dtype", self.dtype, ("float32", "bfloat16"))
@@ -124,7 +129,7 @@ class ComputeConfig:
 class ModelConfig:
     """A knowledge-insulated VLA. Change fields with `dataclasses.replace`; the whole is checked each time.
 
-    Raises ValueError where fields contradict each other, naming them.
+    Raises InputError where fields contradict each other, naming them.
     """
 
     name: str
@@ -133,12 +138,17 @@ class ModelConfig:
     expert: TransformerConfig
     vocab_size: int
     cameras: tuple[str, ...]
+    """Every camera of any robot, in the order of their tokens; a sample without one gets a mask."""
     max_prompt_len: int
+    """Tokens of the bidirectional part, BOS included. The expert reads no further."""
     max_fast_len: int
+    """Tokens of the causal part, and the most that one sample may score."""
     horizon: int
+    """Steps of one action chunk, H."""
     action_dim: int
     state_dim: int
     state_input: Literal["prompt", "token"] = "prompt"
+    """How the model learns the state: as digits in the prompt (π0.5), or as a projected token of the expert's (π0)."""
     time_input: Literal["adarms", "mlp"] = "adarms"
     """How the expert learns the flow time: by modulating its norms (π0.5), or mixed into the action tokens (π0)."""
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -148,15 +158,17 @@ class ModelConfig:
 
     @property
     def max_token_len(self) -> int:
+        """Text columns of one sample, L: the longest prompt, then the longest causal part."""
         return self.max_prompt_len + self.max_fast_len
 
     @property
     def num_image_tokens(self) -> int:
+        """Image columns of one sample, C·P, absent cameras among them."""
         return len(self.cameras) * self.vision.num_patches
 
     @property
     def num_memory(self) -> int:
-        """Columns of the prefix kept for the expert: all image tokens and the longest prompt."""
+        """Columns of the prefix kept for the expert, M: all image tokens and the longest prompt."""
         return self.num_image_tokens + self.max_prompt_len
 
     def with_objective(self, **changes: Any) -> "ModelConfig":
@@ -179,18 +191,21 @@ class ModelConfig:
                     "they share attention per layer, so both must be equal"
                 )
 
+        # Grouped-query attention: every key/value head serves the same number of query heads.
         if self.backbone.num_heads % self.backbone.num_kv_heads:
             raise InputError(
                 f"{where}: num_heads {self.backbone.num_heads} is no multiple of "
                 f"num_kv_heads {self.backbone.num_kv_heads}"
             )
 
+        # Between the steps of the stem; the last step ends at the encoder's own width.
         if len(self.vision.stem_widths) != len(self.vision.patch_sizes) - 1:
             raise InputError(
                 f"{where}: vision.stem_widths {self.vision.stem_widths} must have one entry "
                 f"fewer than vision.patch_sizes {self.vision.patch_sizes}"
             )
 
+        # Pixels of a last, smaller patch would have to be dropped.
         if self.vision.image_size % math.prod(self.vision.patch_sizes):
             raise InputError(
                 f"{where}: vision.image_size {self.vision.image_size} is no multiple of the "
@@ -208,9 +223,12 @@ class ModelConfig:
 
 
 def _gemma(width: int, mlp_dim: int) -> TransformerConfig:
+    """Gemma 2B's shape, of which openpi's 300M expert is a narrower copy: depth and heads must be equal."""
     return TransformerConfig(width=width, depth=18, mlp_dim=mlp_dim, num_heads=8, num_kv_heads=1, head_dim=256)
 
 
+# Made for two CPU cores. What a step costs here is tokens, not parameters: 16 tokens an image, and a prompt of 20. The
+# limits are what the embedded tabletop needs: FAST of its chunks takes 20 tokens at most, then "|", and EOS.
 TINY = ModelConfig(
     name="tiny",
     vision=VisionConfig(
@@ -225,12 +243,15 @@ TINY = ModelConfig(
     horizon=6,
     action_dim=7,
     state_dim=5,
+    # Even a batch of 32 leaves the expert with few times and noises; one draw more costs only the expert.
     objective=ObjectiveConfig(flow_samples=2),
 )
 
 TINY_BFLOAT16 = TINY.with_compute(dtype="bfloat16")
 """What training on a CPU with AVX-512 bfloat16 wants; docs/log.md has the ratios."""
 
+# openpi's sizes, so that its weights load: SigLIP So400m/14, Gemma 2B and the 300M expert, three cameras, actions and
+# state padded to 32. 257,152 entries: Gemma's 256,000, then PaliGemma's 1,024 locations and 128 segments.
 PI05 = ModelConfig(
     name="pi05",
     vision=VisionConfig(
@@ -245,25 +266,28 @@ PI05 = ModelConfig(
     horizon=50,
     action_dim=32,
     state_dim=32,
-    compute=ComputeConfig(dtype="bfloat16", scan_layers=True, vocab_chunk=16_072),
+    compute=ComputeConfig(dtype="bfloat16", scan_layers=True, vocab_chunk=16_072),  # a sixteenth of the vocabulary
 )
 
+# The state is no text here, so the prompt is short.
 PI0 = dataclasses.replace(PI05, name="pi0", state_input="token", time_input="mlp", max_prompt_len=48)
 
 PRESETS = {config.name: config for config in (TINY, PI05, PI0)}
 
 
 def preset(name: str) -> ModelConfig:
-    """The named config. Raises KeyError with the nearest name where there is none."""
+    """The named config. Raises InputError with the nearest name where there is none."""
     if name not in PRESETS:
         raise InputError(f"no preset {name!r}{did_you_mean(name, PRESETS)}; known: {', '.join(PRESETS)}")
+
     return PRESETS[name]
 
 
 def config_from_dict(raw: Any, where: str = "config") -> ModelConfig:
-    """The inverse of `dataclasses.asdict`. Raises ValueError for a missing or unknown field, naming the nearest."""
+    """The inverse of `dataclasses.asdict`. Raises InputError for a missing or unknown field, naming the nearest."""
     _check_object(raw, where)
     _refuse_old_fields(raw, where)
+
     parts = {
         "vision": VisionConfig,
         "backbone": TransformerConfig,
@@ -271,6 +295,8 @@ def config_from_dict(raw: Any, where: str = "config") -> ModelConfig:
         "objective": ObjectiveConfig,
         "compute": ComputeConfig,
     }
+
+    # An absent part is built from nothing: its defaults where it has all, else an error that names what is missing.
     nested = {name: build(kind, raw.get(name, {}), f"{where}: {name}") for name, kind in parts.items()}
     nested["lora"] = build(LoraConfig, raw["lora"], f"{where}: lora") if raw.get("lora") is not None else None
     return build(ModelConfig, {**raw, **nested}, where)
@@ -286,15 +312,20 @@ def _refuse_old_fields(raw: dict[str, Any], where: str) -> None:
 
 
 def build(kind: type, raw: Any, where: str) -> Any:
-    """A dataclass from plain values, strictly. Raises ValueError for a missing or unknown field."""
+    """A dataclass from plain values, strictly. Raises InputError for a missing or unknown field."""
     _check_object(raw, where)
+
+    # A field that is not known may be one that a newer version reads: to ignore it would be to build another model.
     known = {field.name for field in dataclasses.fields(kind)}
     for name in raw:
         if name not in known:
             raise InputError(f"{where}: unknown field {name!r}{did_you_mean(name, known)}")
+
     needed = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
     if missing := sorted(needed - raw.keys()):
         raise InputError(f"{where}: no {', '.join(missing)}; expected the fields of {kind.__name__}")
+
+    # JSON has no tuples, and a list in a frozen config could not be hashed.
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()})
 
 

@@ -1,4 +1,9 @@
-"""The action expert: a Gemma-style transformer that turns noisy actions into a velocity (π0 §IV, π0.5 §IV-C).
+"""The action expert: a Gemma-style transformer that turns noisy actions into a velocity (π0, arXiv 2410.24164, §IV;
+π0.5, arXiv 2504.16054, §IV).
+
+    noisy actions, time [, state] ─► layer 1 ─► … ─► layer X ─► velocity
+                                        ▲               ▲
+    memory: keys, values of backbone layer 1      … of backbone layer X
 
 It attends to the backbone's memory and to itself in one softmax per layer. The flow time enters through adaRMS (π0.5),
 or is mixed into each action token by an MLP before the first layer (π0).
@@ -23,7 +28,7 @@ from insula.tokens import masks
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ExpertLayer:
-    """Gemma layer; leaves are stacked over depth. A norm is an Linear that modulates (adaRMS), or a scale (RMSNorm)."""
+    """Gemma layer; leaves are stacked over depth. A norm is a Linear that modulates (adaRMS), or a scale (RMSNorm)."""
 
     attention_norm: Linear | Leaf
     query: Leaf
@@ -39,6 +44,8 @@ class ExpertLayer:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Expert:
+    """The action expert's parameters. Layers have the depth and heads of the backbone's, and a width of their own."""
+
     action_in: Linear
     time_in: Linear
     time_out: Linear
@@ -54,11 +61,16 @@ def expert_weights(config: ModelConfig) -> Expert:
     c = config.expert
     x, w, f, n, g, e = c.depth, c.width, c.mlp_dim, c.num_heads, c.num_kv_heads, c.head_dim
     ada = config.time_input == "adarms"
+
+    # Zero, as in adaLN-Zero (DiT, §3.2): every gate starts at 0, so every layer starts as the identity. A trap for
+    # tests: no gradient passes a gate that is 0, so a fresh model shows exact zeros under any scheme, insulated or not.
+    # That is why insulation is only ever shown on trained or randomized parameters.
     layer_norm = Linear(zeros("XWY", x, w, 3 * w), zeros("XY", x, 3 * w)) if ada else zeros("XW", x, w)
 
     def table(axes: str, i: int, o: int) -> Linear:
         return Linear(dense(axes, i, o, fan_in=i), zeros(axes[-1], o))
 
+    # π0 mixes the time into each action token: its first matrix reads both, one after the other.
     return Expert(
         action_in=table("DW", config.action_dim, w),
         time_in=table("WO", w, w) if ada else table("iO", 2 * w, w),
@@ -89,39 +101,52 @@ def run_expert(
     time: Float[Array, "B K"],
     attend: Callable[..., Float[Array, "B K A N E"]] = attend_with_memory,
 ) -> Float[Array, "B K H D"]:
-    """Velocity of each of K noisy chunks at its own time, all reading one memory. `attend` is for whoever wants to
-    watch: it is called for every layer in turn, as `attend_with_memory` is."""
+    """Velocity of each of K noisy chunks at its own time, all reading one memory. `attend` is there to watch: it is
+    called for every layer in turn, as `attend_with_memory` is, if layers are not scanned."""
     dtype = config.compute.dtype
     horizon, width = config.horizon, config.expert.width
     x = linear(noisy_actions, expert.action_in, dtype)
     x, condition = _enter_time(expert, config, x, layers.time_embedding(time, width))
+
+    # The state does not depend on the flow time: one token, before those of the actions, for all K samples.
     if expert.state_in is not None:
         token = linear(state, expert.state_in, dtype)[:, None, None, :]
         x = jnp.concatenate([jnp.broadcast_to(token, (*x.shape[:2], 1, width)), x], axis=2)
 
+    # No mask for steps past the episode's end: a policy that acts has every step of its chunk before it. In training
+    # they are read like the others and add no loss (`losses.flow_matching_loss`).
     ar = masks.suffix_ar_mask(horizon, expert.state_in is not None)[None]
     self_mask = masks.make_attn_mask(jnp.ones_like(ar), ar)[0]
-    positions = memory.length[:, None, None] + jnp.arange(x.shape[2])[None, None]  # after the visible prefix, [B, 1, A]
+
+    # The positions go on where the visible prefix of each sample ends, not where its padded columns do: serving has no
+    # FAST columns and may pad its prompt to another length, and the same chunk must get the same velocity there.
+    positions = memory.length[:, None, None] + jnp.arange(x.shape[2])[None, None]  # [B, 1, A]
 
     def norm(x: Array, p: Linear | Array) -> tuple[Array, Array | float]:
         """The normed input, and the gate of the branch that reads it."""
         if isinstance(p, Linear):
             return layers.ada_rms_norm(x, linear(condition, p, dtype))
+
         return layers.rms_norm(x, p), 1.0
 
     def layer(x: Array, inputs: tuple[ExpertLayer, Array, Array]) -> tuple[Array, None]:
         p, memory_k, memory_v = inputs
+
+        # Layer i reads the keys and values of the backbone's layer i: hence the same depth and heads in both.
         y, gate = norm(x, p.attention_norm)
         q = layers.rope(layers.matmul(y, p.query, dtype), positions) * config.expert.head_dim**-0.5
         k = layers.rope(layers.matmul(y, p.key, dtype), positions)
         v = layers.matmul(y, p.value, dtype)
         y = attend(q, k, v, memory_k, memory_v, memory.mask, self_mask)
         x = x + gate * layers.merge_heads(y, p.out, dtype)
+
         y, gate = norm(x, p.mlp_norm)
         return x + gate * layers.geglu(y, p.gate, p.up, p.down, dtype), None
 
     x, _ = layers.walk(layer, x, (expert.layers, memory.keys, memory.values), config.compute.scan_layers)
     x, _ = norm(x, expert.norm)
+
+    # Without the state's token, which predicts nothing.
     return linear(x[:, :, -horizon:], expert.action_out, dtype)
 
 
@@ -133,5 +158,7 @@ def _enter_time(
     if config.time_input == "adarms":
         hidden = jax.nn.silu(linear(time, expert.time_in, dtype))
         return x, jax.nn.silu(linear(hidden, expert.time_out, dtype))
+
+    # Concatenated and not added: the MLP may weigh an action by its time (π0, appendix B). No norm reads the time then.
     both = jnp.concatenate([x, jnp.broadcast_to(time[:, :, None, :], x.shape)], axis=-1)
     return linear(jax.nn.silu(linear(both, expert.time_in, dtype)), expert.time_out, dtype), time

@@ -33,7 +33,7 @@ class LossName(enum.StrEnum):
 class Observation:
     """Model inputs. Images are uint8 and become floats on the device; `tokens` is None without a tokenized prompt."""
 
-    images: dict[str, UInt8[AnyArray, "B h w 3"]]
+    images: dict[str, UInt8[AnyArray, "B h w 3"]]  # a quarter of the bytes of float32, on their way to the device
     image_mask: dict[str, Bool[AnyArray, "B"]]
     state: Float[AnyArray, "B S"]
     tokens: Int[AnyArray, "B L"] | None = None
@@ -43,7 +43,11 @@ class Observation:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """An observation with its targets: FAST tokens inside `observation.tokens`, and the normalized action chunk."""
+    """An observation with its targets: FAST tokens inside `observation.tokens`, and the normalized action chunk.
+
+    Actions of a robot with fewer dimensions or steps than the model are padded with zeros and masked. `ar_mask` and
+    `loss_mask` are None where no sample has an answer.
+    """
 
     observation: Observation
     actions: Float[AnyArray, "B H D"]
@@ -55,4 +59,5 @@ class Batch:
     @property
     def action_mask(self) -> Bool[AnyArray, "B H D"]:
         """True on every real action value: the only mask of the flow loss."""
+        # The two have opposite signs: LeRobot's column says what is padding, ours what is real.
         return ~self.action_is_pad[:, :, None] & self.action_dim_mask[:, None, :]

@@ -34,12 +34,16 @@ class DatasetError(InsulaError, ValueError):
         super().__init__(message)
         self.fault = fault
 
+    # Worker processes send errors back pickled, and by default only the message would go into the constructor again.
     def __reduce__(self) -> tuple:
         return type(self), (str(self), self.fault)
 
 
 class TokenBudgetError(InsulaError, ValueError):
-    """A part of a sample takes `length` tokens, more than its `limit`. Nothing is ever cut silently."""
+    """A part of a sample takes `length` tokens, more than its `limit`. Nothing is ever cut silently.
+
+    By `part` a reader of data tells a prompt that never fits from one long chunk.
+    """
 
     def __init__(self, part: str, length: int, limit: int, remedy: str) -> None:
         super().__init__(f"the {part} takes {length} tokens, the limit is {limit}; {remedy}")
@@ -48,6 +52,7 @@ class TokenBudgetError(InsulaError, ValueError):
         self.limit = limit
         self.remedy = remedy
 
+    # As above: here the message alone would not even fit the constructor.
     def __reduce__(self) -> tuple:
         return type(self), (self.part, self.length, self.limit, self.remedy)
 
@@ -74,5 +79,7 @@ class GLError(InsulaError, RuntimeError):
 
 def did_you_mean(got: str, known: Iterable[str]) -> str:
     """The nearest known name as " (did you mean 'x'?)", or "" where none is near."""
+    # 0.6 is difflib's own measure of near: one or two letters of a short name. Farther ones would be guesses.
     near = difflib.get_close_matches(got, list(known), n=1, cutoff=0.6)
+
     return f" (did you mean {near[0]!r}?)" if near else ""

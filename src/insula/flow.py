@@ -16,13 +16,17 @@ from insula.shapes import Array, Float, PRNGKeyArray
 def sample_time(rng: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Training times, t ~ 0.999 · Beta(1.5, 1) + 0.001: most weight on noisy chunks (π0, appendix B).
 
-    Beta(a, 1) has the closed inverse u^(1/a), so no rejection sampling is needed.
+    From pure noise only the observation says where to go, which is what a policy must learn; a chunk with little noise
+    says most of it itself.
     """
+    # Beta(a, 1) has the closed inverse u^(1/a), so no rejection sampling is needed. The 0.001 keeps clear of t = 0,
+    # which Euler steps never evaluate.
     return jax.random.uniform(rng, shape) ** (1 / 1.5) * 0.999 + 0.001
 
 
 def add_noise(actions: Float[Array, "*c H D"], noise: Float[Array, "*b H D"], time: Float[Array, "*b"]) -> Array:
     """x_t = t · noise + (1 − t) · actions."""
+    # Axes of one for H and D: every value of a chunk is at the same time.
     t = time[..., None, None]
     return t * noise + (1 - t) * actions
 
@@ -37,6 +41,7 @@ def integrate(velocity: Callable[[Array, Array], Array], noise: Float[Array, "B 
 
     `velocity(x [B, H, D], time [B]) -> [B, H, D]`.
     """
+    # Counted and not summed: in float32 ten times 0.1 is not 1, and the last step would start beside its place.
     times = jnp.asarray(1 - np.arange(steps) / steps, noise.dtype)
 
     def step(i: Array, x: Array) -> Array:

@@ -1,4 +1,11 @@
-"""Token cross-entropy, flow-matching error, and their weighted sum."""
+"""Token cross-entropy, flow-matching error, and their weighted sum.
+
+    gradient of    on vision, backbone    on the expert
+    token loss     > 0                    0 exactly: no logit depends on it
+    flow loss      0 exactly, insulated   > 0
+
+`insula.certificate` measures these four on any model.
+"""
 
 import dataclasses
 
@@ -23,7 +30,7 @@ Metrics = dict[str, Array]
 def compute_loss(
     params: Params, config: ModelConfig, batch: Batch, rng: PRNGKeyArray
 ) -> tuple[Float[Array, ""], Metrics]:
-    """total = flow + ki_fast_loss_weight · fast, from one backbone pass (π0.5 + KI, Driess et al. 2025, eq. 4).
+    """total = flow + ki_fast_loss_weight · fast, from one backbone pass (Driess et al. 2025, arXiv 2505.23705).
 
     `metrics`: the differentiable scalars "fast" and "flow", "scored_tokens" (how many the token loss averages over)
     and "token_accuracy". Without tokens, or with none to score, "fast" is 0.
@@ -38,6 +45,8 @@ def compute_loss(
     prefix = read_batch(params, config, batch, targets)
     memory = insulate(prefix, config.num_memory, stop=config.objective.knowledge_insulation)
 
+    # Both read the same pass: the token loss its hidden states at FAST positions, the expert its keys and values on the
+    # prefix, which no FAST token can have changed.
     fast, token_metrics = token_loss(prefix.hidden, params.backbone.embedding, targets, config)
     error = expert_loss(params.expert, config, memory, batch, rng)
 
@@ -45,6 +54,8 @@ def compute_loss(
     cut_off = masks.visible_to_expert(prefix.token_mask, prefix.ar_mask)[:, config.num_memory :]
     losses = {"fast": fast, "flow": jnp.where(jnp.any(cut_off), jnp.nan, error)}
 
+    # λ is on the token loss. The papers put their weight, α, on the flow loss; insulated, either way both optimizers
+    # see the same gradients but for a factor, which Adam all but divides out.
     weights = {"fast": config.objective.ki_fast_loss_weight, "flow": 1.0}
     assert losses.keys() == weights.keys() and all(loss.shape == () for loss in losses.values())
     total = jnp.sum(jnp.stack([weights[name] * losses[name] for name in losses]))
@@ -54,7 +65,8 @@ def compute_loss(
 def language_loss(
     params: Params, config: ModelConfig, batch: Batch, rng: PRNGKeyArray
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The token loss alone, for samples without actions; the expert is not run. Same signature as `compute_loss`."""
+    """The token loss alone, for samples without actions; the expert is not run, and `rng` not used. Same signature as
+    `compute_loss`, so a train step takes either."""
     targets = scored_tokens(batch, config)
     prefix = read_batch(params, config, batch, targets)
     fast, metrics = token_loss(prefix.hidden, params.backbone.embedding, targets, config)
@@ -70,12 +82,15 @@ def predict_tokens(params: Params, config: ModelConfig, batch: Batch) -> tuple[I
     if targets is None:
         raise InputError("predict_tokens: the batch has no tokens or no loss_mask; tokenize with the answer or actions")
 
+    # All logits at once, unlike in the loss: this is for evaluating, and keeps nothing for a backward pass.
     prefix = read_batch(params, config, batch, targets)
     return jnp.argmax(prefix.hidden @ params.backbone.embedding.T, axis=-1), targets
 
 
 def read_batch(params: Params, config: ModelConfig, batch: Batch, targets: "Targets | None") -> BackboneOutput:
     """The one backbone pass of a training sample, with the final hidden states of the scored positions alone."""
+    # Gathered before the vocabulary product: with logits and one-hot labels for all of 564 positions a step at 257,152
+    # entries and batch 4 took 6 times as long, and 9,571 MiB in place of 873.
     positions = targets.positions if targets else None
     return run_backbone(params.vision, params.backbone, config, batch.observation, batch.ar_mask, positions)
 
@@ -86,7 +101,7 @@ def read_batch(params: Params, config: ModelConfig, batch: Batch, targets: "Targ
 def expert_loss(
     expert: Expert, config: ModelConfig, memory: Memory, batch: Batch, rng: PRNGKeyArray
 ) -> Float[Array, ""]:
-    """Flow-matching error of a batch's chunks, each noised `flow_samples` times."""
+    """Flow-matching error of a batch's chunks, each noised `flow_samples` times: a scalar, 0 without actions."""
     time_rng, noise_rng = jax.random.split(rng)
     draws = (batch.actions.shape[0], config.objective.flow_samples)
     time = flow.sample_time(time_rng, draws)
@@ -106,12 +121,16 @@ def flow_matching_loss(
     velocity: Float[Array, "*b H D"], target: Float[Array, "*b H D"], action_mask: Bool[Array, "*c H D"]
 ) -> Float[Array, "*b H"]:
     """Squared error of each step of the horizon: the mean over the action dimensions the robot has."""
+    # `where` and not a product: 0 · NaN is NaN. No other mask: `loss_mask` is about tokens and never comes here.
     error = jnp.where(action_mask, jnp.square(velocity - target), 0.0)
+
+    # By the robot's own dimensions: divided by the model's 32, a robot of 7 would count for a quarter.
     return jnp.sum(error, axis=-1) / jnp.maximum(jnp.sum(action_mask, axis=-1), 1)
 
 
 def masked_mean(per_step: Float[Array, "*b H"], action_mask: Bool[Array, "*c H D"]) -> Float[Array, ""]:
-    """Mean over every real step. Padded steps hold 0 already and are not counted."""
+    """Mean over every real step; 0 where there is none. Padded steps hold 0 already and are not counted."""
+    # Divided by the real count, and not by B·K·H: else a batch with many episode ends would teach less.
     valid = jnp.broadcast_to(jnp.any(action_mask, axis=-1), per_step.shape)
     return jnp.sum(per_step) / jnp.maximum(jnp.sum(valid), 1)
 
@@ -122,7 +141,7 @@ def masked_mean(per_step: Float[Array, "*b H"], action_mask: Bool[Array, "*c H D
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """What the token loss scores, at most `max_fast_len` tokens a sample.
+    """What the token loss scores, at most U = `max_fast_len` tokens a sample.
 
     `positions`: where the hidden state that predicts the token is, images counted: one before the token itself.
     `labels`: the tokens. `valid`: whether a slot holds one. `complete`: every token of `loss_mask` found a slot.
@@ -139,15 +158,19 @@ def scored_tokens(batch: Batch, config: ModelConfig) -> Targets | None:
     if batch.observation.tokens is None or batch.loss_mask is None:
         return None
 
-    # A stable sort brings the scored tokens to the front in their order, so that their number is a static size.
+    # A stable sort brings the scored tokens to the front in their order, so that their number is a static size. Where
+    # fewer are scored, the last slots hold others: their labels are never counted.
     loss_mask = jnp.asarray(batch.loss_mask, bool)
     order = jnp.argsort(~loss_mask, axis=1, stable=True)[:, : config.max_fast_len]
     valid = gather_positions(loss_mask, order)
+
     return Targets(
+        # A hidden state predicts the token after its own. The first text column is BOS, so with images before it even
+        # an unscored slot points at a column that exists.
         positions=config.num_image_tokens + order - 1,
         labels=gather_positions(jnp.asarray(batch.observation.tokens), order),
         valid=valid,
-        complete=jnp.sum(valid) == jnp.sum(loss_mask),
+        complete=jnp.sum(valid) == jnp.sum(loss_mask),  # of the whole batch: one sample cut short is enough
     )
 
 
@@ -155,7 +178,7 @@ def token_loss(
     hidden: Float[Array, "B _ W"], embedding: Float[Array, "V W"], targets: Targets | None, config: ModelConfig
 ) -> tuple[Float[Array, ""], Metrics]:
     """Mean next-token cross-entropy over exactly `targets`; `hidden` are the states at `targets.positions`, gathered
-    before the vocabulary product."""
+    before the vocabulary product. NaN where not every scored token found a slot (`compute_loss`)."""
     if targets is None:
         nothing = jnp.zeros(())
         return nothing, {"scored_tokens": nothing, "token_accuracy": nothing}
@@ -164,9 +187,11 @@ def token_loss(
     labels = targets.labels.reshape(-1)
     loss, correct = cross_entropy(rows, embedding, labels, config.compute.dtype, config.compute.vocab_chunk)
 
+    # A mean over all scored tokens of the batch, not of samples: a long chunk counts for as many tokens as it has.
     weight = targets.valid.reshape(-1).astype(jnp.float32)
     count = jnp.sum(weight)
     denominator = jnp.maximum(count, 1)  # nothing to score gives 0, not 0 / 0
+
     return jnp.where(targets.complete, jnp.sum(loss * weight) / denominator, jnp.nan), {
         "scored_tokens": count,
         "token_accuracy": jnp.sum(correct * weight) / denominator,

@@ -138,7 +138,7 @@ class ModelConfig:
     expert: TransformerConfig
     vocab_size: int
     cameras: tuple[str, ...]
-    """Every camera of any robot, in the order of their tokens; a sample without one gets a mask."""
+    """Every camera the model knows, in the order of their tokens; one that a sample lacks is masked."""
     max_prompt_len: int
     """Tokens of the bidirectional part, BOS included. The expert reads no further."""
     max_fast_len: int

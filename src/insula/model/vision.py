@@ -49,8 +49,8 @@ class VisionLayer:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Vision:
-    """The encoder's parameters. `stem`: one matrix for each of `patch_sizes`. `position` [P, W], learned from a grid of
-    sines on. `head`: to the backbone's width."""
+    """The encoder's parameters. `stem`: one matrix for each of `patch_sizes`. `position` [P, W], learned,
+    starts as a grid of sines. `head`: to the backbone's width."""
 
     stem: tuple[Linear, ...]
     position: Leaf

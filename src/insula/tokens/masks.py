@@ -33,29 +33,48 @@ def make_attn_mask(token_mask: Bool[Array, "B T"], ar_mask: Bool[Array, "B T"]) 
         raise InputError(
             f"make_attn_mask: token_mask is {token_mask.shape}, ar_mask {ar_mask.shape}; expected the same [B, T]"
         )
+
+    # Each 1 of `ar_mask` opens a block, so the running sum numbers the blocks: a key is seen if its block is not later.
     block = jnp.cumsum(jnp.asarray(ar_mask, jnp.int32), axis=1)
     seen = block[:, None, :] <= block[:, :, None]
+
+    # Padding counts to the last block, which would see everything: it is masked both as key and as query.
     real = jnp.asarray(token_mask, bool)
     return seen & real[:, None, :] & real[:, :, None]
 
 
 def is_suffix(ar_mask: Bool[AnyArray, "*b T"]) -> Bool[Array, "*b T"]:
     """From the first causal step on: the answer, which may be generated, and the padding behind it."""
+    # A running sum and not `ar_mask` itself: padding has 0 there, and so would a bidirectional block after FAST.
     return jnp.cumsum(jnp.asarray(ar_mask, jnp.int32), axis=-1) > 0
 
 
 def visible_to_expert(token_mask: Bool[Array, "B T"], ar_mask: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
-    """The columns the action expert may read: real tokens of the bidirectional prefix, so never a FAST token."""
+    """The columns the action expert may read: real tokens of the bidirectional prefix, so never a FAST token.
+
+    An expert that reads FAST tokens copies the actions they spell out: its training loss looks splendid, no gradient is
+    wrong, and serving, which has no FAST tokens, fails.
+    """
     return jnp.asarray(token_mask, bool) & ~is_suffix(ar_mask)
 
 
 def suffix_ar_mask(horizon: int, state_token: bool) -> Bool[Array, "A"]:
-    """Blocks inside the action expert: the state token alone, then all action tokens together (π0 §IV)."""
+    """Blocks inside the action expert: the state token alone, then all action tokens together (π0, appendix B).
+
+        ar_mask 1 1 0          keys  s a a     s state, a action
+                      queries  s     ■ · ·
+                               a     ■ ■ ■
+                               a     ■ ■ ■
+
+    So the state's token is the same at every flow time: it sees no noisy action.
+    """
+    # The first 1 opens a block of its own after the prefix, which must not see any of these.
     first = jnp.ones(1, bool)
     rest = jnp.zeros(horizon - 1, bool)
     return jnp.concatenate([first, first, rest] if state_token else [first, rest])
 
 
 def positions(token_mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """Rotary positions count real tokens only, so padding shifts nothing."""
+    """Rotary positions count real tokens only, so padding shifts nothing: an absent camera leaves no gap."""
+    # Padding before the first real token would get −1. It is read by nobody, but an index below 0 invites surprises.
     return jnp.maximum(jnp.cumsum(jnp.asarray(token_mask, jnp.int32), axis=1) - 1, 0)

@@ -11,20 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from insula import certificate as gradients
 from insula import losses
 from insula.batch import LossName
-from insula.certificate import (
-    EXPERT_PARTS,
-    Outcome,
-    Scheme,
-    judge,
-    prove,
-    read_certificate,
-    require,
-    stored_certificate,
-    write_certificate,
-)
+from insula.certificate import gradients
+from insula.certificate.gradients import prove
+from insula.certificate.proof import Outcome, judge, require
+from insula.certificate.stored import read_certificate, stored_certificate, write_certificate
+from insula.certificate.table import EXPERT_PARTS, Scheme
 from insula.errors import InputError, InsulationError, MissingFileError
 from insula.model.config import TransformerConfig, preset
 from insula.model.params import abstract_params

@@ -14,7 +14,9 @@ from mixtures import SMALL, write_mixture
 
 from insula import losses
 from insula.batch import Batch, LossName
-from insula.certificate import Outcome, Proof, Scheme, read_certificate
+from insula.certificate.proof import Outcome, Proof
+from insula.certificate.stored import read_certificate
+from insula.certificate.table import Scheme
 from insula.data.config import DataConfig
 from insula.data.lerobot import LeRobotWriter
 from insula.data.lerobot.info import Feature, image_feature

@@ -13,7 +13,8 @@ import pytest
 from small import CLOSE, FAR, SMALL, VARIANTS, by_leaf, difference, gradients, jit, largest, loss, model
 
 from insula.batch import LossName
-from insula.certificate import EXPERT_PARTS, Scheme, prove
+from insula.certificate.gradients import prove
+from insula.certificate.table import EXPERT_PARTS, Scheme
 from insula.checkpoints.pretrained import load_pretrained
 from insula.checkpoints.store import CheckpointStore
 from insula.collect.demonstrations import collect

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from insula import losses
-from insula.certificate import read_certificate
+from insula.certificate.stored import read_certificate
 from insula.checkpoints.store import CheckpointStore
 from insula.collect.demonstrations import collect
 from insula.convert import convert_checkpoint

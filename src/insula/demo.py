@@ -17,7 +17,8 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from insula.certificate import read_certificate, require
+from insula.certificate.proof import require
+from insula.certificate.stored import read_certificate
 from insula.checkpoints.pretrained import load_pretrained
 from insula.checkpoints.store import CheckpointStore
 from insula.checks import check_seed

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from insula.certificate import Proof, column_title, exact_text, write_certificate
+from insula.certificate.proof import Proof
+from insula.certificate.stored import write_certificate
+from insula.certificate.table import column_title, exact_text
 from insula.errors import InputError
 from insula.files import check_output_file, read_json
 from insula.inspection.config import InspectConfig

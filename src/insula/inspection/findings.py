@@ -6,7 +6,9 @@ import jax
 import numpy as np
 
 from insula.batch import LossName
-from insula.certificate import VERDICTS, Outcome, Proof, Prover, Scheme, make_prover, table_columns
+from insula.certificate.gradients import Prover, make_prover
+from insula.certificate.proof import VERDICTS, Outcome, Proof
+from insula.certificate.table import Scheme, table_columns
 from insula.data.samples import Samples
 from insula.inspection.influence import Forward, Influence, make_forward, measure_influence
 from insula.inspection.measure import Measure, SampleMeasures, make_measure

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from insula.batch import Batch
-from insula.certificate import Outcome, worst
+from insula.certificate.proof import Outcome, worst
 from insula.compile import compiled_quickly
 from insula.inspection.token_columns import ColumnKind, TokenColumns
 from insula.model.backbone import run_backbone
@@ -224,7 +224,7 @@ def _largest(moved: Array) -> float:
 
 
 def judge_influence(table: dict[Change, Moved]) -> tuple[Outcome, tuple[str, ...]]:
-    """What a table shows, and the entries that show it, as `insula.certificate.judge` does for gradients."""
+    """What a table shows, and the entries that show it, as `insula.certificate.proof.judge` does for gradients."""
     broken, leaks, vacuous = [], [], []
 
     for change, moved in table.items():

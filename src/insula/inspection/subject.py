@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from insula.batch import Batch
-from insula.certificate import Outcome, stored_certificate
+from insula.certificate.proof import Outcome
+from insula.certificate.stored import stored_certificate
 from insula.checkpoints.store import CheckpointStore
 from insula.data.config import DataConfig
 from insula.data.mixture import SampleSource

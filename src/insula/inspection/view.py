@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from insula.batch import Batch
-from insula.certificate import Proof, column_title
+from insula.certificate.proof import Proof
+from insula.certificate.table import column_title
 from insula.data.chunks import dim_names
 from insula.data.images import encode_png
 from insula.data.samples import Samples

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from insula.certificate import VERDICTS, Outcome, column_title, exact_text, table_columns
+from insula.certificate.proof import VERDICTS, Outcome
+from insula.certificate.table import column_title, exact_text, table_columns
 from insula.evaluate.closed_loop import Recording
 from insula.page.html import Html, html_table, tag
 from insula.report import charts

@@ -10,7 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from insula.certificate import make_prover, write_certificate
+from insula.certificate.gradients import make_prover
+from insula.certificate.stored import write_certificate
 from insula.checkpoints.hub import local
 from insula.checkpoints.loading import load_params
 from insula.checkpoints.pretrained import load_pretrained

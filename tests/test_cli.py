@@ -29,7 +29,6 @@ def insula(*arguments: object) -> subprocess.CompletedProcess[str]:
         (("inspect", "--run", "nowhere"), "no train.json here"),
         (("inspect",), "give either --run RUN, or --data DATA"),
         (("collect", "--out", ".", "--episodes", "1"), "not empty"),
-        (("collect", "--out", "d", "--episodes", "0"), "expected at least 1"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(
@@ -41,6 +40,20 @@ def test_what_a_user_can_mend_is_one_line(
     assert done.returncode == 1, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.strip()]
     assert line.startswith("insula: ") and expected in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("collect", "--out", "d", "--episodes", "0"), "episodes is 0, expected an integer ≥ 1"),
+        (("train", "--run", "r", "--batch-size", "0"), "batch_size is 0"),
+        (("train", "--run", "r", "--optimizer.expert-lr", "-1"), "expert_lr is -1"),
+    ],
+)
+def test_a_setting_out_of_range_is_a_wrong_command_line(arguments: tuple[str, ...], expected: str) -> None:
+    done = insula(*arguments)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert expected in " ".join(done.stderr.replace("│", " ").split())
 
 
 def test_an_unknown_flag_names_the_nearest() -> None:

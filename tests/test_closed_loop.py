@@ -41,7 +41,7 @@ class ScriptedPolicy:
         task = truth.task if self.listens else truth._layout.task
         return np.repeat(demonstrator.act(truth.table(), task)[None], HORIZON, axis=0)
 
-    def act_batch(self, observations: list[dict[str, Any]]) -> np.ndarray:
+    def act_batch(self, observations: list[dict[str, Any]], seeds: Any) -> np.ndarray:
         self.batches.add(len(observations))
         return np.stack([self.act(o) for o in observations])
 
@@ -55,7 +55,7 @@ class Constant:
     def act(self, observation: dict[str, Any]) -> np.ndarray:
         return self.chunk
 
-    def act_batch(self, observations: list[dict[str, Any]]) -> np.ndarray:
+    def act_batch(self, observations: list[dict[str, Any]], seeds: Any) -> np.ndarray:
         return np.stack([self.chunk] * len(observations))
 
 
@@ -137,9 +137,9 @@ def test_executes_as_many_steps_as_told_before_looking_again() -> None:
     class Counting(Constant):
         calls = 0
 
-        def act_batch(self, observations: list[dict[str, Any]]) -> np.ndarray:
+        def act_batch(self, observations: list[dict[str, Any]], seeds: Any) -> np.ndarray:
             self.calls += 1
-            return super().act_batch(observations)
+            return super().act_batch(observations, seeds)
 
     calls = {}
     for replan_steps in (1, 3):
@@ -175,8 +175,8 @@ def test_a_chunk_that_is_not_finite_is_refused(bad: float) -> None:
 @pytest.mark.parametrize(
     ("chunk", "replan_steps", "message"),
     [
-        (np.zeros((2, 6)), 1, r"got \[2, 2, 6\], expected \[2, H, 7\]"),
-        (np.zeros(7), 1, r"got \[2, 7\]"),
+        (np.zeros((2, 6)), 1, r"got \[16, 2, 6\], expected \[16, H, 7\]"),
+        (np.zeros(7), 1, r"got \[16, 7\]"),
         (np.zeros((2, 7)), 3, "chunks have only 2 steps"),
         (np.zeros((2, 7)), 0, "replan_steps is 0"),
     ],

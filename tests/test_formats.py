@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path

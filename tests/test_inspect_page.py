@@ -17,6 +17,7 @@ import uvicorn
 from mixtures import SMALL, record, write_mixture
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from insula.data.config import DataConfig
 from insula.errors import InputError
 from insula.inspection.config import InspectConfig
 from insula.inspection.findings import Findings, Inspector
@@ -292,7 +293,7 @@ def test_a_page_of_224_pixels_and_paligemmas_vocabulary(show: Callable[..., Page
     record(tmp_path / "data", {"front": 224, "wrist": 224}, state=5, actions=4, seed=0)
     vision = dataclasses.replace(SMALL.vision, image_size=224, patch_sizes=(14,))
     model = dataclasses.replace(SMALL, vision=vision, vocab_size=257_152)
-    subject = open_subject(InspectConfig(data=tmp_path / "data", model=model, fast_last_id=257_023))
+    subject = open_subject(InspectConfig(data=tmp_path / "data", model=model, reading=DataConfig(fast_last_id=257_023)))
     found = Inspector(dataclasses.replace(subject, trained=True)).look(0)
     assert found.outcome == "holds" and max(found.seen.id) > 256_000
     file = write_page(tmp_path / "inspect.html", render_sample(found))

@@ -22,8 +22,8 @@ from insula.data.lerobot import LeRobotWriter
 from insula.data.lerobot.info import Feature, image_feature
 from insula.decode.flow import sample_actions
 from insula.errors import DatasetError, InsulaError
-from insula.inspection.command import certify, inspect
-from insula.inspection.config import InspectConfig
+from insula.inspection.command import certify, inspect, run_inspect
+from insula.inspection.config import INSPECTED, InspectConfig
 from insula.inspection.findings import Findings, Inspector
 from insula.inspection.influence import (
     Change,
@@ -394,7 +394,7 @@ def test_a_leaky_model_names_the_path_and_exits_with_1(
 ) -> None:
     leak(monkeypatch)
     config = InspectConfig(data=mixture, model=SMALL, out=tmp_path / "page.html", certificate=tmp_path / "c.json")
-    code = run(config)
+    code = run_inspect(config)
     printed = capsys.readouterr().out
     assert code == 1 and "insulation: leaks" in printed and finding in printed
     assert read_certificate(tmp_path / "c.json")["outcome"] == "leaks"
@@ -511,7 +511,7 @@ def test_outputs_are_checked_before_anything_is_loaded(mixture: Path, tmp_path: 
         ({"certificate": tmp_path / "c.yaml"}, r"--certificate .*c.yaml: ending '.yaml', expected one of .json"),
         ({"certificate": tmp_path / "settings.json"}, r"settings.json: is there and is no certificate; name a new"),
         ({"certificate": tmp_path / "taken" / "c.json"}, r"--certificate .*c.json: cannot be written"),
-        ({"serve": True, "port": 65536, "out": None}, r"--port 65536: expected 0 to 65535"),
+        ({"serve": True, "port": 65536, "out": None}, r"port is 65536, expected an integer from 0 to 65535"),
     ):
         with pytest.raises(InsulaError, match=message):
             inspect(dataclasses.replace(InspectConfig(data=mixture, model=SMALL, out=page), **changes))
@@ -560,7 +560,7 @@ def test_what_a_user_can_mend(mixture: Path, found: Findings, tmp_path: Path) ->
     [
         ('{"a":', "train.json: not JSON"),
         ("[]", "train.json: holds a JSON list, expected an object"),
-        ("{}", "train.json: no 'run', 'model', 'optimizer'; found nothing"),
+        ("{}", "train.json: no 'run', 'model'; found nothing"),
         ('{"run": "r", "model": 3, "optimizer": {}}', "train.json: model: got 3, expected an object"),
     ],
 )

@@ -239,7 +239,7 @@ def judge_influence(table: dict[Change, Moved]) -> tuple[Outcome, tuple[str, ...
                 vacuous.append(f"changing {change.label} moves nothing of {effect}")
 
     # One black camera may move nothing, but an expert that reads no input at all shows nothing by not reading FAST.
-    read = [moved[Effect.VELOCITY] for change, moved in table.items() if change.kind in READ_KINDS]
+    read = [moved.get(Effect.VELOCITY) for change, moved in table.items() if change.kind in READ_KINDS]
     if not any(value is None or value != 0 for value in read):
         vacuous.append("no camera and no prompt moves the velocity, so that FAST tokens do not shows nothing")
 

@@ -28,6 +28,7 @@ TOKENIZER_FILE = "tokenizer.json"
 FAST_PLUS_MIN_TOKEN = -354
 """`min_token` of the released FAST+: the coefficient 0 becomes a letter, with only letters far around it, which the
 pre-tokenizer keeps together. (Nearer to 0 it may split at every digit or comma: a third more tokens were measured.)"""
+# Code points that no UTF-8 text can hold. A coefficient that lands there has no symbol.
 SURROGATES = range(0xD800, 0xE000)
 LAST_SYMBOL = 0x10FFFF
 
@@ -70,11 +71,17 @@ class FASTCodec:
             raise InputError(f"FASTCodec.fit: scale is {scale}, expected a finite number > 0")
         if len(chunks) == 0:
             raise InputError("FASTCodec.fit: no chunks to fit on, expected [N, H, D] with N ≥ 1")
+
+        # Room below the lowest coefficient seen. The authors' fit takes it as the bound: a chunk a little wilder than the
+        # corpus then has no symbol.
         coefficients = [_quantize(_checked(chunk, f"chunk {n}"), scale) for n, chunk in enumerate(chunks)]
         min_token = min(FAST_PLUS_MIN_TOKEN, 2 * int(min(c.min() for c in coefficients)))
+
+        # Several robots share one codec, each with its own sizes: then it belongs to none.
         shapes = {c.shape for c in coefficients}
         horizon, dim = shapes.pop() if len(shapes) == 1 else (None, None)
 
+        # The released tokenizer's settings, so that its files and ours read alike.
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
@@ -82,11 +89,12 @@ class FASTCodec:
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
-            max_token_length=10_000,
+            max_token_length=10_000,  # a chunk that stands still is one long run of zeros, and deserves one token
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # all 256: no coefficient is ever dropped
             special_tokens=[],
             show_progress=False,
         )
+
         tokenizer.train_from_iterator((_symbols(c, min_token) for c in coefficients), trainer=trainer)
         return cls(tokenizer, float(scale), min_token, vocab_size, action_dim=dim, time_horizon=horizon)
 
@@ -96,6 +104,7 @@ class FASTCodec:
 
         Raises FileNotFoundError where one is missing, ValueError where one is malformed.
         """
+        # The released FAST+ comes with Python of its own. It is never run: the two files say all there is to know.
         config_path, tokenizer_path = Path(path) / CONFIG_FILE, Path(path) / TOKENIZER_FILE
         config = read_json(config_path)
         scale = _number(config, "scale", config_path)
@@ -103,16 +112,19 @@ class FASTCodec:
         vocab_size = _integer(config, "vocab_size", config_path)
         optional = {k: None if config.get(k) is None else _integer(config, k, config_path) for k in _OPTIONAL}
         tokenizer = read_tokenizer(tokenizer_path)
+
         if not scale > 0:
             raise InputError(f"{config_path}: scale is {scale}, expected a finite number > 0")
         size = tokenizer.get_vocab_size()
         if size > vocab_size:
             raise InputError(f"{config_path}: vocab_size is {vocab_size}, but {TOKENIZER_FILE} has {size} entries")
+
         codec = cls(tokenizer, scale, min_token, vocab_size, **optional)
         try:
             codec._token_bytes  # noqa: B018 - computed now, so that a foreign alphabet is reported here
         except ValueError as error:
             raise InputError(f"{tokenizer_path}: {error}") from None
+
         return codec
 
     def save(self, path: str | Path) -> None:
@@ -131,6 +143,9 @@ class FASTCodec:
         """
         text = _symbols(_quantize(_checked(actions, "actions"), self.scale), self.min_token)
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+
+        # A codec fitted elsewhere may lack some of the 256 byte symbols. BPE drops such a byte without a word, and every
+        # later coefficient would move by one. Reading the ids back is the only way to know.
         if self._bytes(ids) != text.encode():
             lost = next(
                 s for s in text if self._bytes(self.tokenizer.encode(s, add_special_tokens=False).ids) != s.encode()
@@ -139,6 +154,7 @@ class FASTCodec:
                 f"coefficient {ord(lost) + self.min_token} has no token in this codec: it was fitted without all 256 "
                 "byte symbols; fit it again with FASTCodec.fit"
             )
+
         return ids
 
     def decode(self, ids: Iterable[SupportsIndex], horizon: int, action_dim: int) -> Decoded:
@@ -148,21 +164,27 @@ class FASTCodec:
         """
         if horizon < 1 or action_dim < 1:
             raise InputError(f"FASTCodec.decode: horizon {horizon}, action_dim {action_dim}; expected both ≥ 1")
+
         tokens = [index(i) for i in ids]
         for position, i in enumerate(tokens):
             if not 0 <= i < len(self._token_bytes):
                 return _invalid(
                     f"id {i} at position {position} is outside the codec's {len(self._token_bytes)} entries"
                 )
+
+        # Bytes are joined before they are decoded: one character may lie across two ids.
         try:
             text = self._bytes(tokens).decode()
         except UnicodeDecodeError as error:
             return _invalid(f"the ids do not join to whole symbols ({error.reason} at byte {error.start})")
+
+        # Too few or too many. The authors' decoder answers with zeros here, which is a movement, and nobody's choice.
         if len(text) != horizon * action_dim:
             return _invalid(
                 f"the ids hold {len(text)} coefficients, expected horizon {horizon} × action_dim {action_dim} = "
                 f"{horizon * action_dim}"
             )
+
         coefficients = np.frombuffer(text.encode("utf-32-le"), "<u4").astype(np.int64) + self.min_token
         return Decoded(idct(coefficients.reshape(horizon, action_dim) / self.scale, axis=0, norm="ortho"))
 
@@ -176,11 +198,13 @@ class FASTCodec:
         id outside the vocabulary."""
         if outside := [i for i in ids if not 0 <= i < len(self._token_bytes)]:
             raise InputError(f"id {outside[0]} is outside the codec's {len(self._token_bytes)} entries")
+
         found, done = [], 0
         for i in ids:
             begins = [byte & 0xC0 != 0x80 for byte in self._token_bytes[i]]  # UTF-8: the others continue a character
             found.append((done - (not begins[0]), done + sum(begins)))
             done += sum(begins)
+
         return found
 
     @cached_property
@@ -207,20 +231,25 @@ def _checked(actions: Any, what: str) -> np.ndarray:
         raise InputError(f"FASTCodec: {what} has shape {list(actions.shape)}, expected [H, D] with H, D ≥ 1")
     if actions.dtype.kind not in "fiu":
         raise InputError(f"FASTCodec: {what} has dtype {actions.dtype}, expected real numbers")
+
+    # NaN would pass through the DCT into every coefficient of its dimension, and infinity too.
     finite = np.isfinite(actions)
     if not finite.all():
         step, dim = np.argwhere(~finite)[0].tolist()
         raise InputError(f"FASTCodec: {what}[{step}, {dim}] is {actions[step, dim]}, expected finite numbers")
+
     return actions
 
 
 def _quantize(actions: np.ndarray, scale: float | int) -> np.ndarray:
     """Rounded DCT coefficients [H, D], still floats of the reference's precision."""
+    # In the precision that the actions come in, as the reference does: float64 here would round a few halves otherwise.
     return np.around(dct(actions, axis=0, norm="ortho") * scale)
 
 
 def _symbols(coefficients: np.ndarray, min_token: int) -> str:
     """One character per coefficient, all D dimensions of the lowest frequency first."""
+    # Checked before the cast: a code below 0 or past the last symbol would wrap around to another coefficient.
     codes = coefficients - min_token
     encodable = (codes >= 0) & (codes <= LAST_SYMBOL) & ((codes < SURROGATES.start) | (codes >= SURROGATES.stop))
     if not encodable.all():
@@ -230,6 +259,7 @@ def _symbols(coefficients: np.ndarray, min_token: int) -> str:
             f"expected {min_token} (min_token) … {SURROGATES.start - 1 + min_token}; "
             "are the actions normalized to about [−1, 1]?"
         )
+
     return codes.astype("<u4").tobytes().decode("utf-32-le")
 
 
@@ -257,13 +287,17 @@ def read_tokenizer(path: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_buffer(source)
     except Exception as error:  # the library raises bare Exception
         raise InputError(f"{path}: not a tokenizer.json ({error})") from None
+
+    # Settings of the file that would change what is asked for: ids appended, cut, or taken from text that spells them.
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True
+
     return tokenizer
 
 
 def _number(config: dict[str, Any], key: str, path: Path) -> float:
+    # In Python a bool is an int: `true` in the file would pass for 1.
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise InputError(f"{path}: {key} is {value!r}, expected a finite number")

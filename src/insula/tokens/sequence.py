@@ -27,6 +27,7 @@ from insula.tokens.text import TextTokenizer
 PALIGEMMA_FAST_LAST_ID = 257_152 - 1 - 128
 """`fast_last_id` of π0-FAST: below the segmentation tokens, over the location tokens and rare pieces."""
 SEQUENCE_FILE = "sequence.json"
+# The 256 bins of π0-FAST. Inner edges only: `digitize` then puts what lies beyond −1 or 1 into the outermost bin.
 STATE_EDGES = np.linspace(-1, 1, 257)[1:-1]
 STOP = "|"
 
@@ -67,14 +68,21 @@ class FASTTokenizer:
             raise InputError(
                 f"max_prompt_len is {max_prompt_len}, max_token_len {max_token_len}; expected 0 < prompt ≤ all"
             )
+
+        # One token, because a generated action is known to have ended by a single comparison.
         stop = text.encode(STOP)
         if len(stop) != 1:
             raise InputError(f"the text tokenizer gives {len(stop)} tokens for {STOP!r}, expected 1: it ends an action")
+
         self.text, self.fast, self.dialect = text, fast, named_dialect(dialect)
         self.max_token_len, self.max_prompt_len, self.score_eos = max_token_len, max_prompt_len, score_eos
         self.stop_id = stop[0]
+
+        # After the text by default: over text entries, as in π0-FAST, saves embedding rows and costs those words.
         self.fast_last_id = text.vocab_size + fast.vocab_size - 1 if fast_last_id is None else fast_last_id
         self.action_head = text.encode(self.dialect.action_head)
+
+        # An id that is a FAST token and ends the sequence at once could not be told apart when it is generated.
         first = self.fast_last_id - fast.vocab_size + 1
         taken = {"BOS": text.bos_id, "EOS": text.eos_id, "padding": text.pad_id, STOP: self.stop_id}
         for name, token in taken.items():
@@ -95,9 +103,13 @@ class FASTTokenizer:
 
         Raises TokenBudgetError where a part is too long, ValueError for NaN or infinity and wrong ranks.
         """
+        # Prefix and suffix are encoded apart: in one string a token could lie across the border, and serving, which has
+        # the prefix alone, would get other tokens than training did.
         prefix = self.text.encode(self.dialect.write(prompt, None if state is None else state_bins(state)))
         if actions is None:
             return self._sequence(prefix, [], [], "action")
+
+        # The head and EOS are the same in every sample: scored, as one dialect does, they water down the mean.
         ids = [*(self.fast_last_id - i for i in self.fast.encode(actions)), self.stop_id]
         scores = [self.dialect.score_all] * len(self.action_head) + [True] * len(ids)
         suffix = [*self.action_head, *ids, self.text.eos_id]
@@ -111,15 +123,20 @@ class FASTTokenizer:
 
     def actions_from(self, ids: Iterable[SupportsIndex], horizon: int, action_dim: int) -> Decoded:
         """The chunk [horizon, action_dim] in generated token ids, which end at the first "|", or why there is none."""
+        # The head is text that some dialects generate first. Where a caller has cut it off already, that is fine, too.
         tokens = [index(i) for i in ids]
         head = len(self.action_head) if tokens[: len(self.action_head)] == self.action_head else 0
+
+        # Without an end the chunk may have been cut off in the middle: to be said, never to be filled up.
         if self.stop_id not in tokens:
             return Decoded(None, f"because no {STOP!r} ends the action within {len(tokens)} tokens")
+
         fast = []
         for position, i in enumerate(tokens[head : tokens.index(self.stop_id)], start=head):
             if not 0 <= self.fast_last_id - i < self.fast.vocab_size:
                 return Decoded(None, f"because token {i} at position {position} is no FAST token")
             fast.append(self.fast_last_id - i)
+
         return self.fast.decode(fast, horizon, action_dim)
 
     def text_from(self, ids: Iterable[SupportsIndex]) -> str:
@@ -141,16 +158,23 @@ class FASTTokenizer:
         """Read what `save` wrote. Raises FileNotFoundError, or ValueError naming what is malformed."""
         path = Path(path)
         settings = read_json(path / SEQUENCE_FILE)
+
+        # Strictly, both ways: a setting that is ignored, or filled in by a default, would write other sequences than
+        # those the model was trained on, and nothing would fail.
         for key in settings:
             if key not in _SETTINGS:
                 raise InputError(f"{path / SEQUENCE_FILE}: unknown setting {key!r}{did_you_mean(key, _SETTINGS)}")
+
         for key, kind in _SETTINGS.items():
             if type(settings.get(key)) not in kind:
                 raise InputError(f"{path / SEQUENCE_FILE}: {key} is {settings.get(key)!r}, expected {kind[0].__name__}")
+
         return cls(texts.load_text_tokenizer(path / "text"), FASTCodec.load(path / "fast"), **settings)
 
     def _sequence(self, prefix: list[int], suffix: list[int], scored: list[bool], part: str) -> Tokenized:
         """BOS and prefix, then suffix, then padding."""
+        # Two limits and not one: the expert's memory ends after max_prompt_len text columns, and the token loss has slots
+        # for the rest. Under one limit a long prompt would reach past the memory unseen.
         prefix = [self.text.bos_id, *prefix]
         length, whole = len(prefix) + len(suffix), self.max_token_len
         prompt_limit = self.max_prompt_len or whole
@@ -162,12 +186,15 @@ class FASTTokenizer:
         ):
             if taken > limit:
                 raise TokenBudgetError(name, taken, limit, remedy)
+
+        # `ar_mask` is 0 in the padding too, so it opens no block there; `token_mask` is what hides it.
         tokens = np.full(self.max_token_len, self.text.pad_id, np.int32)
         token_mask, ar_mask, loss_mask = np.zeros((3, self.max_token_len), bool)
         tokens[:length] = prefix + suffix
         token_mask[:length] = True
         ar_mask[len(prefix) : length] = True
         loss_mask[len(prefix) : length] = scored
+
         return Tokenized(tokens, token_mask, ar_mask, loss_mask)
 
 
@@ -185,11 +212,15 @@ def state_bins(state: np.ndarray) -> list[int]:
 
     Raises ValueError for a wrong rank, NaN or infinity, naming the entry.
     """
+    # Clipped at the ends, unlike actions, which must encode exactly: a state a little out of range is still the nearest
+    # thing that the model has seen.
     state = np.asarray(state)
     if state.ndim != 1 or state.dtype.kind not in "fiu":
         raise InputError(f"state is {state.dtype}{list(state.shape)}, expected real numbers [S]")
+
     finite = np.isfinite(state)
     if not finite.all():
         first = int(np.argmin(finite))
         raise InputError(f"state[{first}] is {state[first]}, expected finite numbers")
+
     return np.digitize(state, STATE_EDGES).tolist()

@@ -24,6 +24,7 @@ PALIGEMMA_TOKENS = [f"<loc{n:04d}>" for n in range(1024)] + [f"<seg{n:03d}>" for
 CONTROL_NAMES = {"bos_id": ("<bos>", "<s>"), "eos_id": ("<eos>", "</s>"), "pad_id": ("<pad>",)}
 
 
+# A protocol, so that a robot's own tokenizer needs no base class of ours.
 @runtime_checkable
 class TextTokenizer(Protocol):
     """What the sequence needs of a text tokenizer."""
@@ -67,13 +68,17 @@ def load_text_tokenizer(path: str | Path) -> TextTokenizer:
     `.model`.
     """
     path = Path(path)
+
+    # Both may lie side by side, as in a Hugging Face checkout: tokenizer.json needs no other library.
     if path.is_dir():
         found = [path / name for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE) if (path / name).is_file()]
         if not found:
             raise MissingFileError(f"{path}: neither {TOKENIZER_FILE} nor {SENTENCEPIECE_FILE} in this directory")
         path = found[0]
+
     if not path.is_file():
         raise MissingFileError(f"{path}: no such text tokenizer; expected a tokenizer.json or a SentencePiece .model")
+
     if path.suffix == ".model":
         return SentencePieceText(path.read_bytes(), str(path))
     return JSONText(read_tokenizer(path), str(path))
@@ -84,13 +89,17 @@ class JSONText:
 
     def __init__(self, tokenizer: Tokenizer, source: str) -> None:
         """Takes the tokenizer over; `source` names it in errors. Raises ValueError where it lacks BOS, EOS, padding."""
+        # Gemma's own file stops where PaliGemma's additions start. Appended in order they get PaliGemma's ids.
         if tokenizer.token_to_id(PALIGEMMA_TOKENS[0]) is None:
             tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in PALIGEMMA_TOKENS])
+
         self._tokenizer = tokenizer
         found = {key: _first_id(tokenizer, names, source) for key, names in CONTROL_NAMES.items()}
         self.bos_id, self.eos_id, self.pad_id = found["bos_id"], found["eos_id"], found["pad_id"]
+
         special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         plain = {i for i in tokenizer.get_vocab().values() if i not in special}
+        # By the largest id and not by the count: a file may have gaps.
         self.vocab_size = 1 + max(plain | set(found.values()))  # PaliGemma's file ends in an <image> no text gives
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -99,6 +108,7 @@ class JSONText:
         self._tokenizer.encode_special_tokens = True
 
     def encode(self, text: str) -> list[int]:
+        # BOS and EOS are the sequence's to place: the library would add its own in front of every piece.
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
@@ -119,6 +129,9 @@ class SentencePieceText:
         for name in CONTROL_NAMES:
             if getattr(self, name) < 0:
                 raise InputError(f"{source}: this SentencePiece model has no {name}")
+
+        # Gemma's model lacks the location tokens; PaliGemma's has them as pieces. Unknown pieces share one id, so the
+        # piece is read back rather than looked for.
         size = self._pieces.get_piece_size()
         complete = self._pieces.id_to_piece(self._pieces.piece_to_id(PALIGEMMA_TOKENS[0])) == PALIGEMMA_TOKENS[0]
         self._appended = {} if complete else {token: size + n for n, token in enumerate(PALIGEMMA_TOKENS)}
@@ -127,12 +140,16 @@ class SentencePieceText:
     def encode(self, text: str) -> list[int]:
         if not self._appended:
             return self._pieces.encode(text)
+
+        # The library would take an appended token for plain text.
         ids: list[int] = []
         for part in re.split(r"(<loc\d{4}>|<seg\d{3}>)", text, flags=re.ASCII):
             ids += [self._appended[part]] if part in self._appended else self._pieces.encode(part)
+
         return ids
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
+        # Runs of pieces are decoded together: alone, each would lose the space in front of it.
         parts, run, size = [], [], self.vocab_size - len(self._appended)
         for i in _inside(ids, self.vocab_size):
             if i < size:
@@ -140,6 +157,7 @@ class SentencePieceText:
             else:
                 parts += [self._pieces.decode(run), PALIGEMMA_TOKENS[i - size]]
                 run = []
+
         return "".join([*parts, self._pieces.decode(run)])
 
     def save(self, path: str | Path) -> None:
@@ -152,24 +170,29 @@ def _first_id(tokenizer: Tokenizer, names: tuple[str, ...], source: str) -> int:
         found = tokenizer.token_to_id(name)
         if found is not None:
             return found
+
     raise InputError(f"{source}: this tokenizer has none of {', '.join(names)}, but the sequence needs one")
 
 
 def _inside(ids: Iterable[SupportsIndex], vocab_size: int) -> list[int]:
+    # The libraries leave out an id they do not have, or raise an error that does not say where it stands.
     tokens = [index(i) for i in ids]
     for position, i in enumerate(tokens):
         if not 0 <= i < vocab_size:
             raise InputError(f"id {i} at position {position} is outside the text vocabulary of {vocab_size} entries")
+
     return tokens
 
 
 def _sentencepiece(model: bytes, source: str) -> Any:
+    # Not among the requirements: only Gemma's own file needs it.
     try:
         import sentencepiece
     except ImportError:
         raise InputError(
             f"{source}: reading a SentencePiece model needs its library: pip install 'insula[gemma]'"
         ) from None
+
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:

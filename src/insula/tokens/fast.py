@@ -72,8 +72,8 @@ class FASTCodec:
         if len(chunks) == 0:
             raise InputError("FASTCodec.fit: no chunks to fit on, expected [N, H, D] with N ≥ 1")
 
-        # Room below the lowest coefficient seen. The authors' fit takes it as the bound: a chunk a little wilder than the
-        # corpus then has no symbol.
+        # Room below the lowest coefficient seen. The authors' fit takes it as the bound: a chunk a little wilder than
+        # the corpus then has no symbol.
         coefficients = [_quantize(_checked(chunk, f"chunk {n}"), scale) for n, chunk in enumerate(chunks)]
         min_token = min(FAST_PLUS_MIN_TOKEN, 2 * int(min(c.min() for c in coefficients)))
 
@@ -144,8 +144,8 @@ class FASTCodec:
         text = _symbols(_quantize(_checked(actions, "actions"), self.scale), self.min_token)
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
 
-        # A codec fitted elsewhere may lack some of the 256 byte symbols. BPE drops such a byte without a word, and every
-        # later coefficient would move by one. Reading the ids back is the only way to know.
+        # A codec fitted elsewhere may lack some of the 256 byte symbols. BPE drops such a byte without a word, and
+        # every later coefficient would move by one. Reading the ids back is the only way to know.
         if self._bytes(ids) != text.encode():
             lost = next(
                 s for s in text if self._bytes(self.tokenizer.encode(s, add_special_tokens=False).ids) != s.encode()

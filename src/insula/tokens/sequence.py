@@ -173,8 +173,8 @@ class FASTTokenizer:
 
     def _sequence(self, prefix: list[int], suffix: list[int], scored: list[bool], part: str) -> Tokenized:
         """BOS and prefix, then suffix, then padding."""
-        # Two limits and not one: the expert's memory ends after max_prompt_len text columns, and the token loss has slots
-        # for the rest. Under one limit a long prompt would reach past the memory unseen.
+        # Two limits and not one: the expert's memory ends after max_prompt_len text columns, and the token loss has
+        # slots for the rest. Under one limit a long prompt would reach past the memory unseen.
         prefix = [self.text.bos_id, *prefix]
         length, whole = len(prefix) + len(suffix), self.max_token_len
         prompt_limit = self.max_prompt_len or whole

@@ -33,6 +33,7 @@ def inspect(config: InspectConfig) -> bool:
     Raises as `open_subject`; InputError for a sample that does not exist or has nothing to certify; InputError or
     FileError for a file or port that cannot be used, before anything is loaded.
     """
+    # The port is taken before anything is loaded, which takes seconds: a taken one is said at once.
     if config.serve:
         with contextlib.closing(listen(config.port)) as listening:
             subject = open_subject(config)
@@ -40,15 +41,19 @@ def inspect(config: InspectConfig) -> bool:
             serve_samples(Inspector(subject, config.seed), config.source, config.sample, listening)
         return True
 
+    # Likewise what cannot be written.
     file = config.out or (config.run or Path()) / PAGE_FILE
     check_outputs(config, file)
+
     subject = open_subject(config)
     if config.certificate is not None:
         refuse_uncertifiable(subject.sample(config.sample, config.source))
 
+    # The certificate first: should the page fail, what was measured is not lost.
     found = Inspector(subject, config.seed).look(config.sample, config.source)
     if config.certificate is not None:
         certify(found, config.certificate)
+
     written = write_page(file, render_sample(found))
     print(as_text(*summary(found), f"page: {written}", width=170))
     return not found.faults
@@ -61,6 +66,7 @@ def run_inspect(config: InspectConfig) -> int:
 
 def inspect_defaults(preset: str | None, arguments: list[str]) -> InspectConfig:
     """What flags change: the model and the dialect of a preset. Raises InputError where there is no such preset."""
+    # A data set is read as training reads it, but a chunk that is too long is shown, not refused.
     name = preset or "tiny"
     reading = dataclasses.replace(training_preset(name, Path()).reading, on_overflow=InspectConfig.reading.on_overflow)
     return InspectConfig(model=model_preset(name), reading=reading)
@@ -73,6 +79,7 @@ def check_outputs(config: InspectConfig, page: Path) -> None:
         check_output_file(page, (".html", ".htm"), "--out")
 
     if config.certificate is not None:
+        # An older certificate may be replaced; anything else that happens to be JSON may not.
         there = config.certificate.is_file()
         check_output_file(config.certificate, (".json",), "--certificate")
         if there and not {"outcome", "findings", "table"} <= read_json(config.certificate).keys():
@@ -83,6 +90,7 @@ def check_outputs(config: InspectConfig, page: Path) -> None:
 
 def refuse_uncertifiable(sample: Sample) -> None:
     """Raises InputError where a sample lacks a loss, so that it can show nothing."""
+    # A missing loss is zero everywhere, and would pass for the strictest insulation.
     batch = sample.batch
     has_answer = batch.loss_mask is not None and bool(batch.loss_mask.any())
     if batch.action_mask.any() and has_answer:
@@ -120,11 +128,13 @@ def summary(found: Findings) -> list[Table | str]:
 
     if found.subject.certified is not None:
         lines.append(f"certificate of this checkpoint: {found.subject.certified}")
+
     return lines
 
 
 def gradient_table(proof: Proof, found: Findings) -> Table:
     """Norms by part and column, of the losses that the sample has."""
+    # An angle between two losses needs both.
     titles = [column_title(loss, scheme) for loss, scheme in found.columns]
     both = ["cosine"] if found.shows_insulation else []
     shown = Table("part", *titles, *both, title="gradient norms", title_justify="left")
@@ -134,6 +144,7 @@ def gradient_table(proof: Proof, found: Findings) -> Table:
         cosine = proof.cosine.get(part)
         angle = "" if cosine is None else f"{cosine:+.2f}"
         shown.add_row(part, *norms, *([angle] if both else []))
+
     return shown
 
 
@@ -142,4 +153,5 @@ def influence_table(measured: Influence) -> Table:
     shown = Table("changed", *Effect, title="largest change", title_justify="left")
     for change, moved in measured.table.items():
         shown.add_row(change.label, *(exact_text(moved[effect]) for effect in Effect))
+
     return shown

@@ -25,6 +25,8 @@ class Inspector:
         self.subject = subject
         self.seed = seed
 
+        # All four schemes: the two mistakes beside the proof are what a reader learns most from. Nothing compiles
+        # before its first call, so a model that is not run costs nothing here.
         config = subject.assets.config
         self._prove: Prover = make_prover(config, tuple(Scheme))
         self._measure: Measure = make_measure(config)
@@ -38,13 +40,17 @@ class Inspector:
         seen = lay_out_columns(batch, config, assets.tokenizer, is_question(sample.source))
         found = Findings(self.subject, sample, seen, self.seed)
         found.drawn = draw_variants(config, seen.token_mask, seen.ar_mask, found.expert_positions)
+
+        # Tokens and masks need no weights.
         if self.subject.params is None:
             return found
 
+        # One key for all three: they show the same noise, and the same sample looked at again shows the same page.
         rng, params = jax.random.key(self.seed), self.subject.params
         found.proof = self._prove(params, batch, rng)
         found.influence = measure_influence(self._forward, params, config, batch, seen, rng)
         found.measured = jax.device_get(self._measure(params, batch, _has_value(sample, config), rng))
+
         return found
 
 
@@ -92,6 +98,7 @@ class Findings:
     @property
     def outcome(self) -> Outcome:
         """The worse of both measurements; NOT_ASKED where nothing is wrong, but the sample lacks a loss."""
+        # The model's own mask before anything measured: what it opens leaks, with these weights or with others.
         if self.drawn[0].faults():
             return Outcome.LEAKS
 
@@ -115,13 +122,16 @@ class Findings:
         found = [f"attention: {len(cells)} cells are not as they must be, first {cells[0]}"] if cells else []
         found += self.influence.findings if self.influence else ()
         found += self.proof.findings if self.proof and self.shows_insulation else ()
+
         return found
 
 
 def _has_value(sample: Sample, config: ModelConfig) -> np.ndarray:
     """Which values of a chunk [H, D] its robot has: padded steps of this sample too, for the policy acts on them."""
+    # The model's sizes are those of the largest robot; the rest of a smaller one's chunk goes straight to 0.
     has_value = np.zeros((config.horizon, config.action_dim), bool)
     if isinstance(sample.source, Samples):
         robot = sample.source.robot
         has_value[: robot.horizon, : robot.action_dim] = True
+
     return has_value

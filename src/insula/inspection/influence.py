@@ -105,12 +105,15 @@ Forward = Callable[[Params, Batch, Float[AnyArray, "1 1 H D"]], tuple[Array, Arr
 
 def make_forward(config: ModelConfig) -> Forward:
     """A program for (hidden [T, W], velocity [H, D]) of a batch of one at t = 0.5, compiled once; float32."""
+    # One program for every change, so that equal inputs give equal bits: two compiled for two shapes would differ in
+    # their last digits, and "0 exactly" could not be asked for. Hence the answer is taken away by masking it, too.
     config = config.with_compute(dtype="float32")
 
     def run(params: Params, batch: Batch, noisy: Array) -> tuple[Array, Array]:
         prefix = run_backbone(params.vision, params.backbone, config, batch.observation, batch.ar_mask)
         memory = insulate(prefix, config.num_memory)
 
+        # In the middle, where both the noisy actions and what the expert reads matter.
         time = jnp.full((1, 1), 0.5)
         velocity = run_expert(params.expert, config, memory, batch.observation.state, noisy, time)
         return prefix.hidden[0], velocity[0, 0]
@@ -137,6 +140,7 @@ def measure_influence(
     noisy = jax.random.normal(rng, (1, 1, config.horizon, config.action_dim))
     hidden, velocity = run(params, batch, noisy)
 
+    # Padding is neither: its hidden states are read by nothing, and do change.
     has_actions = bool(np.asarray(batch.action_mask).any())
     suffix = seen.token_mask & np.asarray(masks.is_suffix(seen.ar_mask))
     prefix = seen.token_mask & ~suffix
@@ -166,6 +170,7 @@ def _trials(
     has_answer = bool(suffix.any())
 
     for camera, present in observation.image_mask.items():
+        # Inverted: 255 − x is never x for a whole number, so every pixel changes, whatever the picture is.
         kind = ChangeKind.CAMERA if np.asarray(present)[0] else ChangeKind.ABSENT_CAMERA
         inverted = observation.images | {camera: 255 - observation.images[camera]}
         yield Trial(Change(kind, camera), _with_observation(batch, images=inverted), noisy, has_answer)
@@ -176,6 +181,7 @@ def _trials(
     other = _other_tokens(batch, config, words[[len(words) // 2]])
     yield Trial(Change(ChangeKind.PROMPT_TOKEN), other, noisy, has_answer)
 
+    # All of it is the largest change, but says nothing of order; one in the middle has tokens before and after it.
     answer = np.flatnonzero(suffix) - images
     if has_answer:
         other = _other_tokens(batch, config, answer)
@@ -197,6 +203,7 @@ def _trials(
 
 def _other_tokens(batch: Batch, config: ModelConfig, columns: np.ndarray) -> Batch:
     """Another token at each of these text columns."""
+    # Half a vocabulary further: never the same token, and not a neighbor that means nearly the same.
     tokens = np.array(batch.observation.tokens)
     tokens[:, columns] = (tokens[:, columns] + config.vocab_size // 2) % config.vocab_size
     return _with_observation(batch, tokens=tokens)
@@ -217,6 +224,7 @@ def _with_observation(batch: Batch, **fields: object) -> Batch:
 
 
 def _largest(moved: Array) -> float:
+    # Of nothing it is 0: no column, no change.
     return float(jnp.max(moved, initial=0.0))
 
 
@@ -227,10 +235,12 @@ def judge_influence(table: dict[Change, Moved]) -> tuple[Outcome, tuple[str, ...
     """What a table shows, and the entries that show it, as `insula.certificate.proof.judge` does for gradients."""
     broken, leaks, vacuous = [], [], []
 
+    # As for gradients, no tolerance: a masked score weighs exactly 0, so what is hidden moves not even the last bit.
     for change, moved in table.items():
         for effect, value in moved.items():
             if value is None:
                 continue
+
             if not np.isfinite(value):
                 broken.append(f"changing {change.label}: the change of {effect} is {value}")
             elif value != 0 and _must_stay(change.kind, effect):
@@ -251,6 +261,7 @@ def _must_stay(kind: ChangeKind, effect: Effect) -> bool:
         return effect is not Effect.AFTER
     if kind is ChangeKind.NOISY_ACTIONS:
         return effect is not Effect.VELOCITY
+
     return kind in (ChangeKind.PADDING, ChangeKind.ABSENT_CAMERA)
 
 
@@ -258,4 +269,5 @@ def _must_move(kind: ChangeKind, effect: Effect) -> bool:
     """A camera may be black, a prompt of no consequence: only what cannot but move."""
     if kind in ANSWER_KINDS:
         return effect is Effect.AFTER
+
     return kind is ChangeKind.NOISY_ACTIONS and effect is Effect.VELOCITY

@@ -75,6 +75,8 @@ Measure = Callable[[Params, Batch, Bool[AnyArray, "H D"], PRNGKeyArray], SampleM
 def make_measure(config: ModelConfig) -> Measure:
     """A function of parameters, a batch of one, which values of a chunk its robot has, and a key; compiled once. In
     float32, whatever the config computes in."""
+    # Unrolled, since the expert's attention is watched by a function that is called for every layer, and a scan calls
+    # it once for all.
     config = config.with_objective(flow_samples=EXPECTED_DRAWS).with_compute(dtype="float32", scan_layers=False)
 
     def measure(params: Params, batch: Batch, has_value: Array, rng: PRNGKeyArray) -> SampleMeasures:
@@ -85,6 +87,8 @@ def make_measure(config: ModelConfig) -> Measure:
         )
         memory = insulate(prefix, config.num_memory)
 
+        # The policy's chunk is read as serving reads it, with no answer in sight: what it shows is what a robot would
+        # do.
         noise = jax.random.normal(rng, (DRAWS, *batch.actions.shape[1:]))
         served = _as_served(batch, config)
         flow_scores = FlowScores(
@@ -101,6 +105,7 @@ def make_measure(config: ModelConfig) -> Measure:
 
 def _as_served(batch: Batch, config: ModelConfig) -> Observation:
     """The prompt alone, as when acting."""
+    # The causal part becomes padding, and the columns that only it can reach are cut off.
     seen, width = batch.observation, config.max_prompt_len
     assert seen.tokens is not None and seen.token_mask is not None
 

@@ -25,6 +25,7 @@ def make_app(inspector: Inspector, source: str | None = None, number: int = 0) -
     Other names than this machine's are refused, so that no web page elsewhere can read samples through a name of its
     own that leads here.
     """
+    # A request is answered on a thread of its own.
     subject = inspector.subject
     busy = threading.Lock()
     sources = {name: len(samples) for name, samples in subject.sources.items()}
@@ -37,6 +38,8 @@ def make_app(inspector: Inspector, source: str | None = None, number: int = 0) -
                 found = inspector.look(wanted, asked.get("source", source))
         except InsulaError as error:
             return PlainTextResponse(f"insula: {error}\n", status_code=404)
+
+        # A page belongs to the weights and the sample of this moment, and is made anew in half a second.
         return HTMLResponse(render_sample(found, sources), headers={"Cache-Control": "no-store"})
 
     trusted = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
@@ -55,6 +58,8 @@ def listen(port: int) -> socket.socket:
     taken."""
     if not 0 <= port <= 65535:
         raise InputError(f"--port {port}: expected 0 to 65535")
+
+    # Made here and not by uvicorn, which would exit the process where the port is taken.
     try:
         return socket.create_server((HOST, port))
     except OSError as error:
@@ -65,5 +70,7 @@ def serve_samples(inspector: Inspector, source: str | None, number: int, listeni
     """Serve at a socket from `listen` until Ctrl-C; the address is printed."""
     app = make_app(inspector, source, number)
     config = uvicorn.Config(app, log_level="warning", lifespan="off")
+
+    # By the socket's own number: port 0 became one that only the system knows.
     print(f"http://{HOST}:{listening.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
     uvicorn.Server(config).run(sockets=[listening])

@@ -67,9 +67,11 @@ class Subject:
             raise InputError(
                 f"no source {name!r}{did_you_mean(name, self.sources)}; there are: {', '.join(self.sources)}"
             )
+
         samples = self.sources[name]
         if not 0 <= number < len(samples):
             raise InputError(f"sample {number} of {name!r} does not exist; it has 0 to {len(samples) - 1}")
+
         return Sample(samples.batch([number]), samples.where(number), name, number, samples)
 
 
@@ -80,12 +82,14 @@ def open_subject(config: InspectConfig) -> Subject:
     """
     if (config.run is None) == (config.data is None):
         raise InputError("give either --run RUN, or --data DATA with --preset")
+
     refuse_idle_flags(config)
     return _of_run(config) if config.run else _of_data(config)
 
 
 def refuse_idle_flags(config: InspectConfig) -> None:
     """Raises InputError for a flag that another one leaves without effect."""
+    # A flag counts as given where its value is not the default: `InspectConfig` does not say where a value comes from.
     default = InspectConfig()
     of_run = config.run is not None
     of_serve = config.serve
@@ -108,6 +112,7 @@ def refuse_idle_flags(config: InspectConfig) -> None:
 
 
 def _first_flag(given: DataConfig, default: DataConfig) -> str:
+    # The fields of `reading` are flags of their own, without its name before them.
     changed = [f.name for f in dataclasses.fields(given) if getattr(given, f.name) != getattr(default, f.name)]
     return f"--{changed[0].replace('_', '-')}" if changed else ""
 
@@ -120,10 +125,13 @@ def _of_run(config: InspectConfig) -> Subject:
         near = f"; there is one in {run / 'run'}" if (run / "run" / path.name).is_file() else ""
         raise MissingFileError(f"{run}: no {path.name} here{near}; expected what `insula train --run` wrote")
 
+    # A run may have been moved since: it is where it was found, not where its settings say.
     trained = dataclasses.replace(read_config(path), run=run)
     with CheckpointStore(run / CHECKPOINTS_FOLDER) as store:
         folder = store.assets()
         assets = read_assets(folder)
+
+    # A checkpoint whose certificate says that it leaks is refused elsewhere. Here is where one finds out why.
     params = None if config.tokens_only else load_model(run, even_leaking=True)[0]
     certified = Outcome(stored_certificate(folder / CERTIFICATE_FILE)["outcome"])
 
@@ -132,11 +140,13 @@ def _of_run(config: InspectConfig) -> Subject:
     sources = chosen(trained, assets, data)
     if not sources:
         raise DatasetError(f"{run}: nothing was held out of its training; look at that with --training")
+
     return Subject(str(run), params, assets, sources, trained=True, certified=certified)
 
 
 def _of_data(config: InspectConfig) -> Subject:
     """Random parameters of a model, and a data set or a mapping as training would read it."""
+    # Before anything is allocated: a machine without room would not refuse, but be brought down.
     model = config.model
     size = 4 * sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract_params(model)))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -159,5 +169,7 @@ def _of_data(config: InspectConfig) -> Subject:
     data = open_data(trains)
     assets = fit_assets(trains, data)
     sources = training_sources(trains, assets, data)
+
+    # Randomized and not initialized: fresh gates are zero, and everything would come out as "vacuous".
     params = None if config.tokens_only else randomize(abstract_params(model), jax.random.key(0))
     return Subject(str(config.data), params, assets, sources, trained=False)

@@ -62,8 +62,10 @@ class TokenColumns:
 
 def lay_out_columns(batch: Batch, config: ModelConfig, tokenizer: FASTTokenizer, is_question: bool) -> TokenColumns:
     """The columns of a batch of one, masked by the functions the model calls."""
+    # Not masks worked out here: the page would then show what they should be, and hide what they are.
     observation, images = batch.observation, config.num_image_tokens
     assert observation.tokens is not None and batch.loss_mask is not None
+
     tokens_real, starts = column_masks(config, observation, batch.ar_mask)
     token_mask, ar_mask = np.asarray(tokens_real)[0], np.asarray(starts)[0]
 
@@ -86,13 +88,17 @@ def lay_out_columns(batch: Batch, config: ModelConfig, tokenizer: FASTTokenizer,
 
 def token_text(token: int, tokenizer: FASTTokenizer) -> str:
     """What a single token of the vocabulary says, for a person."""
+    # Asked first: in text these three are written as nothing.
     text = tokenizer.text
     control = {text.bos_id: "<bos>", text.eos_id: "<eos>", text.pad_id: "<pad>"}
     if token in control:
         return control[token]
+
+    # Before text: where FAST ids lie over rare words, the sequence means the action.
     fast = tokenizer.fast_last_id - token
     if 0 <= fast < tokenizer.fast.vocab_size:
-        return f"FAST\u202f{fast}"
+        return f"FAST\u202f{fast}"  # a narrow space that does not break
+
     return tokenizer.text_from([token])
 
 
@@ -104,6 +110,7 @@ def _text_pieces(ids: np.ndarray, token_mask: np.ndarray, tokenizer: FASTTokeniz
     for token, is_real in zip(ids.tolist(), token_mask.tolist(), strict=True):
         is_control = token in (text.bos_id, text.eos_id, text.pad_id) or not is_real
         if is_control or not 0 <= token < text.vocab_size:
+            # What comes after one of these is a text of its own, with nothing before its first piece.
             pieces.append(token_text(token, tokenizer) if is_real else "")
             run = []
             continue
@@ -124,6 +131,7 @@ def _text_kinds(
     tokenizer: FASTTokenizer,
     is_question: bool,
 ) -> list[ColumnKind]:
+    """One kind for each text column."""
     prefix = token_mask & ~np.asarray(masks.is_suffix(ar_mask))
 
     # The state has no tokens of its own kind: it is digits in the prompt, found by where the dialect writes them.
@@ -139,27 +147,33 @@ def _text_kinds(
             kinds.append(ColumnKind.BOS)
         elif prefix[column]:
             start, stop = stop, stop + len(pieces[column])
+            # By overlap: a token may hold a digit of the state and the comma after it. A space alone is not the
+            # state's.
             in_state = state is not None and pieces[column].strip() and start < state[1] and stop > state[0]
             kinds.append(ColumnKind.STATE if in_state else ColumnKind.PROMPT)
         else:
             kinds.append(_suffix_kind(token, tokenizer, is_question))
+
     return kinds
 
 
 def _suffix_kind(token: int, tokenizer: FASTTokenizer, is_question: bool) -> ColumnKind:
     if token == tokenizer.text.eos_id:
         return ColumnKind.EOS
+
+    # An answer is text, and may hold a "|" or a word that lies where FAST ids do.
     if is_question:
         return ColumnKind.ANSWER
     if 0 <= tokenizer.fast_last_id - token < tokenizer.fast.vocab_size:
         return ColumnKind.FAST
+
     return ColumnKind.STOP if token == tokenizer.stop_id else ColumnKind.PROMPT
 
 
 @dataclass(frozen=True, eq=False)
 class SampleChunk:
-    """A chunk of the robot's own sizes, normalized; its rounded DCT coefficients; and what
-    its tokens decode to, or why they do not. `action_mask` is False past the end of the episode. `spans`: for each
+    """A chunk of the robot's own sizes, normalized; its rounded DCT coefficients; and what its tokens decode to, or why
+    they do not. `action_mask` is False past the end of the episode. `spans`: for each
     FAST column, the coefficients [start, stop) it carries."""
 
     actions: Float[np.ndarray, "steps dims"]
@@ -173,9 +187,11 @@ class SampleChunk:
 
 def read_chunk(batch: Batch, robot: Robot, seen: TokenColumns, tokenizer: FASTTokenizer) -> SampleChunk:
     """Of a batch of one, of that robot. Raises FASTRangeError where the codec cannot write the chunk."""
+    # The robot's own steps and dimensions come first; the rest of the model's is padding.
     h, d = robot.horizon, robot.action_dim
     actions = np.asarray(batch.actions)[0, :h, :d]
 
+    # Read back from the sample's own tokens, as generated ones would be, and not encoded anew.
     columns = seen.where(ColumnKind.FAST)
     written = seen.id[seen.where(ColumnKind.FAST, ColumnKind.STOP)].tolist()
     decoded = tokenizer.actions_from(written, h, d) if len(columns) else None
@@ -193,10 +209,13 @@ def read_chunk(batch: Batch, robot: Robot, seen: TokenColumns, tokenizer: FASTTo
 
 
 def _why_no_tokens(actions: np.ndarray, tokenizer: FASTTokenizer) -> str:
+    # Without FAST tokens the sample itself no longer says why: writing its chunk again does. An empty prompt, because
+    # only the action's own length is asked for.
     try:
         tokenizer.tokenize("", None, actions)
     except TokenBudgetError as error:
         return f"because {error}"
+
     return "because its robot learns from the flow loss alone"
 
 

@@ -19,6 +19,7 @@ from insula.tokens import masks
 class Cell(enum.IntEnum):
     """What a cell of the attention matrix is, in this model or in another's. `REASONS` says why."""
 
+    # The numbers are what a page holds, one byte a cell.
     PADDING = 0
     BLOCK = 1
     BLIND = 2
@@ -86,10 +87,11 @@ class MaskVariant:
 
     name: str
     about: str
-    cells: UInt8[np.ndarray, "n n"]
+    cells: UInt8[np.ndarray, "queries keys"]
 
     def faults(self) -> list[tuple[int, int]]:
         """Cells (query, key) where the model's mask is not as it must be."""
+        # The leaky variant's mistakes are another model's and have kinds of their own.
         wrong = np.isin(self.cells, (Cell.UNLIKE, Cell.BLOCKED))
         return [(int(q), int(k)) for q, k in np.argwhere(wrong)]
 
@@ -100,6 +102,7 @@ def draw_variants(config: ModelConfig, token_mask: np.ndarray, ar_mask: np.ndarr
 
     The reasons are derived here a second time, cell by cell; where the model's mask is another, that is the reason.
     """
+    # Twice, by other code: a mask that explained itself could never be found wrong.
     reasons = _reasons(config, token_mask, ar_mask, actions)
     mask = model_mask(config, token_mask, ar_mask, actions)
     ours = np.where(mask & ~IS_ON[reasons], Cell.UNLIKE, np.where(~mask & IS_ON[reasons], Cell.BLOCKED, reasons))
@@ -109,6 +112,7 @@ def draw_variants(config: ModelConfig, token_mask: np.ndarray, ar_mask: np.ndarr
     is_answer[:columns] = token_mask & np.asarray(masks.is_suffix(ar_mask))
     is_expert = np.arange(len(ours)) >= columns
 
+    # Joint training changes no cell, only what comes back through them; HybridVLA (arXiv 2503.10631) also opens some.
     joint = np.where(ours == Cell.INSULATED, Cell.JOINT, ours)
     hybrid = np.where(is_answer[:, None] & is_expert, Cell.ONE_MODEL, joint)
 
@@ -144,21 +148,26 @@ def draw_variants(config: ModelConfig, token_mask: np.ndarray, ar_mask: np.ndarr
 
 def model_mask(
     config: ModelConfig, token_mask: np.ndarray, ar_mask: np.ndarray, actions: int
-) -> Bool[np.ndarray, "n n"]:
+) -> Bool[np.ndarray, "queries keys"]:
     """The mask of the model: T columns of the backbone, then `actions` of the expert, from the very functions that the
     model calls."""
     columns = len(token_mask)
     batched = jnp.asarray(token_mask)[None], jnp.asarray(ar_mask)[None]
 
+    # The upper right stays False: the backbone has run before the expert does.
     mask = np.zeros((columns + actions,) * 2, bool)
     mask[:columns, :columns] = masks.make_attn_mask(*batched)[0]
+
+    # Columns past the memory are not masked for the expert, they are not there.
     if actions:
         mask[columns:, : config.num_memory] = masks.visible_to_expert(*batched)[0, : config.num_memory]
         mask[columns:, columns:] = _mask_among_actions(config, actions)
+
     return mask
 
 
 def _mask_among_actions(config: ModelConfig, actions: int) -> np.ndarray:
+    # `actions` counts the state's token.
     has_state_token = config.state_input == "token"
     ar_mask = masks.suffix_ar_mask(actions - has_state_token, has_state_token)[None]
     return np.asarray(masks.make_attn_mask(jnp.ones_like(ar_mask), ar_mask))[0]
@@ -176,6 +185,8 @@ def _reasons(config: ModelConfig, token_mask: np.ndarray, ar_mask: np.ndarray, a
     text = np.select(
         [~query & ~key, ~query, ~key, not_later], [Cell.BLOCK, Cell.BLIND, Cell.READS, Cell.PAST], Cell.FUTURE
     )
+
+    # Padding last, over everything: it neither sees nor is seen, whatever block it would be counted to.
     cells[:columns, :columns] = np.where(token_mask[:, None] & token_mask, text, Cell.PADDING)
 
     to_expert = np.where(suffix, Cell.HIDDEN, Cell.INSULATED)
@@ -185,4 +196,5 @@ def _reasons(config: ModelConfig, token_mask: np.ndarray, ar_mask: np.ndarray, a
     if config.state_input == "token" and actions:
         cells[columns:, columns] = Cell.STATE
         cells[columns, columns + 1 :] = Cell.FIRST
+
     return cells

@@ -25,6 +25,7 @@ from insula.model.vision import resize
 
 def sample_view(found: Findings, sources: dict[str, int] | None = None) -> dict[str, Any]:
     """Plain JSON values. `sources`: how many samples each has, where there is a server to pick from them."""
+    # The page's script has no copy of any rule: whatever it draws, and every sentence on it, is worked out here.
     subject, sample, config = found.subject, found.sample, found.subject.assets.config
     has_look = found.has_actions and subject.trained  # where random weights look says nothing
 
@@ -42,7 +43,7 @@ def sample_view(found: Findings, sources: dict[str, int] | None = None) -> dict[
             "fast_weight": config.objective.ki_fast_loss_weight,
             "scored": int(found.seen.loss_mask.sum()),
             "real_steps": int(np.asarray(sample.batch.action_mask)[0].any(1).sum()),
-            "cut": [config.num_image_tokens, len(found.seen.id)],
+            "cut": [config.num_image_tokens, len(found.seen.id)],  # where text begins, and where it ends
         },
         "sources": sources,
         "cameras": _show_cameras(sample.batch, config),
@@ -66,6 +67,7 @@ def pack(array: np.ndarray) -> dict[str, Any]:
         whole = np.ascontiguousarray(array, np.float32).view(np.uint32)
         array = (whole & np.uint32(0xFFFFE000)).view(np.float32)
 
+    # What the script's `unpack` knows; another would be read as garbage.
     assert array.dtype in (np.uint8, np.float32)
     raw = zlib.compress(np.ascontiguousarray(array).tobytes(), 9)
     return {"dtype": str(array.dtype), "shape": array.shape, "data": base64.b64encode(raw).decode("ascii")}
@@ -85,7 +87,9 @@ def _show_cameras(batch: Batch, config: ModelConfig) -> list[dict[str, Any]]:
     """As the model sees them: resized, padded, and cut into patches."""
     size = config.vision.image_size
     found = []
+
     for n, name in enumerate(config.cameras):
+        # The model's own resizing, and back to gray levels: what is shown is what the encoder reads.
         pixels = np.asarray(resize(jnp.asarray(batch.observation.images[name][:1]), size))[0]
         image = np.clip(np.round((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
 
@@ -99,9 +103,11 @@ def _show_cameras(batch: Batch, config: ModelConfig) -> list[dict[str, Any]]:
                 "grid": config.vision.grid,
                 "first": n * config.vision.num_patches,
                 "original": list(batch.observation.images[name].shape[1:3]),
+                # What an absent camera holds is arbitrary, and no token of it is real.
                 "png": f"data:image/png;base64,{png}" if present else None,
             }
         )
+
     return found
 
 
@@ -136,6 +142,7 @@ def _show_chunk(found: Findings) -> dict[str, Any] | None:
     h, d = seen.actions.shape
     measured = found.measured
     policy = np.asarray(measured.flow.chunk)[:h, :d] if measured and found.subject.trained else None
+
     return {
         "names": dim_names(source.dataset, source.data.actions),
         "actions": _rounded_rows(seen.actions),
@@ -151,6 +158,7 @@ def _show_chunk(found: Findings) -> dict[str, Any] | None:
 
 
 def _show_attention(found: Findings, config: ModelConfig) -> dict[str, Any]:
+    # Every variant's cells are indices into `reasons`, which are sent once.
     return {
         "actions": found.expert_positions,
         "state_token": config.state_input == "token",
@@ -183,6 +191,7 @@ def _show_losses(found: Findings, measured: SampleMeasures) -> dict[str, Any]:
         for n in np.flatnonzero(valid)
     ]
 
+    # Sums over what is scored, divided by how much that is: padded steps and dimensions hold 0.
     error = None
     if found.has_actions:
         steps, dims = action_mask.any(1), action_mask.any(0)
@@ -210,6 +219,7 @@ def _show_losses(found: Findings, measured: SampleMeasures) -> dict[str, Any]:
 
 
 def _show_gradients(found: Findings, proof: Proof) -> dict[str, Any]:
+    # All of the table, and which columns of it say something about this sample.
     columns = [{"loss": loss, "scheme": scheme, "title": column_title(loss, scheme)} for loss, scheme in found.columns]
     table = {
         part: {loss: {scheme: _rounded(norm) for scheme, norm in norms.items()} for loss, norms in row.items()}
@@ -227,11 +237,13 @@ def _show_gradients(found: Findings, proof: Proof) -> dict[str, Any]:
 
 def _show_influence(measured: Influence) -> dict[str, Any]:
     """`rows[n].moved` lacks what the change has nothing to do with; None is a number that is not finite."""
+    # An absent key and None are two things in JSON, which has no NaN.
     labels = [change.label for change in measured.table]
     rows = [
         {**row, "label": label, "moved": {effect: _rounded(value) for effect, value in row["moved"].items()}}
         for label, row in zip(labels, measured.to_json(), strict=True)
     ]
+
     return {"effects": list(Effect), "rows": rows, "outcome": measured.outcome}
 
 

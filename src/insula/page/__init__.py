@@ -18,7 +18,8 @@ TEMPLATE_FOLDER = Path(__file__).parent
 
 def render_page(title: str, body: Html, style: str = "", scripts: Sequence[str] = ()) -> str:
     """The whole file. `style` comes after the common theme; `scripts` run in order once the body is there."""
-    # Without a script nothing is allowed to run, by default-src 'none' in the template.
+    # By hash and not 'unsafe-inline': a script that somebody's task name smuggled in would have another one. Without a
+    # script nothing is allowed to run, by default-src 'none' in the template.
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii") for script in scripts]
     allowed = "script-src " + " ".join(f"'sha256-{digest}'" for digest in hashes) if hashes else ""
 
@@ -38,7 +39,9 @@ def write_page(path: str | Path, page: str) -> Path:
     if path.is_dir():
         raise FileError(f"{path}: a folder; name a file in it, such as {path / 'page.html'}")
 
+    # Beside it and then renamed, which is one step on one disk: a page that is there is complete.
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(page, encoding="utf-8")
+
     return unfinished.replace(path)

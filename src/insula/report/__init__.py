@@ -42,6 +42,7 @@ class Report:
     fast: Mapping[str, Any] | None = None
     """Name and value of each FAST statistic: tokens of a chunk, reconstruction error."""
     demonstrations: int | None = None
+    """How many there are."""
     seconds: Mapping[str, float] | None = None
     """Of each stage; "train" is shown on top."""
     settings: Mapping[str, Any] | None = None
@@ -81,18 +82,21 @@ def _facts(report: Report) -> dict[str, Any]:
 
 
 def _section(title: str, content: Html | None) -> Html:
+    # A section that was not measured stays on the page: left out, nobody would miss it.
     missing = tag("p", "not measured", class_="missing")
     return tag("section", tag("h2", title), missing if content is None else content)
 
 
 def read_metrics(path: str | Path) -> tuple[dict[str, Any], ...]:
     """The rows of a run's `metrics.jsonl`. Raises InputError naming a line that is no JSON."""
+    # Line by line, so that an error names its line: a run that was killed may end in half of one.
     rows = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise InputError(f"{path}: line {number} is not JSON ({error})") from None
+
     return tuple(rows)
 
 
@@ -100,6 +104,7 @@ def machine() -> str:
     """Processor, cores and system in a few words."""
     # Linux names the processor; elsewhere its architecture has to do.
     found = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+
     # Cores this process may use, which in a container are fewer than the machine has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{found[0] if found else platform.machine()}, {cores} cores, {platform.system()}"

@@ -24,6 +24,7 @@ Curve = tuple[list[float], list[float]]
 
 def curve(metrics: Sequence[Mapping[str, Any]], name: str) -> Curve:
     """Steps and values of the metric `name`, where it was logged and is a number."""
+    # Rows hold different metrics: held-out ones are measured only now and then.
     found = [(row["step"], row[name]) for row in metrics if isinstance(row.get(name), int | float)]
     found = [(step, value) for step, value in found if math.isfinite(value)]
     return [float(step) for step, _ in found], [float(value) for _, value in found]
@@ -33,13 +34,18 @@ def loss_chart(title: str, train: Curve, held_out: Curve, log: bool = True) -> H
     """Training (thin) and held-out (dotted ends) curve over steps; None where nothing was logged."""
     if not train[0] and not held_out[0]:
         return None
+
+    # Text stays text, in the page's font; the salt makes ids, and so the whole page, the same every time.
     with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 11, "svg.hashsalt": title}):
         # Without pyplot: it would keep every figure, and choose a window system.
         figure = Figure(figsize=(4.6, 2.9), layout="constrained")
         axes = figure.add_subplot()
+
+        # A run that logged only a few times would show as nothing without its points.
         axes.plot(*train, color=TRAIN, lw=1.4, marker="o" if len(train[0]) < 8 else None, ms=3, label="training")
         axes.plot(*held_out, color=HELD, lw=1.8, marker="o", ms=3.5, label="held-out")
 
+        # A loss can reach 0 (a sample without tokens), which has no logarithm.
         if log and min(train[1] + held_out[1]) > 0:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
@@ -54,7 +60,9 @@ def loss_chart(title: str, train: Curve, held_out: Curve, log: bool = True) -> H
         axes.legend(frameon=False, labelcolor=INK, fontsize=10)
 
         buffer = io.StringIO()
+        # No date in it: the same run gives the same bytes.
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None})
+
     return _inline(buffer.getvalue(), title)
 
 
@@ -66,12 +74,15 @@ def _inline(svg: str, title: str) -> Html:
     name = re.sub(r"\W+", "-", title.lower())
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
 
+    # The page's font, and no fixed size: the drawing fills its column, and its name is read out.
     svg = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 system-ui, sans-serif", svg)
     label = f'role="img" aria-label="{name.replace("-", " ")}"'
     svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', label, svg, count=1)
 
+    # matplotlib takes no CSS variables, so it drew in colors that nothing else would have.
     for stand_in, color in THEME.items():
         svg = svg.replace(stand_in, color)
+
     return tag("figure", Html(svg), class_="chart")
 
 
@@ -89,6 +100,7 @@ def interval_bar(rate: float, low: float, high: float, bad: bool = False) -> Htm
 
 def key_frames(frames: np.ndarray, count: int = KEY_FRAMES) -> str:
     """`count` evenly spread frames side by side, the last among them, cameras one above the other, as a PNG URI."""
+    # `unique`, for an episode shorter than the number of frames asked for.
     chosen = frames[np.unique(np.linspace(0, len(frames) - 1, count).round().astype(int))]
     views = [np.concatenate(list(view), axis=1) for view in _views(chosen)]
     return _png(np.concatenate(views))
@@ -112,11 +124,13 @@ def animation(frames: np.ndarray, milliseconds: int = 100) -> str:
 
 def _views(frames: np.ndarray) -> list[np.ndarray]:
     """Frames [T, h, cameras·w, 3] of square cameras, one array for each camera, no side longer than LONGEST_SIDE."""
+    # Every nth pixel, not an average: the page shows pixels as the policy got them.
     step = -(-frames.shape[1] // LONGEST_SIDE)
     return [view[:, ::step, ::step] for view in np.split(frames, frames.shape[2] // frames.shape[1], axis=2)]
 
 
 def _png(image: np.ndarray) -> str:
+    # Without loss: a still is looked at pixel by pixel.
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image)).save(buffer, "PNG", optimize=True)
     return data_uri("image/png", buffer.getvalue())

@@ -25,6 +25,7 @@ RATES = (  # key, what it says, whether more is worse
 
 def show_statement(demonstrations: int | None) -> Html:
     """Where the data come from, before any number."""
+    # First on the page, in words that nobody can read past: no real robot.
     many = "Demonstrations" if demonstrations is None else f"All {demonstrations:,} demonstrations"
     return tag(
         "p",
@@ -58,6 +59,8 @@ def show_headline(
         shown = tag("b", "–" if value is None else value, class_=class_)
         return tag("div", tag("span", name), shown, tag("span", MISSING if value is None else note), class_="card")
 
+    # The swapped instruction beside plain success: a policy that ignores language would look as good in the first
+    # alone.
     cards = []
     for key, name, _ in RATES[:3]:
         rate = loop[key] if loop else None
@@ -70,6 +73,7 @@ def show_headline(
     outcome = proof["outcome"] if proof else None
     cards.append(card(outcome, "insulation", "gradients measured on this model", _outcome_class(proof)))
 
+    # Before beside after: insulation claims to keep what the backbone knew, not that it knew much.
     known, before = (percent(mean_accuracy(knowledge[when])) if knowledge else None for when in ("after", "before"))
     cards.append(card(known, "held-out questions right", f"{before} before robot training"))
 
@@ -79,7 +83,7 @@ def show_headline(
 
 
 def mean_accuracy(known: Mapping[str, Any]) -> float:
-    """Accuracy over kinds of questions."""
+    """Accuracy over kinds of questions, each counting the same, 0 to 1; 0 without any."""
     return sum(known["accuracy"].values()) / max(len(known["accuracy"]), 1)
 
 
@@ -88,6 +92,7 @@ def show_closed_loop(loop: Mapping[str, Any] | None) -> Html | None:
     if loop is None:
         return None
 
+    # A rate that was not measured has its row all the same.
     rows = []
     for key, name, worse in RATES:
         rate = loop[key]
@@ -132,6 +137,7 @@ def show_closed_loop(loop: Mapping[str, Any] | None) -> Html | None:
 
 def _success_mark(episode: Mapping[str, Any]) -> Html:
     """Success or failure, in a word and a color."""
+    # Never by color alone.
     good = episode["success"]
     word = "✓ success" if good else "✗ failure"
     wrong = ", wrong object" if episode["wrong_object"] else ""
@@ -159,6 +165,7 @@ def show_rollouts(recordings: Sequence[Recording]) -> Html | None:
 
 def _rollout(recording: Recording, animated: bool) -> Html:
     episode = vars(recording.episode)
+
     moving = None
     if animated:  # a still one for those who asked their system for less motion
         still = charts.first_frame(recording.frames)
@@ -211,10 +218,13 @@ def show_insulation(proof: Mapping[str, Any] | None) -> Html | None:
 def _outcome_class(proof: Mapping[str, Any] | None) -> str | None:
     if proof is None:
         return None
+
+    # Everything else is bad, "not certified" too: only a proof that holds shows anything.
     return "good" if proof["outcome"] == Outcome.HOLDS else "bad"
 
 
 def _exact_norm(value: float) -> Any:
+    # Exact zeros stand out; which of them had to be zero is the verdict's to say.
     shown = exact_text(value)
     return tag("span", shown, class_="good") if value == 0 else shown
 
@@ -259,6 +269,7 @@ def show_knowledge(known: Mapping[str, Mapping[str, Any]] | None, question_share
 def show_curves(metrics: Sequence[Mapping[str, Any]]) -> Html | None:
     """Losses over updates, training and held-out."""
     wanted = (("Flow loss", "flow", True), ("Token loss", "fast", True), ("Token accuracy", "token_accuracy", False))
+    # Losses over orders of magnitude, an accuracy from 0 to 1.
     drawn = [
         charts.loss_chart(title, charts.curve(metrics, name), charts.curve(metrics, f"held_out/{name}"), log)
         for title, name, log in wanted
@@ -285,6 +296,7 @@ def show_provenance(facts: Mapping[str, Any], settings: Mapping[str, Any] | None
         return html_table([], [[k, MISSING if v is None else _short(v)] for k, v in pairs.items()], "plain")
 
     flat = dict(_flattened(settings or {}))
+
     return tag(
         "div",
         listed(facts),

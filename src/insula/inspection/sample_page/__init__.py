@@ -30,11 +30,14 @@ STYLES = ("vendor/uPlot.min.css", "inspect.css")
 
 def render_sample(found: Findings, sources: dict[str, int] | None = None) -> str:
     """The page. `sources`, with how many samples each has, where a server is there to pick from them."""
+    # The data is a block of JSON and no script, so the page's policy, which names scripts by their hash, need not list
+    # it.
     seen = sample_view(found, sources)
     body = [
         tag("script", _embedded(seen), type="application/json", id="data"),
         tag("main", tag("noscript", tag("p", "This page is drawn by a script in it; nothing is fetched.")), id="page"),
     ]
+
     return render_page(
         f"insula inspect: {seen['about']['sample']}",
         Html("".join(body)),
@@ -45,6 +48,7 @@ def render_sample(found: Findings, sources: dict[str, int] | None = None) -> str
 
 def _embedded(seen: dict[str, Any]) -> Html:
     """JSON that no text in it can end."""
+    # Only "</script" or "<!--" could, and both need a "<". allow_nan=False: browsers do not parse NaN.
     return Html(json.dumps(seen, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"))
 
 

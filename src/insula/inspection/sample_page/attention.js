@@ -23,6 +23,7 @@ insula.sections.push(["Who may look at whom", "attention", (data) => {
   let at = null; // [query, key]
   const lens = { scale: 0, left: 0, top: 0 }; // device pixels of a cell, and where cell (0, 0) is
 
+  /** One pixel for each cell, once for each choice: a million cells are too many to draw at every move of the mouse. */
   const paint = () => {
     const image = new ImageData(size, size);
     const palette = reasons.map(({ name, on, leak, withheld }) => {
@@ -37,11 +38,13 @@ insula.sections.push(["Who may look at whom", "attention", (data) => {
     bitmap = new OffscreenCanvas(size, size);
     bitmap.getContext("2d").putImageData(image, 0, 0);
   };
+  /** The bitmap through the lens, with a band of kinds at the left and on top. */
   const draw = () => {
     const width = canvas.clientWidth;
     if (!bitmap || !width) return;
     const ratio = insula.fit(canvas, width, width);
     const band = Math.round(8 * ratio);
+    // Never smaller than all of it, and never moved so far that an edge comes into the picture.
     const fit = whole((canvas.width - band) / size);
     lens.scale = Math.max(lens.scale, fit);
     const bound = (v) => Math.round(Math.min(0, Math.max(v, canvas.width - band - lens.scale * size)));
@@ -51,6 +54,7 @@ insula.sections.push(["Who may look at whom", "attention", (data) => {
     const [x0, y0] = [band + lens.left, band + lens.top];
     context.imageSmoothingEnabled = lens.scale < 1;
     context.drawImage(bitmap, x0, y0, size * lens.scale, size * lens.scale);
+    // A moved bitmap reaches under the bands.
     context.clearRect(0, 0, canvas.width, band);
     context.clearRect(0, 0, band, canvas.height);
     for (let n = 0; n < size; n += 1) { // what each row and column is
@@ -120,6 +124,7 @@ insula.sections.push(["Who may look at whom", "attention", (data) => {
     const x = event ? (event.clientX - box.left) * ratio : canvas.width / 2;
     const y = event ? (event.clientY - box.top) * ratio : canvas.height / 2;
     const scale = whole(Math.min(40 * ratio, factor > 1 ? Math.max(lens.scale * factor, lens.scale + 1) : lens.scale * factor));
+    // The cell under the pointer stays where it is.
     const by = scale / lens.scale;
     lens.left = x - (x - lens.left) * by;
     lens.top = y - (y - lens.top) * by;
@@ -180,6 +185,7 @@ insula.sections.push(["Who may look at whom", "attention", (data) => {
       el("div", {}, readout, legend)),
   ];
 
+  /** A color of the style sheet as three bytes; only a canvas reads every way of writing one. */
   function rgb(name) {
     const canvas = new OffscreenCanvas(1, 1).getContext("2d");
     canvas.fillStyle = insula.color(name);

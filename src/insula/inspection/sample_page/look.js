@@ -36,6 +36,7 @@ insula.sections.push(["Where the expert looks", "look", (data) => {
   const split = el("p", { id: "look-split" });
 
   const update = async () => {
+    // Packed as [time, layer, head, column].
     const all = await (insula.looked ??= insula.unpack(look.weights));
     const [layer, head, time] = [value(0), value(1), value(2)];
     shares = new Float32Array(columns);
@@ -45,6 +46,7 @@ insula.sections.push(["Where the expert looks", "look", (data) => {
       for (let n = 0; n < columns; n += 1) shares[n] += all[from + n] / (head ? 1 : heads);
     }
     const sum = (from, to) => shares.subarray(from, to).reduce((total, share) => total + share, 0);
+    // Relative to the strongest: with hundreds of patches every share by itself would be invisible.
     const brightest = Math.max(...shares.subarray(0, images), 1e-9);
     for (const { camera, caption, show } of views) {
       const own = shares.subarray(camera.first, camera.first + camera.grid ** 2);

@@ -40,6 +40,7 @@ insula.sections.push(["Losses", "losses", (data) => {
   return nodes;
 
   function flow(error) {
+    // Steps past the end of the episode hold 0, and would pull the curve down.
     const mean = error.times.map((_, t) => average(error.by_step[t].filter((_, n) => error.steps[n])));
     const place = el("div", { class: "wide-chart" });
     queueMicrotask(() => insula.chart(place, {

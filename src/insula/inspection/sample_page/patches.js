@@ -15,7 +15,7 @@ insula.patches = (camera, { label, say, mark = false }) => {
     const context = canvas.getContext("2d");
     const size = canvas.width;
     const cell = size / grid;
-    context.imageSmoothingEnabled = camera.size > 128;
+    context.imageSmoothingEnabled = camera.size > 128; // a small picture shows its pixels as they are
     if (image.complete && image.naturalWidth) context.drawImage(image, 0, 0, size, size);
     if (values) {
       context.fillStyle = "rgba(10, 12, 16, .62)";

@@ -58,6 +58,7 @@ insula.sections.push(["The sequence", "sequence", (data) => {
     chip.addEventListener("focus", () => describe(token));
     return chip;
   });
+  // One stop of the Tab key for the whole list, and arrow keys inside it: a prompt has hundreds of tokens.
   const list = el("ol", { class: "tokens", role: "listbox", "aria-label": "tokens" }, chips);
   list.addEventListener("keydown", (event) => {
     const step = { ArrowLeft: -1, ArrowRight: 1, Home: -chips.length, End: chips.length }[event.key];
@@ -81,7 +82,7 @@ insula.sections.push(["The sequence", "sequence", (data) => {
     chunk ? chunkParts(chunk, coefficients) : el("p", { class: "soft" }, "A question: it has no chunk of actions."),
   ];
 
-  /** Rows: frequencies; columns: action dimensions. */
+  /** Rows: frequencies; columns: action dimensions. `mark` takes a span as FAST counts: row by row. */
   function coefficientTable({ names, coefficients: rows }) {
     const cells = rows.flatMap((row) => row.map((value) => el("td", { class: value ? null : "zero" }, value)));
     const body = rows.map((_, f) => [`frequency ${f}`, ...cells.slice(f * names.length, (f + 1) * names.length)]);
@@ -98,6 +99,7 @@ insula.sections.push(["The sequence", "sequence", (data) => {
     const place = el("div", { class: "charts", id: "chunk" });
     const series = [["what was recorded", "actions", "ink", null], ["read back from FAST tokens", "decoded", "fast", [6, 4]],
       ["what the policy does", "policy", "look", [2, 3]]].filter(([, key]) => seen[key]);
+    // Later: a chart takes its width from its place, which has none before it is in the page.
     queueMicrotask(() => seen.names.forEach((name, d) => {
       const box = el("div", { class: "small-chart" });
       place.append(box);

@@ -323,7 +323,7 @@ def test_a_run_resumes_and_serves(finished: TrainConfig, monkeypatch: pytest.Mon
         return fit(*head, (*hooks, Every(2, lambda _: signal.raise_signal(signal.SIGINT))), quiet, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "fit", interrupted)
+        patch.setattr(training, "run_loop", interrupted)
         assert not training.train(cut, quiet=True)
     assert CheckpointStore(cut.run / "checkpoints").latest() == 2
     assert training.train(TrainConfig(run=cut.run, resume=True), quiet=True)

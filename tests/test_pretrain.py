@@ -73,7 +73,7 @@ def test_interrupted_and_started_again_equals_uninterrupted(
         return real(*args, hooks=(*hooks, stop))
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretraining, "fit", interrupted)
+        patch.setattr(pretraining, "run_loop", interrupted)
         with pytest.raises(KeyboardInterrupt, match="goes on where it stopped"):
             pretrain(settings(tmp_path), question_tokenizer(MODEL))
     assert not (tmp_path / "backbone.safetensors").exists()

@@ -101,7 +101,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         return real(*head, (*hooks, Every(4, lambda _: signal.raise_signal(signal.SIGINT))), quiet, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "fit", interrupted)
+        patch.setattr(training, "run_loop", interrupted)
         assert not training.train(settings(data, tmp_path / "run"), quiet=True)
     assert CheckpointStore(tmp_path / "run" / "checkpoints").latest() == 4
     assert training.train(TrainConfig(run=tmp_path / "run", resume=True), quiet=True)

@@ -46,6 +46,6 @@ AnyArray = Any
 Leaf = Any
 """A leaf of a parameter tree: an array, or what stands for one (`Weight`, a shape, a label, a sharding)."""
 
-# jaxtyping's kinds come from here, too: one import gives a file its letters. They are hints at run time; under pytest
-# every call of a function is checked against them.
+# jaxtyping's kinds come from here as well: one import gives a file its letters. They are hints at run time; under
+# pytest every call of a function is checked against them.
 __all__ = ["AnyArray", "Array", "Bool", "Float", "Int", "Leaf", "PRNGKeyArray", "Shaped", "UInt8"]

@@ -162,7 +162,7 @@ def _cosine(one: Any, other: Any) -> Array:
     )
 
     lengths = _l2_norm(one) / units[0] * (_l2_norm(other) / units[1])
-    # `where` twice: a division by zero would be NaN in the branch that is not taken, too.
+    # `where` twice: a division by zero would be NaN even in the branch that is not taken.
     return jnp.where(lengths > 0, product / jnp.where(lengths > 0, lengths, 1.0), jnp.nan)
 
 

@@ -1,4 +1,4 @@
-"""`certificate.json`: written beside the weights of a checkpoint, and read by whatever shows one.
+"""`certificate.json`: written beside the weights of a checkpoint, and read where one is shown.
 
 A checkpoint of a run holds one, measured on the very weights beside it. The weights are saved first and certified
 afterwards, so a checkpoint may be without one: `stored_certificate` then says so.

@@ -106,7 +106,8 @@ Forward = Callable[[Params, Batch, Float[AnyArray, "1 1 H D"]], tuple[Array, Arr
 def make_forward(config: ModelConfig) -> Forward:
     """A program for (hidden [T, W], velocity [H, D]) of a batch of one at t = 0.5, compiled once; float32."""
     # One program for every change, so that equal inputs give equal bits: two compiled for two shapes would differ in
-    # their last digits, and "0 exactly" could not be asked for. Hence the answer is taken away by masking it, too.
+    # their last digits, and "0 exactly" could not be asked for. So the answer is taken away by masking it, not by a
+    # shorter batch.
     config = config.with_compute(dtype="float32")
 
     def run(params: Params, batch: Batch, noisy: Array) -> tuple[Array, Array]:
@@ -177,7 +178,7 @@ def _trials(
 
     # A word from the middle: the first ones are the same in every prompt, so a model may learn to ignore them.
     prompt = seen.where(ColumnKind.PROMPT)
-    words = prompt[~suffix[prompt]] - images  # some dialects write words after it, too, which are generated
+    words = prompt[~suffix[prompt]] - images  # some dialects also write words after it, which are generated
     other = _other_tokens(batch, config, words[[len(words) // 2]])
     yield Trial(Change(ChangeKind.PROMPT_TOKEN), other, noisy, has_answer)
 

@@ -191,7 +191,7 @@ def read_chunk(batch: Batch, robot: Robot, seen: TokenColumns, tokenizer: FASTTo
     h, d = robot.horizon, robot.action_dim
     actions = np.asarray(batch.actions)[0, :h, :d]
 
-    # Read back from the sample's own tokens, as generated ones would be, and not encoded anew.
+    # Read back from the sample's own tokens, as generated ones would be, and not encoded again.
     columns = seen.where(ColumnKind.FAST)
     written = seen.id[seen.where(ColumnKind.FAST, ColumnKind.STOP)].tolist()
     decoded = tokenizer.actions_from(written, h, d) if len(columns) else None

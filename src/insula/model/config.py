@@ -89,7 +89,7 @@ class ObjectiveConfig:
 
     @property
     def flow_reaches_backbone(self) -> bool:
-        """Whether the flow loss trains the backbone, too: neither insulated nor frozen."""
+        """Whether the flow loss trains the backbone as well: neither insulated nor frozen."""
         return not (self.knowledge_insulation or self.freeze_backbone)
 
     def __post_init__(self) -> None:
@@ -307,7 +307,7 @@ def _refuse_old_fields(raw: dict[str, Any], where: str) -> None:
     if "knowledge_insulation" in raw and "objective" not in raw:
         raise InputError(
             f"{where}: written by an insula before 0.2, whose settings had other names; read it with that version "
-            "(its `insula convert RUN OUT --to openpi` makes a checkpoint that this one reads), or train anew"
+            "(its `insula convert RUN OUT --to openpi` makes a checkpoint that this one reads), or train again"
         )
 
 

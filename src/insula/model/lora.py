@@ -1,6 +1,6 @@
 """LoRA (Hu et al. 2021, §4.1): a matrix that stays as it is, and a product of two thin ones that learns beside it.
 
-A `LoRA` stands where a matrix stood, so whatever walks the parameters (initialization, checkpoints, averaging, layers)
+A `LoRA` stands where a matrix stood, so code that walks the parameters (initialization, checkpoints, averaging, layers)
 needs to know nothing of it, but for `layers.matmul` and `layers.merge_heads`, which multiply by it.
 """
 

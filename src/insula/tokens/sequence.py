@@ -123,7 +123,8 @@ class FASTTokenizer:
 
     def actions_from(self, ids: Iterable[SupportsIndex], horizon: int, action_dim: int) -> Decoded:
         """The chunk [horizon, action_dim] in generated token ids, which end at the first "|", or why there is none."""
-        # The head is text that some dialects generate first. Where a caller has cut it off already, that is fine, too.
+        # The head is text that some dialects generate first. Where a caller has cut it off already, that is fine as
+        # well.
         tokens = [index(i) for i in ids]
         head = len(self.action_head) if tokens[: len(self.action_head)] == self.action_head else 0
 

@@ -25,8 +25,8 @@ class Inspector:
         self.subject = subject
         self.seed = seed
 
-        # All four schemes: the two mistakes beside the proof are what a reader learns most from. Nothing compiles
-        # before its first call, so a model that is not run costs nothing here.
+        # All four schemes: what the two beside the proof let through is what a reader learns most from. Nothing
+        # compiles before its first call, so a model that is not run costs nothing here.
         config = subject.assets.config
         self._prove: Prover = make_prover(config, tuple(Scheme))
         self._measure: Measure = make_measure(config)

@@ -243,7 +243,8 @@ def _checked(actions: Any, what: str) -> np.ndarray:
 
 def _quantize(actions: np.ndarray, scale: float | int) -> np.ndarray:
     """Rounded DCT coefficients [H, D], still floats of the reference's precision."""
-    # In the precision that the actions come in, as the reference does: float64 here would round a few halves otherwise.
+    # In the precision that the actions come in, as the reference does: float64 here would round some halves
+    # differently.
     return np.around(dct(actions, axis=0, norm="ortho") * scale)
 
 

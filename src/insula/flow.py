@@ -18,11 +18,12 @@ def sample_time(rng: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."
 
     Beta(a, 1) has the closed inverse u^(1/a), so no rejection sampling is needed.
     """
+    # Never below 0.001: Euler steps that are longer never ask there (π0, appendix B).
     return jax.random.uniform(rng, shape) ** (1 / 1.5) * 0.999 + 0.001
 
 
 def add_noise(actions: Float[Array, "*c H D"], noise: Float[Array, "*b H D"], time: Float[Array, "*b"]) -> Array:
-    """x_t = t · noise + (1 − t) · actions."""
+    """x_t = t · noise + (1 − t) · actions, [*b, H, D]; several draws of noise may share one chunk, by broadcasting."""
     t = time[..., None, None]
     return t * noise + (1 - t) * actions
 
@@ -37,6 +38,7 @@ def integrate(velocity: Callable[[Array, Array], Array], noise: Float[Array, "B 
 
     `velocity(x [B, H, D], time [B]) -> [B, H, D]`.
     """
+    # Constants: adding up −1/steps in float32 would drift, and the last step would not begin at 1/steps.
     times = jnp.asarray(1 - np.arange(steps) / steps, noise.dtype)
 
     def step(i: Array, x: Array) -> Array:

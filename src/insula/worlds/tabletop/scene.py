@@ -21,7 +21,7 @@ import numpy as np
 from insula.worlds.tabletop.instructions import COLORS
 
 BLOCKS, BOWLS = 3, 2
-BLOCK_HALF = 0.02  # of its side
+BLOCK_HALF = 0.02  # half of a side
 BOWL_RADIUS = 0.06  # inner
 BOWL_WALL, BOWL_HEIGHT, BOWL_FLOOR, BOWL_SIDES = 0.005, 0.022, 0.002, 12
 FINGER_TRAVEL = 0.045  # each; the opening between the fingers is twice that

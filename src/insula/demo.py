@@ -156,7 +156,7 @@ def demo(out: Path, settings: DemoSettings, seed: int) -> Path:
     )
     write_video(out / "rollouts.mp4", reel(closed_loop.recordings))
     path = write_report(out / "report.html", report)
-    stages.note("report", True)  # the last: a demo that has it is finished, and the next one begins anew
+    stages.note("report", True)  # the last: a demo that has it is finished, and the next call starts again
     return path
 
 

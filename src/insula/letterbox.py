@@ -39,6 +39,6 @@ def triangle_weights(old: int, new: int) -> np.ndarray:
     centers = (np.arange(new) + 0.5) * step
     distance = np.abs(np.arange(old) + 0.5 - centers[:, None])
 
-    # No narrower than an old pixel where a picture grows. At the edges part of the triangle is missing: hence the sum.
+    # No narrower than an old pixel where a picture grows. Divided by the sum: at an edge part of a triangle is missing.
     weights = np.maximum(0.0, 1.0 - distance / max(step, 1.0))
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)

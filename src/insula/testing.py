@@ -18,7 +18,7 @@ _Tree = TypeVar("_Tree")
 
 
 def randomize(params: _Tree, rng: PRNGKeyArray) -> _Tree:
-    """Every leaf drawn anew, about as large as a trained one. Fresh parameters hide leaks: adaRMS gates start at
+    """Every leaf drawn again, about as large as a trained one. Fresh parameters hide leaks: adaRMS gates start at
     zero, so *every* scheme would show a zero gradient."""
     leaves, tree = jax.tree.flatten(params)
     ends = list(itertools.accumulate(math.prod(leaf.shape) for leaf in leaves))

@@ -146,7 +146,7 @@ def _demonstrations(first_seed: int, noise: float | int, image_size: int, worker
     with ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=on_ctrl_c) as pool:
         ahead: deque[Future[list[_Demonstration]]] = deque()
         try:
-            # The oldest is waited for, whoever is done first: data sets are in the order of their seeds.
+            # The oldest is waited for, even where another is done first: data sets are in the order of their seeds.
             for seeds in blocks:
                 ahead.append(pool.submit(_demonstrate, seeds, noise, image_size))
                 if len(ahead) == 2 * workers:

@@ -1,4 +1,4 @@
-"""Seed ranges. Scenes of demonstrations, evaluation and pretraining never share a seed, hence never a scene.
+"""Seed ranges. Scenes of demonstrations, evaluation and pretraining never share a seed, so they never share a scene.
 
 >>> EVALUATION.take(3)
 range(1000000, 1000003)

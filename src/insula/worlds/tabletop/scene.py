@@ -160,7 +160,7 @@ def _apart(points: np.ndarray, point: np.ndarray, distance: float) -> bool:
 def _positions(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Non-overlapping bowls [2, 2] and blocks [3, 2], with room for the fingers around every block.
 
-    Drawn anew until they fit. Every number drawn here is part of what a seed means: another order of drawing, or
+    Drawn again until they fit. Every number drawn here is part of what a seed means: another order of drawing, or
     another distance, and the seeds of demonstrations, evaluation and pretraining are other scenes.
     """
     while True:

@@ -177,6 +177,8 @@ def by_room(files: dict[Path, Figures], folder: Path) -> list[str]:
 
 def main(folder: Path) -> int:
     """Print the figures of all Python files below `folder`; 0 where every limit is kept, else 1."""
+    if not folder.is_dir():
+        sys.exit(f"{folder}: no such folder")
     files = {path: count(path.read_text(encoding="utf-8"), str(path)) for path in sorted(folder.rglob("*.py"))}
     lines, kept = report(sum(files.values(), Figures()))
     print("\n".join(["comments and blank lines, by room", *by_room(files, folder), "", *lines]))

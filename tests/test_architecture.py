@@ -43,7 +43,7 @@ ROOMS: dict[str, set[str]] = {
     "data": GROUND | {"tokens", "terminal"},
     "checkpoints": MODEL,
     "runs": MODEL | {"data", "checkpoints"},
-    "certificate": MODEL | {"losses", "runs", "compile"},
+    "certificate": MODEL | {"losses", "compile"},
     "worlds": {"errors"},
     "client": {"errors"},  # a robot's side: never JAX
     "parallel": MODEL,

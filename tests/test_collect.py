@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from insula.collect import demonstrations as module
-from insula.collect.demonstrations import collect
+from insula.collect.demonstrations import collect, collect_questions
 from insula.data.lerobot import LeRobotDataset
+from insula.errors import DatasetError
 from insula.worlds.seeds import DEMONSTRATIONS, EVALUATION
 from insula.worlds.tabletop.demonstrator import rollout
 
@@ -75,3 +76,14 @@ def test_seeds_kept_for_evaluation_are_refused(tmp_path):
     with pytest.raises(ValueError, match="at least 1"):
         collect(tmp_path / "set", episodes=0)
     assert not list(tmp_path.iterdir())
+
+
+def test_fewer_scenes_than_processes_and_no_picture_of_before(tmp_path: Path) -> None:
+    root = tmp_path / "questions"
+    assert collect_questions(root, scenes=2, each=1) == 2
+    assert collect_questions(root, scenes=1, each=3, overwrite=True) == 3
+    rows = [json.loads(line) for line in (root / "questions.jsonl").read_text().splitlines()]
+    shown = {path for row in rows for path in row["images"].values()}
+    assert {f"images/{path.name}" for path in (root / "images").iterdir()} == shown
+    with pytest.raises(DatasetError, match="not empty"):
+        collect_questions(root, scenes=1)

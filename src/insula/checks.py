@@ -12,14 +12,17 @@ SEED_LIMIT = 2**31 - 1
 def check_integer(name: str, value: object, least: int, most: int | None = None) -> None:
     """Raises InputError unless `value` is an integer from `least` to `most`."""
     bounds = f"an integer ≥ {least}" if most is None else f"an integer from {least} to {most}"
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, int) or isinstance(value, bool):  # True is an int, and JSON has both
         raise InputError(f"{name} is {value!r}, expected {bounds}")
+
     if value < least or (most is not None and value > most):
         raise InputError(f"{name} is {value}, expected {bounds}")
 
 
 def check_number(name: str, value: object, expected: str, good: Callable[[float], bool]) -> None:
-    """Raises InputError unless `value` is a finite number that is `good`; `expected` says what that means."""
+    """Raises InputError unless `value` is a finite number that is `good`; `expected` says what that means, such as
+    "> 0"."""
+    # Infinity first: it is ≥ 0, so `good` would let it pass.
     numeric = isinstance(value, int | float) and not isinstance(value, bool)
     if not numeric or not math.isfinite(value) or not good(float(value)):  # type: ignore[arg-type]
         raise InputError(f"{name} is {value!r}, expected a number {expected}")

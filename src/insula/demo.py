@@ -42,7 +42,7 @@ from insula.train.resume import newest_step
 from insula.train.run import train
 from insula.worlds.seeds import PRETRAINING
 
-console = Console(stderr=True)
+console = Console(stderr=True)  # stdout says where the report is, and nothing else
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,7 @@ DEMO = DemoSettings(
     knowledge_scenes=200,
     evaluate_every=500,
 )
+# For a smoke test of the whole path: 40 updates learn next to nothing.
 QUICK = DemoSettings(
     demonstrations=24, question_scenes=24, steps=40, batch_size=16, episodes=4, knowledge_scenes=20, evaluate_every=40
 )
@@ -110,11 +111,14 @@ def run_demo(config: DemoConfig) -> None:
 def demo(out: Path, settings: DemoSettings, seed: int) -> Path:
     """Run or continue the demo in `out`; a finished one is started again from nothing. Returns the report's path.
 
-    Raises ValueError where `out` holds something else, KeyboardInterrupt where training was interrupted.
+    Raises InputError where `out` holds something else, KeyboardInterrupt where training was interrupted,
+    InsulationError where the trained policy's insulation does not hold.
     """
     stages = Stages(out, settings, seed)
     data = stages.do("collect", lambda: _collect(out / "data", settings))
     stages.do("questions", lambda: collect_questions(out / "questions", settings.question_scenes, overwrite=True))
+
+    # A file, so that the same training can be had with `insula train --data`, and changed.
     (out / MIXTURE_FILE).write_text(MIXTURE, encoding="utf-8")
     config = TrainConfig(
         run=out / "run",
@@ -127,12 +131,15 @@ def demo(out: Path, settings: DemoSettings, seed: int) -> Path:
         resume=newest_step(out / "run") is not None,
     )
     stages.do("train", lambda: _train(config))
+
+    # From the checkpoint, not from memory: what is measured is what anyone who loads it gets.
     policy = Policy.load(out / "run", seed=seed)
     knowledge = stages.do("knowledge", lambda: _knowledge(policy, settings))
     proof = _certificate(config)
     fast = stages.do("fast", lambda: _fast(policy, config))
-    closed_loop = _closed_loop(policy, settings, out / "data")
+    closed_loop = _closed_loop(policy, settings, out / "data")  # no stage: the page needs its frames, too
     write_json(out / "closed_loop.json", closed_loop.to_json())
+
     report = Report(
         closed_loop=closed_loop.to_json(),
         recordings=closed_loop.recordings,
@@ -150,17 +157,22 @@ def demo(out: Path, settings: DemoSettings, seed: int) -> Path:
     )
     write_video(out / "rollouts.mp4", reel(closed_loop.recordings))
     path = write_report(out / "report.html", report)
-    stages.note("report", True)
+    stages.note("report", True)  # the last: a demo that has it is finished, and the next call starts again
     return path
 
 
 class Stages:
-    """`demo.json`: which stages are done, what they found, and how long they took."""
+    """`demo.json`: which stages are done, what they found, and how long they took.
+
+    Raises InputError where the folder holds something that is no demo.
+    """
 
     def __init__(self, out: Path, settings: DemoSettings, seed: int):
-        self.path, self.wanted = out / "demo.json", {"settings": dataclasses.asdict(settings), "seed": seed}
+        self.path = out / "demo.json"
+        self.wanted = {"settings": dataclasses.asdict(settings), "seed": seed}
         self.found: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
+
         if out.exists() and any(out.iterdir()):
             self._continue(out)
         out.mkdir(parents=True, exist_ok=True)
@@ -168,10 +180,14 @@ class Stages:
     def _continue(self, out: Path) -> None:
         if not self.path.is_file():
             raise InputError(f"{out} is not empty and holds no demo; choose another folder with --out")
+
+        # Stages of other settings or another seed are those of another demo.
         stored = read_json(self.path, "wanted", "found", "seconds")
         if stored["wanted"] == self.wanted and "report" not in stored["found"]:
-            self.found, self.seconds = stored["found"], stored["seconds"]
+            self.found = stored["found"]
+            self.seconds = stored["seconds"]
             return
+
         for name in ("data", "questions", "run"):  # what a demo made, and nothing else
             shutil.rmtree(out / name, ignore_errors=True)
         self.path.unlink()
@@ -184,9 +200,11 @@ class Stages:
             found = work()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
             self.note(name, found)
+
         return self.found[name]
 
     def note(self, name: str, found: Any) -> None:
+        """Write down that a stage is done. `found`: plain JSON values."""
         self.found[name] = found
         written = {"wanted": self.wanted, "found": self.found, "seconds": self.seconds}
         write_json(self.path, written)
@@ -198,20 +216,25 @@ def _collect(root: Path, settings: DemoSettings) -> dict[str, int]:
 
 
 def _train(config: TrainConfig) -> bool:
-    if not train(config):
+    if not train(config):  # not a stage that is done: the next call resumes it
         raise KeyboardInterrupt("training was interrupted; the same command goes on where it stopped")
+
     return True
 
 
 def _knowledge(policy: Policy, settings: DemoSettings) -> dict[str, Any]:
     """The same held-out questions to the shipped backbone and to the trained one."""
+    # The first seeds of the range: neither pretraining nor the questions of this demo have them.
     scenes = render_scenes(PRETRAINING.take(settings.knowledge_scenes), 8, policy.config.vision.image_size)
+
+    # One tokenizer for both: FAST entries lie behind those of the text, which training left as they were.
     tokenizer = policy.assets.tokenizer
     before = load_pretrained(policy.config, jax.random.key(0))
     found = {
         name: measure_knowledge(params, policy.config, tokenizer, scenes)
         for name, params in (("before", before), ("after", policy.params))
     }
+
     return {name: dataclasses.asdict(known) for name, known in found.items()}
 
 
@@ -222,9 +245,11 @@ def _question_share(path: Path) -> float:
 
 def _closed_loop(policy: Policy, settings: DemoSettings, data: Path) -> ClosedLoop:
     """Unseen scenes, each with its own instruction and with another one."""
+    # Seeds of evaluation are other ones by their range. This looks at what was really collected.
     made = read_json(data / "meta" / "collected.json", "first_seed", "last_seed")
     used = range(made["first_seed"], made["last_seed"] + 1)
     done = evaluate(policy, settings.episodes, used_seeds=used)
+
     console.print(done.summary(), markup=False)
     return done
 
@@ -233,6 +258,7 @@ def _certificate(config: TrainConfig) -> dict[str, Any]:
     """What the newest checkpoint says of its insulation. Raises InsulationError unless it holds."""
     with CheckpointStore(config.run / CHECKPOINTS_FOLDER) as store:
         found = read_certificate(store.assets() / CERTIFICATE_FILE)
+
     require(found["outcome"], found["findings"])
     return found
 
@@ -242,6 +268,7 @@ def _fast(policy: Policy, config: TrainConfig) -> dict[str, float]:
     data = open_data(dataclasses.replace(config, resume=True))  # split as it was trained
     samples = held_out_sources(config, policy.assets, data)["tabletop"]
     assert isinstance(samples, Samples)
+
     report = measure_fast(
         policy.assets.tokenizer.fast, samples.chunks(np.arange(len(samples)))[0], policy.config.max_fast_len
     )

@@ -19,13 +19,13 @@ def sample_time(rng: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."
     From pure noise only the observation says where to go, which is what a policy must learn; a chunk with little noise
     says most of it itself.
     """
-    # Beta(a, 1) has the closed inverse u^(1/a), so no rejection sampling is needed. The 0.001 keeps clear of t = 0,
-    # which Euler steps never evaluate.
+    # Beta(a, 1) has the closed inverse u^(1/a), so no rejection sampling is needed. Never below 0.001: longer Euler
+    # steps never ask there.
     return jax.random.uniform(rng, shape) ** (1 / 1.5) * 0.999 + 0.001
 
 
 def add_noise(actions: Float[Array, "*c H D"], noise: Float[Array, "*b H D"], time: Float[Array, "*b"]) -> Array:
-    """x_t = t · noise + (1 − t) · actions."""
+    """x_t = t · noise + (1 − t) · actions, [*b, H, D]; several draws of noise may share one chunk, by broadcasting."""
     # Axes of one for H and D: every value of a chunk is at the same time.
     t = time[..., None, None]
     return t * noise + (1 - t) * actions

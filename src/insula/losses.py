@@ -38,9 +38,7 @@ def compute_loss(
     A sample that scores more than `max_fast_len` tokens, or has a prompt longer than `max_prompt_len`, makes its loss
     NaN: a compiled function cannot raise, and must not score less than it was given. `FASTTokenizer` refuses both.
     """
-    # Frozen parts still run, but nothing is kept for their backward pass.
-    params = jax.tree.map(lambda learns, tree: tree if learns else freeze(tree), trainable(config), params)
-
+    params = freeze_untrained(params, config)
     targets = scored_tokens(batch, config)
     prefix = read_batch(params, config, batch, targets)
     memory = insulate(prefix, config.num_memory, stop=config.objective.knowledge_insulation)
@@ -67,10 +65,17 @@ def language_loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """The token loss alone, for samples without actions; the expert is not run, and `rng` not used. Same signature as
     `compute_loss`, so a train step takes either."""
+    params = freeze_untrained(params, config)
     targets = scored_tokens(batch, config)
     prefix = read_batch(params, config, batch, targets)
     fast, metrics = token_loss(prefix.hidden, params.backbone.embedding, targets, config)
     return fast, {"fast": fast} | metrics
+
+
+def freeze_untrained(params: Params, config: ModelConfig) -> Params:
+    """The same parameters, those that are not to be trained without a gradient."""
+    # They still run, but nothing is kept for their backward pass.
+    return jax.tree.map(lambda learns, tree: tree if learns else freeze(tree), trainable(config), params)
 
 
 def predict_tokens(params: Params, config: ModelConfig, batch: Batch) -> tuple[Int[Array, "B U"], "Targets"]:
@@ -89,8 +94,9 @@ def predict_tokens(params: Params, config: ModelConfig, batch: Batch) -> tuple[I
 
 def read_batch(params: Params, config: ModelConfig, batch: Batch, targets: "Targets | None") -> BackboneOutput:
     """The one backbone pass of a training sample, with the final hidden states of the scored positions alone."""
-    # Gathered before the vocabulary product: with logits and one-hot labels for all of 564 positions a step at 257,152
-    # entries and batch 4 took 6 times as long, and 9,571 MiB in place of 873.
+    # Gathered before the vocabulary product: logits of all positions would be the largest array of a step. With 257,152
+    # entries a step took an eleventh of the time, and a twelfth of the memory, of one with all logits, one-hot labels
+    # and a second pass (docs/log.md).
     positions = targets.positions if targets else None
     return run_backbone(params.vision, params.backbone, config, batch.observation, batch.ar_mask, positions)
 

@@ -1,7 +1,7 @@
 """From an observation to a chunk of actions: transforms, one backbone pass, Euler steps on the expert.
 
 The noise of an observation depends on the policy's seed and on a seed of its own, on nothing else: neither on what was
-asked before nor on what is beside it in the batch. So whatever happened can be replayed from its seeds.
+asked before nor on what is beside it in the batch. So any chunk can be replayed from its seeds.
 """
 
 import hashlib
@@ -28,7 +28,8 @@ Seed = Sequence[int]
 class Policy:
     """A trained model that acts. Observations are {"images": {camera: uint8[h, w, 3]}, "state": [S], "task": str}.
 
-    `robot` names which one it acts for, where it was trained on several.
+    `robot` names which one it acts for, where it was trained on several. Raises InputError for a robot that is not
+    known, or where there are several and none is named.
     """
 
     def __init__(
@@ -43,10 +44,13 @@ class Policy:
         self.observer = Observer(self.robot, assets.tokenizer, self.config.state_dim, in_prompt)
 
         self._calls = 0
+
+        # Steps and dimensions that this robot lacks: trained only as noise that shrinks, so they must shrink here, too.
         real = np.zeros((self.config.horizon, self.config.action_dim), bool)
         real[: self.robot.horizon, : self.robot.action_dim] = True
         mask = None if real.all() else real
 
+        # Parameters come in as an argument: closed over, they would be constants of every compiled program.
         def chunk(params: Params, observation: Observation, keys: Shaped[Array, "B 2"]) -> Array:
             shape = (self.config.horizon, self.config.action_dim)
             noise = jax.vmap(lambda key: jax.random.normal(jax.random.wrap_key_data(key, impl="threefry2x32"), shape))
@@ -60,17 +64,19 @@ class Policy:
         return cls(*load_model(run, step), seed, robot=robot)
 
     def act(self, observation: dict[str, Any], seed: Seed | None = None) -> Float[np.ndarray, "H D"]:
-        """The next actions in the robot's units, one for each step of its horizon. Raises ValueError naming what is
-        wrong in the observation. `seed` as in `act_batch`."""
+        """The next actions in the robot's units, one for each step of its horizon. `seed` and errors as in
+        `act_batch`."""
         return self.act_batch([observation], None if seed is None else [seed])[0]
 
     def act_batch(
         self, observations: list[dict[str, Any]], seeds: Sequence[Seed] | None = None
     ) -> Float[np.ndarray, "B H D"]:
-        """A chunk for each observation. Each batch size compiles once. Raises FloatingPointError for a NaN action.
+        """A chunk for each observation, in the robot's units. Each batch size compiles once.
 
         `seeds` [B]: integers that noise is drawn by, together with the policy's seed; such as (scene, step). Without
         them it is (number of this call, row), so that no two draws are the same.
+
+        Raises InputError naming what is wrong in an observation, NonFiniteError for an action that is NaN or infinite.
         """
         self._calls += 1
         if seeds is None:
@@ -83,6 +89,8 @@ class Policy:
         chunk = np.asarray(self._chunk(self.params, inputs, keys))
         if not np.isfinite(chunk).all():
             raise NonFiniteError("the policy produced NaN or infinite actions; do not execute them, check the weights")
+
+        # The raw state, since relative actions are added to it where the robot has them.
         chunk = chunk[:, : self.robot.horizon, : self.robot.action_dim]
         return self.robot.unnormalize_actions(chunk, np.stack([o["state"] for o in observations]))
 
@@ -95,6 +103,7 @@ class Policy:
         square = (self.config.vision.image_size,) * 2
         sizes = {c: images[c].shape[1:3] if c in images else square for c in self.config.cameras}
 
+        # Normalized before it is written: the prompt holds the state in bins of [−1, 1].
         state = self.observer.normalize_state(np.stack([o["state"] for o in observations]))
         rows = [self.observer.tokenize(o["task"], s) for o, s in zip(observations, state, strict=True)]
         width = self.config.max_prompt_len  # no FAST suffix: its columns are left out
@@ -106,5 +115,6 @@ class Policy:
 
 def noise_key(*seed: int) -> np.ndarray:
     """The data uint32 [2] of a random key, different for different tuples of integers, the same on every machine."""
+    # On the host: folding in one integer after another would be a small program on the device for each row.
     text = ",".join(str(int(number)) for number in seed)
     return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), "<u4").astype(np.uint32)

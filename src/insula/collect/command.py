@@ -19,17 +19,18 @@ class CollectConfig:
     first_seed: int = DEMONSTRATIONS.start
     """Scene seeds count up from here."""
     noise: float = 0.3
-    """DART noise on the executed moves; the clean action is recorded."""
+    """DART noise on the executed moves, in action units; the clean action is recorded."""
     overwrite: bool = False
     """Replace what is in `out`."""
 
     def __post_init__(self) -> None:
         check_integer("episodes", self.episodes, 1)
+        # No upper bound: where the expert begins to fail too often is found by trying, and `collect` says so.
         check_number("noise", self.noise, "≥ 0", lambda noise: noise >= 0)
 
 
 def run_collect(config: CollectConfig) -> None:
-    """Write them, and say how many. Raises InputError, DatasetError."""
+    """Write them, and say how many. Raises as `collect`."""
     done = collect(config.out, config.episodes, config.first_seed, config.noise, overwrite=config.overwrite)
     print(f"{len(done.seeds)} demonstrations, {done.frames} frames, {len(done.discarded)} discarded: {done.root}")
 
@@ -41,18 +42,18 @@ class QuestionsConfig:
     out: Path
     """Folder for questions.jsonl and images."""
     scenes: int = 1500
-    """Scenes to render."""
+    """Scenes to render, of seeds that no episode has."""
     each: int = 8
     """Questions about each."""
     overwrite: bool = False
     """Replace what is in `out`."""
 
     def __post_init__(self) -> None:
-        check_integer("scenes", self.scenes, 1)
+        check_integer("scenes", self.scenes, 1)  # more than there are is refused by `PRETRAINING`
         check_integer("each", self.each, 1)
 
 
 def run_questions(config: QuestionsConfig) -> None:
-    """Write them, and say how many. Raises InputError, DatasetError."""
+    """Write them, and say how many. Raises as `collect_questions`."""
     count = collect_questions(config.out, config.scenes, config.each, overwrite=config.overwrite)
     print(f"{count} questions about {config.scenes} scenes: {config.out}")

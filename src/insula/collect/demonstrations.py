@@ -5,6 +5,7 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 from collections import deque
 from collections.abc import Callable, Generator
@@ -28,8 +29,8 @@ from insula.worlds.tabletop.demonstrator import rollout
 from insula.worlds.tabletop.environment import ACTION_DIM, ACTION_NAMES, STATE_DIM, STATE_NAMES
 from insula.worlds.tabletop.scene import CAMERAS
 
-CONTROL_HZ = 10
-BLOCK = 8  # episodes a worker makes at a time
+CONTROL_HZ = 10  # of the environment: frames a second in the data set
+BLOCK = 8  # episodes a worker makes at a time; those begun when there are enough are made in vain
 log = logging.getLogger(__name__)
 
 
@@ -82,7 +83,8 @@ def collect(
     """
     if episodes < 1:
         raise InputError(f"episodes: got {episodes}, expected at least 1")
-    DEMONSTRATIONS.take(episodes, first_seed - DEMONSTRATIONS.start)
+    DEMONSTRATIONS.take(episodes, first_seed - DEMONSTRATIONS.start)  # for what it raises
+
     workers = min(os.cpu_count() or 1, 4, -(-episodes // BLOCK)) if processes is None else processes
     if workers < 1:
         raise InputError(f"processes: got {processes}, expected at least 1")
@@ -101,6 +103,8 @@ def collect(
                 discarded.append(demonstration.seed)
             if progress:
                 progress(len(kept))
+
+            # A strong noise may leave nothing to keep: the range of seeds, a million, would be tried to its end.
             if len(discarded) > 20 + episodes:
                 raise InputError(
                     f"noise is {noise}: {len(discarded)} attempts failed with it, {len(kept)} succeeded; lower it"
@@ -110,17 +114,25 @@ def collect(
         else:
             raise InputError(f"collect: the seeds for demonstrations ended after {len(kept)} of {episodes} episodes")
         frames = writer.frames
+
     if discarded:
         log.warning("%d of %d demonstrations failed and were discarded", len(discarded), len(kept) + len(discarded))
+
+    # Which seeds were seen, for those who evaluate: they must not be asked again.
     note = {"first_seed": first_seed, "last_seed": kept[-1], "discarded_seeds": discarded, "noise": noise}
     write_json(Path(root) / "meta" / "collected.json", note)
     return Collected(Path(root), tuple(kept), tuple(discarded), frames)
 
 
 def _demonstrations(first_seed: int, noise: float | int, image_size: int, workers: int) -> Generator[_Demonstration]:
-    """Seed by seed, to the end of the range; at most two blocks per worker are in the making."""
+    """Seed by seed, to the end of the range; at most two blocks per worker are in the making.
+
+    Workers are processes: a scene is stepped and encoded in Python, which threads would take in turns, and a GL context
+    belongs to one thread at a time.
+    """
     starts = range(first_seed, DEMONSTRATIONS.stop, BLOCK)
     blocks = (range(start, min(start + BLOCK, DEMONSTRATIONS.stop)) for start in starts)
+
     if workers == 1:
         try:
             for seeds in blocks:
@@ -129,22 +141,24 @@ def _demonstrations(first_seed: int, noise: float | int, image_size: int, worker
             if env := _environments.pop(image_size, None):
                 env.close()
         return
+
     context = multiprocessing.get_context("spawn")  # a GL context does not survive a fork
-    on_ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # in the workers: the parent decides
+    on_ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the workers leave it to the parent
     with ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=on_ctrl_c) as pool:
         ahead: deque[Future[list[_Demonstration]]] = deque()
         try:
+            # The oldest is waited for, even where another is done first: data sets are in the order of their seeds.
             for seeds in blocks:
                 ahead.append(pool.submit(_demonstrate, seeds, noise, image_size))
                 if len(ahead) == 2 * workers:
                     yield from ahead.popleft().result()
             while ahead:
                 yield from ahead.popleft().result()
-        finally:
+        finally:  # the caller stops reading once it has enough: blocks that nobody will take are not begun
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-_environments: dict[int, gymnasium.Env] = {}
+_environments: dict[int, gymnasium.Env] = {}  # of this process, by image size; kept, since each needs a GL context
 
 
 def _demonstrate(seeds: range, noise: float | int, image_size: int) -> list[_Demonstration]:
@@ -157,15 +171,18 @@ def _demonstrate(seeds: range, noise: float | int, image_size: int) -> list[_Dem
 
 def _demonstration(env: gymnasium.Env, seed: int, noise: float | int) -> _Demonstration:
     """One episode; scene and noise depend on its seed alone."""
+    # [seed, 1]: the scene itself is drawn from `seed`, and its noise must not repeat those numbers.
     episode = rollout(env, np.random.default_rng([seed, 1]), noise=noise, seed=seed)
     if not episode.success:
         return _Demonstration(seed, episode.task, {})
+
+    # Compressed here, by a worker, so that the one process that writes has little to do.
     values: dict[str, np.ndarray | EncodedImages] = {
         f"observation.images.{camera}": encode_pngs([o["images"][camera] for o in episode.observations])
         for camera in CAMERAS
     }
     values["observation.state"] = np.stack([o["state"] for o in episode.observations])
-    values["action"] = episode.labels
+    values["action"] = episode.labels  # DART: not what was executed, but what would have been right there
     return _Demonstration(seed, episode.task, values)
 
 
@@ -179,13 +196,17 @@ def collect_questions(
     """Write `each` questions about each of `scenes` scenes, whose answers the simulator knows, and the pictures:
     `questions.jsonl` and `images/`. Returns how many questions. Deterministic.
 
-    Raises DatasetError when `root` is not empty and `overwrite` is not set, ValueError when the seeds end.
+    Raises DatasetError when `root` is not empty and `overwrite` is not set, InputError when the seeds end.
     """
     root = Path(root)
     if root.exists() and any(root.iterdir()) and not overwrite:
         raise DatasetError(f"{root} is not empty; choose another folder or overwrite it")
+
+    # Past the held-out scenes, on which knowledge is measured before and after training on these.
     made = render_scenes(PRETRAINING.take(scenes, HELD_OUT_SCENES), each, image_size)
-    (root / "images").mkdir(parents=True, exist_ok=True)
+
+    shutil.rmtree(root / "images", ignore_errors=True)  # of more scenes, if it is overwritten
+    (root / "images").mkdir(parents=True)
     with (root / "questions.jsonl").open("w", encoding="utf-8") as file:
         for n, asked in enumerate(made.questions):
             images = {camera: f"images/{n:06d}-{camera}.png" for camera in made.images}
@@ -193,4 +214,5 @@ def collect_questions(
                 (root / path).write_bytes(encode_png(made.images[camera][n]))
             for _, question, answer in asked:
                 file.write(json.dumps({"images": images, "question": question, "answer": answer}) + "\n")
+
     return sum(map(len, made.questions))

@@ -28,15 +28,18 @@ KIND_WEIGHTS = {
     "task": 3.0,
     "reach": 5.0,
 }
-"""How often each kind of question is asked: mostly the ones about where things are."""
+"""How often each kind of question is asked: mostly the ones about where things are, and among them lists. A list scores
+up to 24 tokens for one look at the image, a single place two, and that was too little to learn from (docs/log.md, "Many
+places from one look")."""
 
 THING_NAMES = (*(f"{color} {noun}" for noun in ("block", "bowl") for color in COLORS), "gripper")
 
 
 @dataclasses.dataclass(frozen=True)
 class Scenes:
-    """`images[camera]` uint8 [N, h, w, 3]; `places[camera]` float32 [N, len(NAMES), 2] is where each named thing shows
-    (y, x as fractions of the image; NaN where it does not); `questions[n]` lists (kind, question, answer)."""
+    """`images[camera]` uint8 [n, h, w, 3]; `places[camera]` float32 [n, len(THING_NAMES), 2] is where each named thing
+    shows (y, x as fractions of the image; NaN where it does not); `questions[i]` lists (kind, question, answer) of
+    scene i."""
 
     images: dict[str, np.ndarray]
     places: dict[str, np.ndarray]
@@ -44,10 +47,14 @@ class Scenes:
 
 
 def render_scenes(seeds: range, questions_each: int, image_size: int, processes: int = 2) -> Scenes:
-    """One independent scene per seed. The result does not depend on the number of processes."""
+    """One independent scene per seed, with this many questions each. The result does not depend on the number of
+    processes, which are spawned: a script must call this under `if __name__ == "__main__":`."""
+    processes = min(processes, len(seeds))  # one without a scene would know no camera
     parts = [seeds[i::processes] for i in range(processes)]
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:  # a GL context does not survive a fork
         done = pool.starmap(_render, [(part, questions_each, image_size) for part in parts])
+
+    # Dealt out like cards, one to each process in turn; the inverse permutation brings them back in order.
     order = np.argsort(np.concatenate([np.arange(len(seeds))[i::processes] for i in range(processes)]))
 
     def merge(arrays: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -58,21 +65,23 @@ def render_scenes(seeds: range, questions_each: int, image_size: int, processes:
 
 
 def _render(seeds: range, questions_each: int, image_size: int) -> Scenes:
-    import gymnasium  # the simulator loads in the worker, not in whoever imports this module
+    import gymnasium  # the simulator loads in the worker, not in every process that imports this module
 
     import insula.worlds.tabletop
 
     env: Any = gymnasium.make(
         insula.worlds.tabletop.TABLETOP, image_size=image_size, disable_env_checker=True
     ).unwrapped
-    images: dict[str, np.ndarray] = {}
+    images: dict[str, np.ndarray] = {}  # allocated whole: 60,000 scenes as lists, then stacked, would be there twice
     places: dict[str, np.ndarray] = {}
     asked = []
+
     for n, seed in enumerate(seeds):
         rng = np.random.default_rng(seed)
         observation = env.randomize(rng)
         for name, image in observation["images"].items():
             images.setdefault(name, np.empty((len(seeds), *image.shape), np.uint8))[n] = image
+
         facts = env.facts()
         for camera, pixels in facts.pixels.items():
             places.setdefault(camera, np.full((len(seeds), len(THING_NAMES), 2), np.nan, np.float32))
@@ -80,12 +89,13 @@ def _render(seeds: range, questions_each: int, image_size: int) -> Scenes:
                 if pixel.in_frame and pixel.visible > 0:
                     places[camera][n, THING_NAMES.index(name)] = pixel.y / image_size, pixel.x / image_size
         asked.append(_draw(facts, rng, questions_each))
+
     env.close()
     return Scenes(images, places, asked)
 
 
 def _draw(facts: Any, rng: np.random.Generator, count: int) -> list[tuple[str, str, str]]:
-    """`count` questions; a kind with no plain answer in this scene is drawn again."""
+    """`count` questions, kinds drawn by weight among those that have a plain answer in this scene."""
     from insula.worlds.tabletop.quiz import questions
 
     pairs = {kind: questions(facts, kind) for kind in KIND_WEIGHTS}
@@ -99,9 +109,12 @@ FIELDS = ("tokens", "token_mask", "ar_mask", "loss_mask")
 
 
 def tokenize(scenes: Scenes, tokenizer: FASTTokenizer) -> Tokenized:
-    """Every question, each field [N, Q, L], cut to the longest."""
+    """Every question of every scene: each field [n, questions, L], padding cut off as far as the longest allows.
+
+    Raises TokenBudgetError where a question or an answer is longer than the tokenizer allows.
+    """
     rows = [tokenizer.question(question, answer) for asked in scenes.questions for _, question, answer in asked]
-    longest = max(int(row.token_mask.sum()) for row in rows)
+    longest = max(int(row.token_mask.sum()) for row in rows)  # tokens are what a step costs; one shape for all
     shape = (len(scenes.questions), -1, longest)
     return Tokenized(*(np.stack([getattr(row, name)[:longest] for row in rows]).reshape(shape) for name in FIELDS))
 
@@ -109,9 +122,11 @@ def tokenize(scenes: Scenes, tokenizer: FASTTokenizer) -> Tokenized:
 def question_batch(
     scenes: Scenes, tokens: Tokenized, index: np.ndarray, which: np.ndarray, config: ModelConfig
 ) -> Batch:
-    """Scene `index[b]` with its question `which[b]`. No actions: every step is padding, so the flow loss is 0."""
+    """Scene `index[b]` with its question `which[b]`, int [B] both. No actions: every step is padding, so the flow loss
+    is 0."""
     rows = len(index)
     pick = {name: getattr(tokens, name)[index, which] for name in FIELDS}
+
     return Batch(
         observation=Observation(
             images={name: scenes.images[name][index] for name in config.cameras},

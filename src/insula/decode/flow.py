@@ -11,7 +11,7 @@ from insula.model.insulation import Memory, insulate
 from insula.model.params import Params
 from insula.shapes import AnyArray, Array, Bool, Float
 
-FLOW_STEPS = 10
+FLOW_STEPS = 10  # as in π0 (§IV) and openpi
 
 
 def sample_actions(
@@ -24,12 +24,14 @@ def sample_actions(
 ) -> Float[Array, "B H D"]:
     """Normalized chunks: the prefix is read once, then the expert alone takes `steps` Euler steps from t = 1 to 0.
 
+    `noise` is x at t = 1, standard normal: the caller draws it, so that a chunk can be replayed.
     `real` marks the values this robot has, all by default. The others go straight to 0, as the expert saw them do in
     training: t · noise. (It is not asked for their velocity, on which it was never scored.)
     """
     memory = read_prefix(params, config, observation)
 
     def velocity(x: Array, time: Array) -> Array:
+        # Training gives the expert K draws of noise for each chunk: here K is 1.
         found = run_expert(params.expert, config, memory, observation.state, x[:, None], time[:, None])[:, 0]
         return found if real is None else jnp.where(real[None], found, noise)
 
@@ -39,4 +41,5 @@ def sample_actions(
 def read_prefix(params: Params, config: ModelConfig, observation: Observation) -> Memory:
     """The same path as in training, with no FAST suffix."""
     prefix = run_backbone(params.vision, params.backbone, config, observation)
+    # There is no gradient to stop here. What counts is that the same columns are kept, and FAST's are not among them.
     return insulate(prefix, config.num_memory, stop=config.objective.knowledge_insulation)

@@ -1,6 +1,6 @@
 """Closed loop: the policy acts in scenes it has never seen, each twice, with its instruction and with another one.
 
-    lanes   1 ▏scene 0 ──────────▏scene 1 swapped ──▏ …      every lane is one environment; whoever finishes takes the
+    lanes   1 ▏scene 0 ──────────▏scene 1 swapped ──▏ …      every lane is one environment; one that finishes takes the
             2 ▏scene 0 swapped ─────▏scene 2 ───────▏ …      next episode. All lanes re-plan together, in one batched
             3 ▏scene 1 ───▏scene 2 swapped ─────────▏ …      call, then execute the first steps of their chunks.
 
@@ -8,7 +8,7 @@ Noise is drawn by (scene, swapped, step), never by lane or call, and every call 
 evaluated alone is the episode it was among others.
 
 The swapped instruction names another block and the other bowl of the same scene. A policy that only looks, and does not
-listen, succeeds there never and moves a wrong object instead: success under swap is what language following means here.
+listen, never succeeds there and moves a wrong object instead: success under swap is what language following means here.
 """
 
 import contextlib
@@ -30,7 +30,8 @@ from insula.worlds.seeds import EVALUATION, RANGES, refuse_seen
 from insula.worlds.tabletop.environment import ACTION_DIM
 
 NUM_ENVS = 16
-LATENCY_CALLS, LATENCY_WARM_UP = 100, 5
+LATENCY_CALLS = 100  # of which the 99th percentile is almost the slowest
+LATENCY_WARM_UP = 5  # the first compiles: single calls are a batch of one, which no lane has run
 PERCENTILES = (50, 90, 99)
 Progress = Callable[[int, int], None]
 MakeEnvironment = Callable[[], gymnasium.Env]
@@ -41,7 +42,7 @@ class Acts(Protocol):
     """What is evaluated. Observations are {"images", "state", "task"}; chunks are in the robot's units."""
 
     def act(self, observation: dict[str, Any]) -> np.ndarray:
-        """[H, D]"""
+        """One chunk [H, D]. Used for latency alone, so its noise may be any."""
         ...
 
     def act_batch(self, observations: list[dict[str, Any]], seeds: Sequence[Sequence[int]]) -> np.ndarray:
@@ -89,18 +90,22 @@ class ClosedLoop:
 
     @property
     def success(self) -> Rate | None:
+        """Of episodes with their own instruction."""
         return self.rate("success")
 
     @property
     def wrong_object(self) -> Rate | None:
+        """Of episodes with their own instruction; an episode may count here and as a success."""
         return self.rate("wrong_object")
 
     @property
     def swapped_success(self) -> Rate | None:
+        """Language following; None where nothing was swapped."""
         return self.rate("success", swapped=True)
 
     @property
     def swapped_wrong_object(self) -> Rate | None:
+        """What a policy that does not listen does; None where nothing was swapped."""
         return self.rate("wrong_object", swapped=True)
 
     @property
@@ -110,6 +115,7 @@ class ClosedLoop:
 
     @property
     def mean_steps_of_successes(self) -> float | None:
+        """Of the successes with their own instruction; None where there is none, which has no mean."""
         steps = [e.steps for e in self.episodes if e.success and not e.swapped]
         return float(np.mean(steps)) if steps else None
 
@@ -117,6 +123,8 @@ class ClosedLoop:
         """Plain JSON values: the rates, the latency, and every episode."""
         names = ("success", "wrong_object", "swapped_success", "swapped_wrong_object")
         rates: dict[str, Rate | None] = {name: getattr(self, name) for name in names}
+
+        # "episodes" last: it is nearly all of the file, and a person reads the figures above it.
         return {name: rate and rate.to_json() for name, rate in rates.items()} | {
             "mean_steps": self.mean_steps,
             "mean_steps_of_successes": self.mean_steps_of_successes,
@@ -136,6 +144,7 @@ class ClosedLoop:
         table.add_row("of the scene", str(self.success), str(self.wrong_object))
         if self.swapped_success is not None:
             table.add_row("swapped", str(self.swapped_success), str(self.swapped_wrong_object))
+
         latency = ", ".join(f"{name} {value:.1f} ms" for name, value in self.latency_ms.items())
         scenes = sum(not e.swapped for e in self.episodes)
         return as_text(table, f"{scenes} scenes, {self.mean_steps:.1f} steps on average; one act: {latency}", width=80)
@@ -164,23 +173,29 @@ def evaluate(
     `used_seeds`: seeds of the demonstrations; `allow_any_seed` lifts the check of the range, never this one.
     `environment`: makes one environment; the tabletop unless given.
 
-    Raises ValueError for seeds kept for another purpose and for chunks of the wrong shape, FloatingPointError for a
-    chunk with NaN or infinity.
+    Raises InputError for seeds kept for another purpose and for chunks of the wrong shape, NonFiniteError for a chunk
+    with NaN or infinity.
     """
     seeds = check_seeds(episodes, first_seed, allow_any_seed, used_seeds)
     if replan_steps < 1 or num_envs < 1:
         raise InputError(f"replan_steps is {replan_steps} and num_envs is {num_envs}, expected at least 1 of each")
+
     jobs = [(seed, swapped) for seed in seeds for swapped in ((False, True) if swap else (False,))]
     make = environment or (
         lambda: gymnasium.make(insula.worlds.tabletop.TABLETOP, image_size=image_size, disable_env_checker=True)
     )
+
     started = time.perf_counter()
     with _environments(make, min(num_envs, len(jobs))) as envs:
         tell = progress or (lambda done, total: None)
         done, seen = _run(policy, jobs, envs, num_envs, replan_steps, set(seeds[:record]), tell)
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - started  # compiling included, latency not
+
+    # Short episodes end first. In the order of scenes two policies can be compared line by line.
     order = {job: i for i, job in enumerate(jobs)}
     done.sort(key=lambda recording: order[recording.episode.seed, recording.episode.swapped])
+
+    # Latency last: the environments are closed, so nothing shares the cores with the policy.
     return ClosedLoop(
         episodes=tuple(recording.episode for recording in done),
         latency_ms=measure_latency(policy, seen),
@@ -191,9 +206,10 @@ def evaluate(
 
 
 def check_seeds(episodes: int, first_seed: int, allow_any_seed: bool, used: Iterable[int]) -> range:
-    """The seeds to evaluate on. Raises ValueError where they were meant, or used, for something else."""
+    """The seeds to evaluate on. Raises InputError where they were meant, or used, for something else."""
     if episodes < 1:
         raise InputError(f"episodes: got {episodes}, expected at least 1")
+
     seeds = range(first_seed, first_seed + episodes)
     if not allow_any_seed and not (seeds[0] in EVALUATION and seeds[-1] in EVALUATION):
         kept = [r.name for r in RANGES if r is not EVALUATION and (seeds[0] in r or seeds[-1] in r)]
@@ -201,12 +217,14 @@ def check_seeds(episodes: int, first_seed: int, allow_any_seed: bool, used: Iter
             f"first_seed: got {first_seed} for {episodes} episodes, expected seeds from {EVALUATION.start} to "
             f"{EVALUATION.stop - 1}" + (f"; these are kept for {' and '.join(kept)}" if kept else "")
         )
+
     refuse_seen(seeds, used, "evaluation")
     return seeds
 
 
 @contextlib.contextmanager
 def _environments(make: MakeEnvironment, count: int) -> Iterator[list[gymnasium.Env]]:
+    """This many environments, each closed at the end, also where a later one cannot be made."""
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(contextlib.closing(make())) for _ in range(count)]
 
@@ -215,28 +233,45 @@ class _Lane:
     """One environment and the episode it is in."""
 
     def __init__(self, env: gymnasium.Env):
-        self.env, self.busy = env, False
+        self.env = env
+        self.busy = False
 
     def start(self, seed: int, swapped: bool, taped: bool) -> None:
-        self.seed, self.swapped, self.taped, self.busy = seed, swapped, taped, True
-        self.observation, self.info = self.env.reset(seed=seed, options={"swap": True} if swapped else None)
-        self.task, self.steps = self.observation["task"], 0
+        self.seed = seed
+        self.swapped = swapped
+        self.taped = taped
+        self.busy = True
+
+        # The same scene either way: swapping changes what is asked for, not what is drawn from the seed.
+        observation, info = self.env.reset(seed=seed, options={"swap": True} if swapped else None)
+        self.observation = observation
+        self.info = info
+        self.task = observation["task"]
+        self.steps = 0
+
         self.frames: list[np.ndarray] = []
         self._tape()
 
     def play(self, actions: np.ndarray) -> None:
         """Execute [n, D], or fewer where the episode ends."""
         for action in actions:
-            self.observation, _, terminated, truncated, self.info = self.env.step(action)
+            observation, _, terminated, truncated, info = self.env.step(action)
+            self.observation = observation
+            self.info = info
             self.steps += 1
             self._tape()
+
+            # What is left of the chunk was planned for a scene that is over.
             if terminated or truncated:
                 self.busy = False
                 return
 
     def result(self) -> Recording:
+        # As of the last step: the environment remembers a wrong object until its reset.
         success, wrong = bool(self.info["success"]), bool(self.info["wrong_object"])
         episode = EpisodeResult(self.seed, self.swapped, success, wrong, self.steps, self.task)
+
+        # No frames says "not recorded"; `evaluate` drops these from its recordings.
         return Recording(episode, np.stack(self.frames) if self.frames else np.empty((0, 0, 0, 3), np.uint8))
 
     def _tape(self) -> None:
@@ -256,16 +291,22 @@ def _run(
     """Every job once. Also returns some observations on the way, for measuring latency."""
     waiting, done, seen = deque(jobs), list[Recording](), list[dict[str, Any]]()
     lanes = [_Lane(env) for env in envs]
+
     while True:
+        # Before every plan: a call costs the same however few of its rows are episodes.
         for lane in lanes:
             if not lane.busy and waiting:
                 seed, swapped = waiting.popleft()
                 lane.start(seed, swapped, seed in taped)
+
         active = [lane for lane in lanes if lane.busy]
         if not active:
             return done, seen
+
+        # From another lane each time: prompts and scenes differ, and so may the time they take.
         if len(seen) < LATENCY_CALLS:
             seen.append(active[len(seen) % len(active)].observation)
+
         for lane, chunk in zip(active, _plan(policy, active, rows, replan_steps), strict=True):
             lane.play(chunk)
             if not lane.busy:
@@ -276,15 +317,19 @@ def _run(
 def _plan(policy: Acts, active: list[_Lane], rows: int, replan_steps: int) -> np.ndarray:
     """The next `replan_steps` actions of every active lane, [len(active), replan_steps, D]."""
     observations = [lane.observation for lane in active]
+    # Noise of scene and step, as the module says: what runs beside an episode, or before it, cannot change it.
     seeds = [(lane.seed, lane.swapped, lane.steps) for lane in active]
     missing = rows - len(active)  # one batch size: one compiled program, and the same rounding in it
     chunks = np.asarray(policy.act_batch(observations + observations[:1] * missing, seeds + seeds[:1] * missing))
+
     if chunks.ndim != 3 or chunks.shape[0] != rows or chunks.shape[2] != ACTION_DIM:
         raise InputError(f"act_batch: got {list(chunks.shape)}, expected [{rows}, H, {ACTION_DIM}]")
     if chunks.shape[1] < replan_steps:
         raise InputError(
             f"replan_steps: got {replan_steps}, but chunks have only {chunks.shape[1]} steps; execute at most those"
         )
+
+    # Not every world refuses NaN, and there a broken checkpoint would pass for a policy that fails.
     for lane, chunk in zip(active, chunks, strict=False):  # what fills the batch is not executed
         if not np.isfinite(chunk).all():
             row, column = np.argwhere(~np.isfinite(chunk))[0]
@@ -292,16 +337,23 @@ def _plan(policy: Acts, active: list[_Lane], rows: int, replan_steps: int) -> np
                 f"act_batch: action[{row}][{column}] is {chunk[row, column]} at step {lane.steps} of seed {lane.seed} "
                 f"({lane.task!r}), expected finite numbers; look at the weights of this checkpoint"
             )
+
     return chunks[: len(active), :replan_steps]
 
 
 def measure_latency(policy: Acts, observations: list[dict[str, Any]], calls: int = LATENCY_CALLS) -> dict[str, float]:
-    """Percentiles, in ms, of `calls` single `act` calls after a warm-up (which compiles)."""
+    """Percentiles, in ms, of `calls` single `act` calls after a warm-up (which compiles).
+
+    `observations` are taken in turn. Measured by the wall: checking, tokenizing and the copy to the host are part of
+    what a robot waits for.
+    """
     times = []
     for i in range(LATENCY_WARM_UP + calls):
         observation = observations[i % len(observations)]
         started = time.perf_counter()
-        policy.act(observation)
+        policy.act(observation)  # returns numpy, so the device is done
         times.append(1e3 * (time.perf_counter() - started))
+
+    # Percentiles rather than a mean, which hides the one late call that a robot would stumble over.
     found = np.percentile(times[LATENCY_WARM_UP:], PERCENTILES)
     return {f"p{p}": float(value) for p, value in zip(PERCENTILES, found, strict=True)}

@@ -22,7 +22,7 @@ class EvaluateConfig:
     episodes: int = 100
     """Scenes; each is tried with its instruction and with another one."""
     first_seed: int = EVALUATION.start
-    """Scenes count up from here. A scene alone (--episodes 1) is the episode it was among others."""
+    """Scenes count up from here. A scene evaluated alone (--episodes 1) is the episode it was among others."""
     replan_steps: int = 2
     """Steps of each chunk to execute before the policy looks again."""
     seed: int = 0
@@ -46,6 +46,7 @@ def run_evaluate(config: EvaluateConfig) -> None:
     Raises, before anything is run, InputError for seeds of another purpose and for outputs of another ending, FileError
     for outputs that cannot be written.
     """
+    # `evaluate` checks the seeds, too, but only after a checkpoint is loaded.
     check_seeds(config.episodes, config.first_seed, allow_any_seed=False, used=())
     if config.json is not None:
         check_output_file(config.json, (".json",), "json")
@@ -54,7 +55,8 @@ def run_evaluate(config: EvaluateConfig) -> None:
 
     policy = Policy.load(config.run, seed=config.seed, robot=config.robot)
     done = evaluate(policy, config.episodes, config.first_seed, config.replan_steps)
-    print(done.summary(), flush=True)  # first: no trouble with a file takes it away
+    print(done.summary(), flush=True)  # before any file: a full disk must not cost minutes of episodes
+
     if config.json is not None:
         write_json(config.json, done.to_json())
     if config.video is not None:

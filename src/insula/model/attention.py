@@ -3,7 +3,7 @@
 Queries arrive scaled and rotated. Scores and softmax are float32; a masked score is so low that its weight is exactly
 zero, which is what makes hidden columns hidden and not merely faint.
 
-Everything is written as `einsum`: on a CPU that is faster than `jax.nn.dot_product_attention`.
+Everything is written as `einsum`, for every letter to be seen.
 """
 
 import jax

@@ -22,7 +22,8 @@ from insula.tokens.text import TextTokenizer
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """Sigmoid temperature and bias, and the offset of each name inside a patch."""
+    """Sigmoid temperature and bias, scalars, and `offset` [W, names, 2], which reads (y, x) inside a patch off its
+    token."""
 
     scale: Array
     bias: Array
@@ -30,12 +31,14 @@ class Head:
 
     @classmethod
     def start(cls, width: int) -> "Head":
+        """For image tokens of this width. With a bias of −4 the sigmoid starts at 2 %, about the share of (patch, name)
+        pairs that belong together, so no update goes into learning that most do not (SigLIP, §3.2, there −10)."""
         return cls(jnp.asarray(10.0), jnp.asarray(-4.0), jnp.zeros((width, len(THING_NAMES), 2)))
 
 
 def name_tokens(text: TextTokenizer) -> Int[np.ndarray, "n words"]:
-    """Token ids of each of NAMES as it stands inside a sentence, padded by repeating the last."""
-    rows = [text.encode(f" {name}") for name in THING_NAMES]
+    """Token ids of each of `THING_NAMES` as it stands inside a sentence, padded by repeating the last."""
+    rows = [text.encode(f" {name}") for name in THING_NAMES]  # with the space: a tokenizer has other entries without
     longest = max(map(len, rows))
     return np.array([row + row[-1:] * (longest - len(row)) for row in rows])
 
@@ -49,10 +52,16 @@ def grounding_loss(
     images: dict[str, Array],
     places: dict[str, Float[Array, "B n 2"]],
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Sigmoid loss over (patch, name) pairs plus the squared error of offsets where a name is present."""
+    """Sigmoid loss over (patch, name) pairs plus the squared error of offsets where a name is present.
+
+    `places[camera]`: (y, x) of each name as fractions of the image, NaN where it does not show (`Scenes.places`). Also
+    returns both parts, and "found": the share of present names that their patch is said to show.
+    """
     tokens = encode_images(vision, config, images)
     where = jnp.stack([places[name] for name in config.cameras], axis=1)  # [B, C, n, 2]
     grid = config.vision.grid
+
+    # NaN becomes the first patch for now, which `present` takes back: indices must be numbers.
     cell = jnp.clip(jnp.nan_to_num(where) * grid, 0, grid - 1e-4)
     row, column = jnp.moveaxis(jnp.floor(cell).astype(jnp.int32), -1, 0)
     present = jax.nn.one_hot(row * grid + column, grid * grid, axis=2)
@@ -63,6 +72,7 @@ def grounding_loss(
     names = jnp.mean(backbone.embedding[words], axis=1)
     names = names / (jnp.linalg.norm(names, axis=-1, keepdims=True) + 1e-6)
     logits = head.scale * unit @ names.T + head.bias
+    # By the number of names, not of pairs: nearly all pairs are negatives, and would thin out what there is to learn.
     sigmoid = jnp.sum(jax.nn.softplus(jnp.where(present > 0, -logits, logits))) / jnp.sum(present)
 
     inside = (cell - jnp.floor(cell) - 0.5)[:, :, None]  # [B, C, 1, n, 2]
@@ -70,4 +80,5 @@ def grounding_loss(
     error = jnp.square(jnp.tensordot(tokens, head.offset, axes=1) - inside.reshape(*present.shape, 2))
     offset = jnp.sum(error * present[..., None]) / jnp.sum(present)
     found = jnp.sum((logits > 0) & (present > 0)) / jnp.sum(present)
+
     return sigmoid + 10 * offset, {"sigmoid": sigmoid, "offset": offset, "found": found}

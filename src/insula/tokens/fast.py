@@ -60,7 +60,7 @@ class FASTCodec:
     def fit(
         cls, chunks: np.ndarray | Sequence[np.ndarray], vocab_size: int = 1024, scale: float | int = 10.0
     ) -> "FASTCodec":
-        """Learn which runs of coefficients deserve a token. `chunks`: [N, H, D], or a sequence of [H, D].
+        """Learn which runs of coefficients deserve a token. `chunks`: [n, H, D], or a sequence of [H, D].
 
         `min_token` is at least twice as low as the lowest coefficient, and no higher than FAST+'s. Deterministic.
         Raises ValueError for no chunks, NaN or infinity, a wrong rank, or a vocabulary smaller than the 256 bytes.
@@ -70,7 +70,7 @@ class FASTCodec:
         if not (math.isfinite(scale) and scale > 0):
             raise InputError(f"FASTCodec.fit: scale is {scale}, expected a finite number > 0")
         if len(chunks) == 0:
-            raise InputError("FASTCodec.fit: no chunks to fit on, expected [N, H, D] with N ≥ 1")
+            raise InputError("FASTCodec.fit: no chunks to fit on, expected [n, H, D] with n ≥ 1")
 
         # Room below the lowest coefficient seen. The authors' fit takes it as the bound: a chunk a little wilder than
         # the corpus then has no symbol.

@@ -13,11 +13,14 @@ from insula.train.run import train
 def train_defaults(preset: str | None, arguments: list[str]) -> TrainConfig:
     """What flags change: the settings of a preset, or, with --resume, those of the run, so that only what is given
     differs. Raises as `training_preset` and `stored_settings`, InputError for another preset than the run's."""
+    # A first look at three flags, before tyro: what the others start from depends on them.
     parser = argparse.ArgumentParser("insula train", add_help=False, allow_abbrev=False)
     parser.add_argument("--run", type=Path)
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction)
     known, _ = parser.parse_known_args(arguments)
     chosen = training_preset(preset or "tiny", known.run or Path())
+
+    # Help is given without a run, too, which may not exist.
     if not known.resume or known.run is None or {"-h", "--help"} & set(arguments):
         return chosen
 
@@ -28,10 +31,11 @@ def train_defaults(preset: str | None, arguments: list[str]) -> TrainConfig:
 
 
 def run_train(config: TrainConfig) -> int:
-    """Train, and say how to go on where that was interrupted."""
+    """Train, and say how to go on where that was interrupted. Returns the exit code. Raises as `train`."""
     complete = train(config, base=stored_settings(config.run) if config.resume else None)
     if complete:
         print(f"done {config.run}")
         return 0
+
     print(f"interrupted; go on with: insula train --resume --run {config.run}")
-    return 130
+    return 130  # as of any process that Ctrl-C ends; a script must not take half a run for a whole one

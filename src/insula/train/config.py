@@ -62,6 +62,7 @@ class TrainConfig:
         check_seed("seed", self.seed)
         check_number("held_out_fraction", self.held_out_fraction, "≥ 0 and < 1", lambda share: 0 <= share < 1)
 
+        # Only what can be seen without reading a file; `data` is looked for when the run is opened.
         if self.init is not None and self.from_scratch:
             raise InputError(f"init is {self.init}, but from_scratch asks for random weights; drop one of them")
 
@@ -69,13 +70,14 @@ class TrainConfig:
 _DEFAULTS = TrainConfig(run=Path())
 TRAINING = {
     "tiny": _DEFAULTS,
-    # As openpi trains them, but for the size of a batch: that is for your memory to say.
+    # As openpi trains them, except for the batch size: your memory decides that.
     "pi05": dataclasses.replace(_DEFAULTS, model=PI05, optimizer=PI05_OPTIMIZER, steps=30_000),
     "pi0": dataclasses.replace(
         _DEFAULTS, model=PI0, optimizer=PI0_OPTIMIZER, reading=DataConfig(dialect="pi0"), steps=30_000
     ),
 }
-"""What belongs together, by the name of the model: its sizes, its prompt's dialect, its rates and their schedule."""
+"""What belongs together, by the name of the model: its sizes, its prompt's dialect, its learning rates and their
+schedule. The rates of `tiny` are those that were measured to work (docs/log.md, "Robot training")."""
 
 
 def training_preset(name: str, run: Path) -> TrainConfig:
@@ -85,19 +87,20 @@ def training_preset(name: str, run: Path) -> TrainConfig:
     return dataclasses.replace(TRAINING[name], run=run)
 
 
-_PATHS = ("run", "data", "init")
+_PATHS = ("run", "data", "init")  # JSON knows no paths: text in the file
 _READING_PATHS = ("text_tokenizer", "fast")
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Plain JSON values."""
+    """Plain JSON values, which `read_config` reads back."""
     raw = dataclasses.asdict(config)
+    # None stays None: "None" would come back as a path of that name.
     raw["reading"] |= {name: raw["reading"][name] and str(raw["reading"][name]) for name in _READING_PATHS}
     return raw | {name: raw[name] and str(raw[name]) for name in _PATHS}
 
 
 def read_config(path: Path) -> TrainConfig:
-    """What `to_dict` made, from its file. Raises FileNotFoundError, or ValueError naming what is wrong."""
+    """What `to_dict` made, from its file. Raises MissingFileError, FileError, or InputError naming what is wrong."""
     raw = read_json(path, "run", "model")
     model = config_from_dict(raw["model"], f"{path}: model")  # first: it knows settings of old versions by name
     raw = read_json(path, "reading", "optimizer")

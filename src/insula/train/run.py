@@ -63,17 +63,20 @@ def train(config: TrainConfig, quiet: bool = False, base: TrainConfig | None = N
     stored = None
     if config.resume:
         stored, config = resumed_settings(config, base)
+
     check_output_folder(config.run, "run")
     with only_trainer(config.run), CheckpointStore(config.run / CHECKPOINTS_FOLDER) as store:
         newest = store.latest()
         if stored is None and newest is not None:
             raise CheckpointError(f"{config.run} holds a run at step {newest}; resume it, or choose another folder")
+
         if stored is not None and newest is not None:
-            refuse_leaking(store.assets())
+            refuse_leaking(store.assets())  # more training does not mend a gradient that goes where it must not
             if _is_finished(config, store, newest):
                 log.warning("%s: already at step %d of %d; --steps M goes on", config.run, newest, config.steps)
                 return True
             tell_changes(stored, config, newest)
+
         return _train(config, stored, store, quiet)
 
 
@@ -85,16 +88,22 @@ def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointSto
         assets = read_assets(store.assets()) if stored is not None else fit_assets(config, data)
         mixture = training_mixture(config, assets, data)
         unseen = held_out_sources(config, assets, data)
+
+        # Only once all data could be opened: a run that could not start leaves no settings. And before the first
+        # update, since a checkpoint without them could not be resumed.
         write_json(config.run / SETTINGS_FILE, to_dict(dataclasses.replace(config, resume=False)))
         write_data(config, data)
 
         init_rng, step_rng, eval_rng = jax.random.split(jax.random.key(config.seed), 3)
         optimizer = make_optimizer(config.optimizer, config.model, config.steps)
-        if stored is not None:  # what it started from need not be there any more
+
+        # Shapes are enough to restore into: what a run was started from (`init`) need not be there any more.
+        if stored is not None:
             like = jax.eval_shape(lambda key: make_train_state(init_params(config.model, key), optimizer), init_rng)
             state = store.restore("train_state", like)
         else:
             state = make_train_state(start_params(config, init_rng), optimizer)
+
         loss = augmented_loss if config.augment else compute_loss
         step = make_train_step(config.model, optimizer, config.optimizer.ema_decay, step_rng, loss)
 
@@ -102,10 +111,12 @@ def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointSto
             store.save(int(state.step), state.ema_params, state, assets.write)
 
         certify = make_certifier(config, mixture, eval_rng, store) if config.certify else _nothing
-        if stored is not None:  # whoever was killed before its certificate was written
+        if stored is not None:  # the run may have been killed between its checkpoint and that one's certificate
             certify(state)
 
-        hooks = [Every(config.checkpoint_every, save)]  # first: whatever else takes long, or ends us
+        # Saving comes first. Measuring takes longer, and may raise or be killed: the updates must not be lost to it.
+        # Certifying comes last, since it waits until the save is on disk; losses are measured meanwhile.
+        hooks = [Every(config.checkpoint_every, save)]
         if unseen:
             hooks.append(Every(config.evaluate_every, make_held_out_losses(config, data.mapping, unseen, eval_rng)))
         hooks.append(Every(config.checkpoint_every, certify))
@@ -116,9 +127,11 @@ def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointSto
             state, complete = run_loop(
                 state, step, batches, config.steps, metrics, config.log_every, tuple(hooks), quiet
             )
+
         save(state)
-        store.wait()  # whoever sent the signal may not wait for a certificate
+        store.wait()  # a scheduler kills soon after its signal: weights first, then their certificate
         certify(state)
+
     if bad := quarantined(mixture):
         log.warning("%d samples were left out, see %s", bad, config.run / QUARANTINE_FILE)
     return complete
@@ -126,6 +139,7 @@ def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointSto
 
 def refuse_several_processes() -> None:
     """Raises InputError where JAX was started as one of several processes: each would train a model of its own."""
+    # Data parallelism alone would not do: JAX's preemption notifier then takes SIGTERM, and our loop never sees it.
     if jax.process_count() > 1:
         raise InputError(
             f"training on several processes is not supported yet (this is process {jax.process_index()} of "
@@ -138,7 +152,7 @@ def only_trainer(run: Path) -> Iterator[None]:
     """Keeps a second process out of the folder of a run. Raises FileError where there is one in it already."""
     with (run / LOCK_FILE).open("a", encoding="utf-8") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with this process, however it ends
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel's, gone with this process however it ends
         except BlockingIOError:
             raise FileError(f"{run}: another process is training here; wait for it, or choose another folder") from None
         yield
@@ -148,6 +162,8 @@ def _is_finished(config: TrainConfig, store: CheckpointStore, newest: int) -> bo
     """Whether nothing is left to do. Raises InputError where fewer steps are asked for than were made."""
     if newest > config.steps:
         raise InputError(f"--steps {config.steps}: {config.run} is at step {newest} already; ask for more")
+
+    # Without its certificate there is one thing left to do, which `_train` does before its loop of no updates.
     certified = (store.assets(newest) / CERTIFICATE_FILE).is_file()
     return newest == config.steps and (certified or not config.certify)
 
@@ -156,9 +172,10 @@ def start_params(config: TrainConfig, rng: PRNGKeyArray) -> Params:
     """Parameters from `init`, from the embedded backbone, or fresh, and LoRA around them where the model has it. What
     `init` gave is written to init.json.
 
-    Raises ValueError for LoRA on an expert that starts fresh: its adaRMS gates are zero, and frozen they would stay so,
-    which hides everything between them from the flow loss.
+    Raises InputError for LoRA on an expert that starts fresh: its adaRMS gates are zero, and frozen they would stay so,
+    which hides everything between them from the flow loss. Else as `load_params` and `load_pretrained`.
     """
+    # Weights are loaded and drawn as for the model without LoRA, which is put around them and starts as no change.
     plain, lora = dataclasses.replace(config.model, lora=None), config.model.lora
     trained_expert = False
     if config.from_scratch:
@@ -170,29 +187,35 @@ def start_params(config: TrainConfig, rng: PRNGKeyArray) -> Params:
         log.warning("%s", report.summary())
         report.write(config.run / INIT_FILE)
         trained_expert = not any(name.startswith("expert.layers.") for name in report.fresh)
+
     if lora is None:
         return params
+
     if "expert" in lora.parts and not trained_expert:
         raise InputError(
             f"config {plain.name!r}: lora.parts {lora.parts} would freeze an expert that starts from random weights "
             "and gates of zero, so it could never learn; train it whole with lora.parts ('backbone',)"
         )
+
     return add_lora(params, config.model, jax.random.fold_in(rng, LORA_KEY))
 
 
 def make_certifier(
     config: TrainConfig, mixture: Mixture, rng: PRNGKeyArray, store: CheckpointStore
 ) -> Callable[[TrainState], None]:
-    """What measures the insulation of a state and adds the certificate to its checkpoint, once that is on disk. The
-    samples are always the same.
+    """What measures the insulation of a state and adds the certificate to its checkpoint, once that is on disk.
 
     It raises InsulationError where the flow loss reaches the backbone although the model is to be insulated. That
     checkpoint stays, as evidence; its certificate keeps it from being resumed or served.
     """
     measure = make_prover(config.model)
+
+    # Samples of the first batch, so always the same ones: certificates differ by the weights alone.
     source, rows = mixture.order(config.batch_size, config.seed)[0]
     batch = mixture.batch(source, rows)
     assert batch.loss_mask is not None  # every source tokenizes
+
+    # Those with an action and with tokens, where there are any: a loss that is not asked for has no gradient to find.
     both = batch.action_mask.any((1, 2)) & batch.loss_mask.any(1)
     chosen = np.flatnonzero(both)[:CERTIFIED] if both.any() else np.arange(min(CERTIFIED, len(rows)))
     some = jax.tree.map(lambda x: x[chosen], batch)
@@ -203,9 +226,10 @@ def make_certifier(
         step = int(state.step)
         if store.has_file(step, CERTIFICATE_FILE):
             return
-        proof = measure(state.ema_params, some, rng)
+
+        proof = measure(state.ema_params, some, rng)  # of the averaged weights, which are what is served
         about = {"step": step, "seed": config.seed, "samples": samples}
-        store.wait()
+        store.wait()  # a save goes on in the background, and renames its folder at the end
         write_certificate(store.assets(step) / CERTIFICATE_FILE, proof, config.model, about)
         if proof.outcome == "leaks":
             proof.check()
@@ -222,12 +246,14 @@ def make_held_out_losses(
 ) -> Callable[[TrainState], MetricRow]:
     """Mean losses of the averaged parameters on the same unseen samples, noise and times each time. The only robot's
     are called "held_out/flow" and so on; those of other sources carry their name."""
-    loss = jax.jit(lambda params, batch, key: compute_loss(params, config.model, batch, key))
+    loss = jax.jit(lambda params, batch, key: compute_loss(params, config.model, batch, key))  # never augmented
     read: dict[str, Mixture] = {}
     groups: dict[str, list[np.ndarray]] = {}
     for name, samples in unseen.items():
         quarantine = config.run / QUARANTINE_FILE
         read[name] = Mixture({f"held_out/{name}": samples}, None, config.reading.on_bad_sample, quarantine)
+
+        # Whole batches only: each size would be compiled, and a mean over them weighs every sample alike.
         size = min(config.batch_size, len(samples))
         rows = np.random.default_rng(config.seed).permutation(len(samples))[: batches * size]
         groups[name] = [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)]
@@ -237,6 +263,7 @@ def make_held_out_losses(
         for name in unseen:
             made = (read[name].batch(np.zeros_like(rows), rows) for rows in groups[name])
             found = [loss(state.ema_params, batch, jax.random.fold_in(rng, i))[1] for i, batch in enumerate(made)]
+            # A question has no action: its flow loss is 0, which must not look like a very good one.
             prefix = "held_out" if name in mapping.robots and len(mapping.robots) == 1 else f"held_out/{name}"
             kinds = ("flow", "fast", "token_accuracy") if name in mapping.robots else ("fast", "token_accuracy")
             metrics |= {f"{prefix}/{kind}": float(np.mean([m[kind] for m in found])) for kind in kinds}
@@ -248,9 +275,10 @@ def make_held_out_losses(
 def _metrics_log(config: TrainConfig) -> MetricsLog:
     writer = None
     if config.tensorboard:
-        try:
+        try:  # here: an extra that few install
             from tensorboardX import SummaryWriter
         except ImportError as error:
             raise InputError("tensorboard=True needs the extra: pip install 'insula[tensorboard]'") from error
         writer = SummaryWriter(str(config.run / TENSORBOARD_FOLDER))
+
     return MetricsLog(config.run / METRICS_FILE, writer)

@@ -1,1 +1,1 @@
-"""Places to act in. They know nothing of models; whoever evaluates drives them through Gymnasium's interface."""
+"""Places to act in. They know nothing of models; evaluation drives them through Gymnasium's interface."""

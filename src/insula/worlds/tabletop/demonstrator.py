@@ -2,7 +2,9 @@
 whatever noise did before, the label is right for the state at hand, so a policy can clone it from one observation.
 
         hover ──► above the block, down the funnel ──► close ──► lift ──► above the bowl ──► lower, open ──► retreat
-DART (Laskey et al. 2017, arXiv:1703.09327): execute the noisy action, record the clean one.
+
+DART (Laskey et al. 2017, arXiv:1703.09327): execute the noisy action, record the clean one. Noise leads into states
+that a clean expert never visits, and the clean label there says how to get back. A noisy label would teach the noise.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from insula.worlds.tabletop.facts import Block, Bowl, Table
 from insula.worlds.tabletop.scene import BLOCK_HALF, BOWL_RADIUS
 
 GRASP, HOVER, CARRY, DROP = 0.021, 0.095, 0.105, 0.055  # heights of the fingertips, meters
-OPEN, CLOSE = -1.0, 1.0
+OPEN, CLOSE = -1.0, 1.0  # the action's last value; the environment asks only for its sign
 
 
 def act(table: Table, task: tuple[str, str]) -> np.ndarray:
@@ -25,6 +27,8 @@ def act(table: Table, task: tuple[str, str]) -> np.ndarray:
     block, bowl = table.block(task[0]), table.bowl(task[1])
     if table.held == block.color:
         return _carry(table, bowl.position)
+
+    # Done, or about to be: rise with open fingers. Without `_falling` it would chase the block it has let go of.
     if table.held is None and (table.container(block.color) == bowl.color or _falling(table, block, bowl)):
         return _action(table, np.array([*table.gripper[:2], HOVER]), OPEN)
     return _fetch(table, block.position)
@@ -44,17 +48,22 @@ def _ramp(value: float, start: float, stop: float) -> float:
 def _fetch(table: Table, block: np.ndarray) -> np.ndarray:
     """Come down a funnel over the block and close. Low and beside it: rise first, so as not to push it away.
 
-    The wrist never turns: the open fingers are wide enough for any yaw, and closing them squares the block up.
+    The wrist never turns: the open fingers are wide enough for any yaw, and closing them squares the block up. Turning
+    it to the block succeeded as often, but added two noisy dimensions to state and action (docs/log.md).
     """
     offset = block - table.gripper
     distance, height = float(np.hypot(*offset[:2])), table.gripper[2]
-    grasp = max(GRASP, block[2])
+    grasp = max(GRASP, block[2])  # a block in a bowl, or on another, is higher
+
+    # Open fingers (90 mm) leave 16 mm beside a block at 45° (57 mm): nearer than that, it is between them.
     if distance < 0.016 and abs(height - grasp) < 0.014 and table.held is None:
         return _action(table, np.array([*block[:2], grasp]), CLOSE)
+
+    # Linear ramps instead of stages: there is no stage to remember, and noise at an edge does not flip the action.
     ready = table.opening > 0.75 and table.held is None
     funnel = _ramp(distance, 0.01, 0.035) if ready else 1.0
     goal = np.array([*block[:2], grasp + funnel * (HOVER - grasp)])
-    freedom = max(_ramp(height, 0.05, 0.075), 1.0 - _ramp(distance, 0.02, 0.03))  # may it move sideways here?
+    freedom = max(_ramp(height, 0.05, 0.075), 1.0 - _ramp(distance, 0.02, 0.03))  # high enough, or over it already
     goal[:2] = table.gripper[:2] + freedom * offset[:2]
     return _action(table, goal, OPEN)
 
@@ -65,6 +74,7 @@ def _carry(table: Table, bowl: np.ndarray) -> np.ndarray:
     distance, height = float(np.hypot(*offset[:2])), table.gripper[2]
     if distance < 0.02 and height < DROP + 0.012:
         return _action(table, np.array([*bowl[:2], DROP]), OPEN)
+
     over = 1.0 - _ramp(distance, 0.012, 0.045)
     goal = np.array([*bowl[:2], CARRY + over * (DROP - CARRY)])
     freedom = max(_ramp(height, 0.045, 0.08), over)
@@ -94,17 +104,19 @@ class Demonstration:
 def disturb(action: np.ndarray, rng: np.random.Generator, noise: float) -> np.ndarray:
     """DART: Gaussian noise of deviation `noise` on the moves, in action units; turn and gripper are left alone."""
     noisy = action.copy()
-    noisy[:3] += rng.normal(0.0, noise, 3).astype(np.float32)
+    noisy[:3] += rng.normal(0.0, noise, 3).astype(np.float32)  # a gripper opened by chance would drop the block
     return np.clip(noisy, -1, 1)
 
 
 def rollout(
     env: Any, rng: np.random.Generator, noise: float = 0.3, seed: int | None = None, options: dict | None = None
 ) -> Demonstration:
-    """One episode of the expert in a (wrapped) tabletop. Observation t precedes label t; failures are returned too."""
+    """One episode of the expert in a (wrapped) tabletop, `noise` as in `disturb`. Observation t precedes label t;
+    failures are returned too."""
     observation, info = env.reset(seed=seed, options=options)
-    truth = env.unwrapped
+    truth = env.unwrapped  # the expert sees poses, not images; wrappers hide them
     observations, labels, executed = [], [], []
+
     done = False
     while not done:
         label = act(truth.table(), truth.task)
@@ -114,6 +126,7 @@ def rollout(
         executed.append(command)
         observation, _, terminated, truncated, info = env.step(command)
         done = terminated or truncated
+
     task = observations[0]["task"]
     return Demonstration(
         observations, np.stack(labels), np.stack(executed), info["success"], info["wrong_object"], task

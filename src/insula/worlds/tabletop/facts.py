@@ -12,6 +12,8 @@ from insula.worlds.tabletop.scene import BLOCK_HALF, BOWL_FLOOR, BOWL_HEIGHT, BO
 
 @dataclass(frozen=True)
 class Block:
+    """A block as it is, in the table's axes."""
+
     color: str
     position: np.ndarray  # [3] center, meters
     yaw: float  # radians, of the square's side nearest to the x axis: in [-pi/4, pi/4]
@@ -20,6 +22,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Bowl:
+    """A bowl. It never turns and never moves in an episode."""
+
     color: str
     position: np.ndarray  # [3] center of its floor, meters
 
@@ -36,19 +40,23 @@ class Table:
     held: str | None
 
     def block(self, color: str) -> Block:
+        """The block of that color; colors of blocks are all different. Raises StopIteration where there is none."""
         return next(b for b in self.blocks if b.color == color)
 
     def bowl(self, color: str) -> Bowl:
+        """The bowl of that color, as `block`."""
         return next(b for b in self.bowls if b.color == color)
 
     def container(self, color: str) -> str | None:
         """Color of the bowl that the named block lies in (not held, center inside the wall, low enough), or None."""
         block = self.block(color)
-        if color == self.held or block.position[2] > BOWL_FLOOR + 2 * BLOCK_HALF:
+        if color == self.held or block.position[2] > BOWL_FLOOR + 2 * BLOCK_HALF:  # lying on the floor it is half that
             return None
+
         for bowl in self.bowls:
             if np.hypot(*(block.position - bowl.position)[:2]) < BOWL_RADIUS:
                 return bowl.color
+
         return None
 
 
@@ -90,16 +98,19 @@ _PER_BODY = 9
 
 
 def project(model: mujoco.MjModel, data: mujoco.MjData, camera: str, points: np.ndarray, size: int) -> np.ndarray:
-    """World `points` [N, 3] to pixels [N, 2] (x, y from the top left). NaN for points behind the camera."""
+    """World `points` [n, 3] in meters to pixels [n, 2] (x, y from the top left) of an image of `size` × `size`. NaN for
+    points behind the camera."""
     index = model.camera(camera).id
     local = (points - data.cam_xpos[index]) @ data.cam_xmat[index].reshape(3, 3)
+
+    # OpenGL's camera looks along −z with y up; an image's rows count downwards.
     focal = size / 2 / np.tan(np.radians(model.cam_fovy[index]) / 2)
     depth = np.where(local[:, 2] < -1e-6, -local[:, 2], np.nan)
     return np.stack([size / 2 + focal * local[:, 0] / depth, size / 2 - focal * local[:, 1] / depth], axis=1)
 
 
 def _first_body(model: mujoco.MjModel, data: mujoco.MjData, camera: str, points: np.ndarray) -> np.ndarray:
-    """The body that the ray from the camera through each of `points` [N, 3] meets first; -1 for none. int [N]."""
+    """The body that the ray from the camera through each of `points` [n, 3] meets first; -1 for none. int [n]."""
     eye = data.cam_xpos[model.camera(camera).id]
     rays = np.ascontiguousarray(points - eye).reshape(-1)
     geom, distance = np.empty(len(points), np.int32), np.empty(len(points))
@@ -108,21 +119,27 @@ def _first_body(model: mujoco.MjModel, data: mujoco.MjData, camera: str, points:
 
 
 def look(model: mujoco.MjModel, data: mujoco.MjData, table: Table, bodies: dict[str, int], size: int) -> Facts:
-    """Project everything into every camera. `bodies`: body index of each "{color} block" and "{color} bowl"."""
+    """Project everything into every camera, images of `size` × `size` pixels. `bodies`: body index of each
+    "{color} block" and "{color} bowl"."""
     names = list(bodies)
     clouds = [data.xpos[b] + _SAMPLES[name.split()[1]] @ data.xmat[b].reshape(3, 3).T for name, b in bodies.items()]
     points = np.concatenate(clouds)
     centers = np.stack([data.xpos[b] for b in bodies.values()] + [table.gripper])
+
     pixels: dict[str, dict[str, Pixel]] = {}
     for camera in CAMERAS:
         where = project(model, data, camera, centers, size)
-        inside = np.all((where >= 0) & (where < size), axis=1)
+        inside = np.all((where >= 0) & (where < size), axis=1)  # NaN, behind the camera, compares as outside
+
+        # By rays rather than by drawing each body in a color of its own: no second image, and no OpenGL.
         spots = project(model, data, camera, points, size)
         itself = _first_body(model, data, camera, points) == np.repeat(list(bodies.values()), _PER_BODY)
         seen = itself & np.all((spots >= 0) & (spots < size), axis=1)
         share = [*seen.reshape(-1, _PER_BODY).mean(axis=1), 1.0 if inside[-1] else 0.0]
+
         pixels[camera] = {
             name: Pixel(float(xy[0]), float(xy[1]), bool(i), float(v))
             for name, xy, i, v in zip([*names, "gripper"], where, inside, share, strict=True)
         }
+
     return Facts(table, pixels, size)

@@ -12,7 +12,7 @@ No answer tells a robot action.
     scene         what is on the table                                  red block<loc..><loc..> blue bowl...
     view          what is in the wrist camera                           the same, or nothing
     wrist         where is the red block in the wrist camera            the same
-    colors       which colours are the blocks                          red, green, blue
+    colors        which colours are the blocks                          red, green, blue
     count         how many blocks are red                               1 | 0
     side          is the red block left or right of the blue bowl       left | right
     holding       what is the gripper holding                           the red block | nothing
@@ -25,6 +25,9 @@ No answer tells a robot action.
 (`colors`, `holding` and `inside` have a second form each: of the bowls, and answered by yes or no. `offsets` are asked
 of the bowls, too. `scene`, `view` and `offsets` name what is plainly in sight, from left to right: many places for one
 look at the image, which is what a small backbone learns to look from.)
+
+A question is asked only where its answer is plainly true: of two things nearly above each other neither is left. The
+wording must not change, "colours" included: the embedded backbone was trained on it.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from insula.errors import InputError
 from insula.worlds.tabletop.facts import Facts
 from insula.worlds.tabletop.instructions import COLORS, instruction
 
-LOCATION_BINS = 128
+LOCATION_BINS = 128  # two to a pixel of a 64-pixel image
 OFFSET = (-0.4, 0.4)  # meters, from the gripper to a thing, along x and y
 HEIGHT = (-0.05, 0.20)  # meters, of the fingertips above a thing
 SIDE_MARGIN = 0.03  # of the image's width; nearer than that, left and right are not asked
@@ -46,7 +49,7 @@ Pairs = list[tuple[str, str]]
 
 
 def location(fraction: float) -> str:
-    """The location token of a fraction of a range; 0 to 1, beyond it the outermost bin."""
+    """The location token of a fraction of a range; 0 to 1, beyond it the outermost bin. Raises ValueError for NaN."""
     return f"<loc{int(np.clip(fraction * LOCATION_BINS, 0, LOCATION_BINS - 1)):04d}>"
 
 
@@ -57,6 +60,7 @@ def place(facts: Facts, camera: str, name: str) -> str | None:
         return NOT_VISIBLE
     if not pixel.in_frame:
         return None
+
     return location(pixel.y / facts.image_size) + location(pixel.x / facts.image_size)
 
 
@@ -65,6 +69,7 @@ def offset(facts: Facts, position: np.ndarray) -> str:
     dx, dy, dz = position - facts.table.gripper
     low, high = OFFSET
     bottom, top = HEIGHT
+
     along = [location((v - low) / (high - low)) for v in (dy, dx)]
     return "".join(along) + location((-dz - bottom) / (top - bottom))
 
@@ -100,6 +105,8 @@ def _list(facts: Facts, camera: str) -> str:
     """Everything in sight of a camera and where, from left to right. The gripper in its own camera is no news."""
     pixels = {name: p for name, p in facts.pixels[camera].items() if (camera, name) != ("wrist", "gripper")}
     seen = {name: p for name, p in pixels.items() if p.in_frame and p.visible > 0}
+
+    # A fixed order, so that at each token there is one right answer to learn.
     places = ((name, place(facts, camera, name)) for name in sorted(seen, key=lambda name: seen[name].x))
     return " ".join(f"{name}{where}" for name, where in places) or "nothing"
 
@@ -113,6 +120,7 @@ def _view(facts: Facts) -> Pairs:
 
 
 def _colors(facts: Facts) -> Pairs:
+    # In the order of `COLORS`: that of the scene is the order in which they were drawn, which no picture shows.
     return [
         (f"which colours are the {noun}", ", ".join(c for c in COLORS if c in present))
         for noun, present in _present(facts).items()
@@ -120,6 +128,7 @@ def _colors(facts: Facts) -> Pairs:
 
 
 def _count(facts: Facts) -> Pairs:
+    # All colors, also those that are not there: the answer would otherwise always be 1.
     return [
         (f"how many {noun} are {color}", str(present.count(color)))
         for noun, present in _present(facts).items()
@@ -130,6 +139,7 @@ def _count(facts: Facts) -> Pairs:
 def _side(facts: Facts) -> Pairs:
     view = {name: p for name, p in facts.pixels["front"].items() if p.in_frame and p.visible > 0}
     margin = SIDE_MARGIN * facts.image_size
+
     return [
         (f"is the {one} left or right of the {other}", "left" if view[one].x < view[other].x else "right")
         for one in view
@@ -140,6 +150,7 @@ def _side(facts: Facts) -> Pairs:
 
 def _holding(facts: Facts) -> Pairs:
     held = facts.table.held
+
     return [
         ("is the gripper holding something", "no" if held is None else "yes"),
         ("what is the gripper holding", "nothing" if held is None else f"the {held} block"),
@@ -152,6 +163,7 @@ def _inside(facts: Facts) -> Pairs:
         bowl = facts.table.container(block.color)
         pairs.append((f"is the {block.color} block in a bowl", "no" if bowl is None else "yes"))
         pairs.append((f"in which bowl is the {block.color} block", "none" if bowl is None else f"the {bowl} bowl"))
+
     return pairs
 
 
@@ -162,10 +174,12 @@ def _offset(facts: Facts) -> Pairs:
 def _offsets(facts: Facts) -> Pairs:
     at = _things(facts)
     pairs = []
+
     for noun in ("block", "bowl"):
-        names = sorted(_named(facts, noun), key=lambda name: at[name][0])
+        names = sorted(_named(facts, noun), key=lambda name: at[name][0])  # by x, which grows to the right in `front`
         answer = " ".join(f"{name}{offset(facts, at[name])}" for name in names)
         pairs.append((f"from the gripper to the {noun}s", answer))
+
     return pairs
 
 
@@ -175,11 +189,14 @@ def _task(facts: Facts) -> Pairs:
         places = place(facts, "front", f"{block} block"), place(facts, "front", f"{bowl} bowl")
         if None not in places:
             pairs.append((f"{instruction(block, bowl)}: where are they", f"{places[0]} and {places[1]}"))
+
     return pairs
 
 
 def _reach(facts: Facts) -> Pairs:
     at = _things(facts)
+
+    # The nearest to acting that a question comes, yet no action: where the fingers have to go, not how.
     return [
         (
             f"{instruction(block, bowl)}: from the gripper",
@@ -210,9 +227,10 @@ KINDS = tuple(_ASKERS)
 
 
 def questions(facts: Facts, kind: str) -> Pairs:
-    """Every (question, answer) of one kind that has a plain answer here. Raises ValueError for an unknown kind."""
+    """Every (question, answer) of one kind that has a plain answer here. Raises InputError for an unknown kind."""
     if kind not in _ASKERS:
         raise InputError(f"question kind: got {kind!r}, expected one of {', '.join(KINDS)}")
+
     return _ASKERS[kind](facts)
 
 
@@ -224,12 +242,14 @@ def all_questions(facts: Facts) -> list[tuple[str, str, str]]:
 def ask(facts: Facts, rng: np.random.Generator, kind: str | None = None) -> tuple[str, str]:
     """One (question, answer): a kind drawn evenly (or the named one), then a question of it drawn evenly.
 
-    Raises ValueError when `kind` is named but nothing of that kind has a plain answer in this scene.
+    Raises InputError when `kind` is named but nothing of that kind has a plain answer in this scene.
     """
-    kinds = list(rng.permutation(KINDS)) if kind is None else [kind]
+    kinds = list(rng.permutation(KINDS)) if kind is None else [kind]  # the next one where a kind has no answer here
+
     for candidate in kinds:
         pairs = questions(facts, str(candidate))
         if pairs:
             question, answer = pairs[rng.integers(len(pairs))]
             return question, answer
+
     raise InputError(f"question kind {kind!r}: nothing of it has a plain answer in this scene; leave `kind` to chance")

@@ -21,7 +21,7 @@ import numpy as np
 from insula.worlds.tabletop.instructions import COLORS
 
 BLOCKS, BOWLS = 3, 2
-BLOCK_HALF = 0.02
+BLOCK_HALF = 0.02  # half of a side
 BOWL_RADIUS = 0.06  # inner
 BOWL_WALL, BOWL_HEIGHT, BOWL_FLOOR, BOWL_SIDES = 0.005, 0.022, 0.002, 12
 FINGER_TRAVEL = 0.045  # each; the opening between the fingers is twice that
@@ -29,11 +29,11 @@ FINGER_HALF = (0.005, 0.010, 0.040)
 HELD_TRAVEL = BLOCK_HALF - 0.0003  # a finger pressing a block
 
 BLOCK_AREA = (0.18, 0.13)  # |x|, |y| of block centers
-BOWL_AREA = (0.135, 0.085)
+BOWL_AREA = (0.135, 0.085)  # of bowl centers
 GRIPPER_LOW = np.array([-0.20, -0.15, 0.02])
 GRIPPER_HIGH = np.array([0.20, 0.15, 0.18])
-YAW_LIMIT = 1.2
-BLOCK_YAW = 0.5
+YAW_LIMIT = 1.2  # of the wrist, either way
+BLOCK_YAW = 0.5  # at most, at the start: the expert squares all of them up without turning its wrist (docs/log.md)
 CAMERAS = ("front", "wrist")
 
 RGBA = {
@@ -158,11 +158,17 @@ def _apart(points: np.ndarray, point: np.ndarray, distance: float) -> bool:
 
 
 def _positions(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Non-overlapping bowls [2, 2] and blocks [3, 2], with room for the fingers around every block."""
+    """Non-overlapping bowls [2, 2] and blocks [3, 2], with room for the fingers around every block.
+
+    Drawn again until they fit. Every number drawn here is part of what a seed means: another order of drawing, or
+    another distance, and the seeds of demonstrations, evaluation and pretraining are other scenes.
+    """
     while True:
         bowls = rng.uniform(-1, 1, (BOWLS, 2)) * BOWL_AREA
         if not _apart(bowls[:1], bowls[1], 2 * (BOWL_RADIUS + BOWL_WALL) + 0.01):
             continue
+
+        # Bowls may lie so that three blocks do not fit beside them; then both are drawn again.
         blocks = np.zeros((0, 2))
         for _ in range(60):
             point = rng.uniform(-1, 1, 2) * BLOCK_AREA
@@ -182,6 +188,7 @@ def draw_layout(rng: np.random.Generator) -> SceneLayout:
     yaw = rng.uniform(-BLOCK_YAW, BLOCK_YAW, (BLOCKS, 1))
     block_colors, bowl_colors = _colors(rng, BLOCKS), _colors(rng, BOWLS)
     gripper = np.array([*rng.uniform([-0.06, -0.05, 0.11], [0.06, 0.05, 0.15]), 0.0])
+
     return SceneLayout(
         block_colors=block_colors,
         block_poses=np.concatenate([blocks, np.full((BLOCKS, 1), BLOCK_HALF), yaw], axis=1),
@@ -197,16 +204,21 @@ def draw_anything(rng: np.random.Generator) -> SceneLayout:
     """A scene out of nowhere: any gripper pose; a quarter holds a block, a quarter has a block in a bowl."""
     start = draw_layout(rng)
     poses = start.block_poses.copy()
+
+    # order[0] may lie in a bowl, order[1] be held: never the same block.
     order = rng.permutation(BLOCKS)
     if rng.random() < 0.25:
-        angle, radius = rng.uniform(0, 2 * math.pi), 0.028 * math.sqrt(rng.random())
+        angle, radius = rng.uniform(0, 2 * math.pi), 0.028 * math.sqrt(rng.random())  # evenly over a disk
         center = start.bowl_xy[rng.integers(BOWLS)] + radius * np.array([math.cos(angle), math.sin(angle)])
         poses[order[0]] = [*center, BLOCK_HALF + BOWL_FLOOR, rng.uniform(-0.7, 0.7)]
+
     holding = rng.random() < 0.25
     others = np.delete(poses, order[1], axis=0) if holding else poses
     gripper = _free_gripper(rng, others)
     if holding:
         poses[order[1]] = [*gripper[:2], max(gripper[2] + rng.uniform(-0.004, 0.004), BLOCK_HALF), gripper[3]]
+
+    # Mostly open, as it is in an episode while it holds nothing.
     travel = HELD_TRAVEL if holding else FINGER_TRAVEL * (1.0 if rng.random() < 0.6 else rng.random())
     return SceneLayout(start.block_colors, poses, start.bowl_colors, start.bowl_xy, gripper, float(travel), start.task)
 
@@ -215,9 +227,12 @@ def _free_gripper(rng: np.random.Generator, blocks: np.ndarray) -> np.ndarray:
     """A random gripper pose (x, y, z, yaw) that does not stand inside a block; half of them near one."""
     while True:
         xyz = rng.uniform(GRIPPER_LOW, GRIPPER_HIGH)
+
+        # An episode spends its time near blocks; poses drawn evenly are seldom there.
         if rng.random() < 0.5:
             xyz[:2] = np.clip(
                 blocks[rng.integers(len(blocks)), :2] + rng.normal(0, 0.03, 2), GRIPPER_LOW[:2], GRIPPER_HIGH[:2]
             )
+
         if xyz[2] > 3 * BLOCK_HALF or _apart(blocks[:, :2], xyz[:2], 0.075):
             return np.array([*xyz, rng.normal(0, 0.03)])

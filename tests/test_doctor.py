@@ -14,7 +14,8 @@ import pytest
 from lerobot_files import ACTION, CAMERA, LENGTHS, STATE, picture, png, v21, v30, write_json, write_video
 
 from insula.data.lerobot.conversion import convert_dataset
-from insula.data.lerobot.doctor import REMEDIES, Finding, examine
+from insula.data.lerobot.doctor import examine
+from insula.data.lerobot.findings import NOTES, REMEDIES, Finding
 
 EPISODES = "meta/episodes.jsonl"
 DATA = "data/chunk-000/episode_000001.parquet"  # of v2.1
@@ -145,7 +146,7 @@ PLANTED: dict[str, tuple[str, bool, Damage, dict[str, Any]]] = {
         {"file": DATA, "episode": 1, "frame": 2},
     ),
     "a larger image": (
-        "wrong shape",
+        "picture size",
         False,
         column(CAMERA, at(2, {"bytes": png(np.zeros((50, 64, 3), np.uint8)), "path": "x"})),
         {"episode": 1, "frame": 2},
@@ -159,7 +160,7 @@ PLANTED: dict[str, tuple[str, bool, Damage, dict[str, Any]]] = {
         {"file": VIDEO, "episode": 1, "frame": 8},
     ),
     "a video of another rate": (
-        "video too short",
+        "video rate",
         True,
         lambda root: write_video(root / VIDEO, [picture(1, i) for i in range(12)], fps=15),
         {"episode": 1, "frame": 1},
@@ -196,7 +197,7 @@ def test_statistics_that_do_not_match_are_found(tmp_path: Path) -> None:
     stats = json.loads(path.read_text())
     stats[ACTION]["mean"][1] += 0.5
     path.write_text(json.dumps(stats))
-    assert "mean of 'action'" in found(examine(tmp_path / "set"), "statistics").message
+    assert "mean is [" in found(examine(tmp_path / "set"), "statistics").message
 
 
 def test_every_fault_is_planted_once() -> None:

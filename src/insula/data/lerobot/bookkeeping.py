@@ -5,6 +5,10 @@ import numpy as np
 from insula.data.lerobot.places import Episodes
 from insula.errors import DatasetError
 
+RATE_TOLERANCE = 0.05
+"""How far, relative to fps, the frames of a data set of images may be apart on average. A recorder's clock jitters;
+another rate is a mistake."""
+
 
 def counted(name: str, episodes: Episodes, fps: float | int) -> np.ndarray | None:
     """`index`, `episode_index`, `frame_index` and `timestamp` of every frame, [frames], numbered from 0 without gaps;
@@ -22,6 +26,16 @@ def counted(name: str, episodes: Episodes, fps: float | int) -> np.ndarray | Non
         case "timestamp":
             return (step / fps).astype(np.float32)
     return None
+
+
+def other_rate(timestamps: np.ndarray, episode: np.ndarray, fps: float | int) -> float | None:
+    """Seconds between two frames, where the `timestamps` [frames] say plainly that `fps` is wrong; otherwise None.
+    `episode` [frames] of each."""
+    apart = np.diff(timestamps.astype(np.float64))[episode[1:] == episode[:-1]]
+    apart = apart[np.isfinite(apart) & (apart > 0)]
+    if not len(apart) or abs(np.median(apart) * fps - 1) <= RATE_TOLERANCE:
+        return None
+    return float(np.median(apart))
 
 
 def told_tasks(tasks: tuple[str, ...], episodes: Episodes, why: str) -> np.ndarray:

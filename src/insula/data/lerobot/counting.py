@@ -314,7 +314,8 @@ def recounted(counted: Counted) -> tuple[Info, list[Contradiction]]:
     ]
     problems = tables.problems | _absent(counted)
     features = {
-        name: replace(feature, problem=feature.problem or problems.get(name)) for name, feature in info.features.items()
+        name: replace(feature, problem=feature.problem or problems.get(name), is_damaged=name in tables.damaged)
+        for name, feature in info.features.items()
     }
     true_info = replace(
         info,

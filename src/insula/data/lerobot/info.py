@@ -23,6 +23,8 @@ DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VALUES_LIMIT = 2**20
 """Numbers of one column in one frame: more is a picture written as numbers, or a shape that cannot be meant."""
 PIXELS_LIMIT = 2**26
+CHANNELS = (1, 2, 3, 4)
+"""That a picture may have: gray, gray with alpha, color, color with alpha. Only color is read."""
 FPS_LIMITS = (1e-6, 1e6)
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 
@@ -33,7 +35,8 @@ class Feature:
 
     `names` has one name for each number of a frame (of a camera: for each axis), or is None. What meta/info.json says
     instead, and that it is left aside, is in `names_problem`. A feature with a `problem` cannot be read, and the
-    problem says why; it is neither camera nor numbers, and matters to nobody who does not ask for it.
+    problem says why; it is neither camera nor numbers, and matters to nobody who does not ask for it. `is_damaged`: it
+    was recorded, and is spoiled, rather than of a kind that is not read; nobody may leave it out without being told to.
     """
 
     dtype: str
@@ -41,6 +44,7 @@ class Feature:
     names: tuple[str, ...] | None = None
     problem: str | None = field(default=None, compare=False)
     names_problem: str | None = field(default=None, compare=False)
+    is_damaged: bool = field(default=False, compare=False)
 
     @property
     def is_camera(self) -> bool:
@@ -190,6 +194,8 @@ def parse_feature(raw: Any) -> Feature:
         return Feature(dtype, (), problem=f"dtype is {shown(dtype)}{hint}, known are {', '.join(DTYPES)}")
     if problem := _shape_problem(shape, dtype):
         return Feature(dtype, (), problem=f"shape is {shown(shape)}, {problem}")
+    if dtype in ("image", "video") and (problem := _color_problem(shape or [], raw)):
+        return Feature(dtype, tuple(shape or ()), problem=problem)
     size = tuple(shape or (1,))
     names, names_problem = _names(raw.get("names"), size, is_camera=dtype in ("image", "video"))
     return Feature(dtype, size, names, names_problem=names_problem)
@@ -199,12 +205,27 @@ def _shape_problem(shape: Any, dtype: str) -> str | None:
     if not isinstance(shape, list) or len(shape) > 32 or not all(type(n) is int and n > 0 for n in shape):
         return "expected a list of positive integers"
     if dtype in ("image", "video"):
-        if len(shape) != 3 or not {shape[0], shape[2]} & {1, 3}:
-            return f"expected [height, width, channels] for an {dtype}"
+        if len(shape) != 3 or not {shape[0], shape[2]} & set(CHANNELS):
+            return f"expected [height, width, channels] of 3 channels for an {dtype}"
         return f"at most {PIXELS_LIMIT:,} pixels are read" if math.prod(shape) > 3 * PIXELS_LIMIT else None
     if dtype == "string" and math.prod(shape) != 1:
         return "expected [1]: one text in a frame"
     return f"at most {VALUES_LIMIT:,} values of a frame are read" if math.prod(shape) > VALUES_LIMIT else None
+
+
+def _color_problem(shape: list[int], raw: Mapping[str, Any]) -> str | None:
+    """Why pictures are no 8-bit color, as far as meta/info.json says so. A depth map shown as color would be white
+    beyond a quarter of a meter, where a millimeter is one step."""
+    if 3 not in (shape[0], shape[2]):
+        count = shape[2] if shape[2] in CHANNELS else shape[0]
+        return f"pictures of {count} channel{'s' if count > 1 else ''} are not read, expected 3 (8-bit color)"
+    said = raw.get("info") or raw.get("video_info")
+    if not isinstance(said, dict):
+        return None
+    if any(said.get(key) is True for key in ("video.is_depth_map", "is_depth_map")):
+        return "is a depth map, expected 8-bit color"
+    form = said.get("video.pix_fmt")
+    return f"is {form}, expected 8-bit color" if isinstance(form, str) and form.startswith("gray") else None
 
 
 def _names(raw: Any, shape: tuple[int, ...], is_camera: bool) -> tuple[tuple[str, ...] | None, str | None]:

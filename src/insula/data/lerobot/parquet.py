@@ -129,7 +129,7 @@ def whole_numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:
     if column.null_count:
         row = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
         more = f" ({column.null_count} such rows)" if column.null_count > 1 else ""
-        raise DatasetError(f"{path}, row {row}: {name!r} is null, expected a whole number{more}")
+        raise DatasetError(f"{path}, row {row}: {name!r} is null, expected a whole number{more}", "null")
     if pa.types.is_integer(column.type):
         values = column.to_numpy(zero_copy_only=False)
         good = (values >= -(2**62)) & (values < 2**62)

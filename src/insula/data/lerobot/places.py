@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import overload
 
@@ -161,10 +162,11 @@ class Spans(Sequence[Span]):
 
 @dataclass(frozen=True)
 class Clips(Sequence[Clip]):
-    """A camera's part of a video file for each episode."""
+    """A camera's part of a video file for each episode, in seconds. `stop` is NaN where no table says it."""
 
     places: Places
     start: np.ndarray
+    stop: np.ndarray
 
     def __len__(self) -> int:
         return len(self.start)
@@ -180,7 +182,30 @@ class Clips(Sequence[Clip]):
 
     def taken(self, episodes: np.ndarray) -> "Clips":
         """Those of these episodes, in their order."""
-        return Clips(self.places.taken(episodes), self.start[episodes])
+        return Clips(self.places.taken(episodes), self.start[episodes], self.stop[episodes])
+
+    def in_one_file(self, episode: int) -> np.ndarray:
+        """The numbers of all episodes in the same file as `episode`, by their starts."""
+        file, order, begins = self._by_file
+        number = int(file[episode])
+        return order[begins[number] : begins[number + 1]]
+
+    def files(self) -> Iterator[np.ndarray]:
+        """`in_one_file` of each file, in the order of their first episodes."""
+        file, _, begins = self._by_file
+        first = np.full(len(begins) - 1, len(file))
+        np.minimum.at(first, file, np.arange(len(file)))
+        for episode in np.sort(first).tolist():
+            yield self.in_one_file(episode)
+
+    @cached_property
+    def _by_file(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The file of each episode, all episodes file by file, and where each file begins among them."""
+        fields = [values for values in self.places.values.values() if not isinstance(values, str)]
+        _, file = np.unique(np.stack(fields), axis=1, return_inverse=True)
+        file = file.reshape(-1)
+        order = np.lexsort((self.start, file))
+        return file, order, np.searchsorted(file[order], np.arange(int(file.max()) + 2))
 
 
 def _below(folder: Path, depth: int) -> Iterator[Path]:

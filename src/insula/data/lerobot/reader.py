@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from insula.data.images import decode_image
+from insula.data.images import NOT_COLOR, decode_image
 from insula.data.lerobot import bookkeeping, crosscheck, rows
+from insula.data.lerobot.clip_reader import ClipReader
 from insula.data.lerobot.info import BOOKKEEPING, Feature, Info, pick
 from insula.data.lerobot.layout import read_layout
 from insula.data.lerobot.parquet import open_parquet, plain, read_columns
 from insula.data.lerobot.places import Clip, Episodes
-from insula.data.lerobot.video import VideoReader
 from insula.errors import DatasetError, InputError
 
 log = logging.getLogger(__name__)
@@ -54,9 +54,10 @@ class LeRobotDataset:
     Episodes, frames and tasks are numbered from 0 without gaps here, whatever the files call them (`episodes.number`,
     `task_table.number`). Where tables and rows contradict each other, the rows are believed, and `contradictions` says
     so. Decoded frames are kept while all frames of a camera fit under `cache_bytes` (cameras count together); a camera
-    that does not fit is decoded anew each time. Of a video, the frame at exactly its timestamp is decoded. Raises
-    DatasetError for whatever is missing, damaged or inconsistent beyond that. `tasks_from`: whom to believe where the
-    rows mean another task than the episode table says; an error unless given.
+    that does not fit is decoded anew each time. Of a video, the frame nearest to its timestamp is shown, where that is
+    beyond doubt (`insula.data.lerobot.timing`). Raises DatasetError for whatever is missing, damaged or inconsistent
+    beyond that. `tasks_from`: whom to believe where the rows mean another task than the episode table says; an error
+    unless given.
     """
 
     def __init__(self, root: str | Path, cache_bytes: int = 4 * GIB, tasks_from: TasksFrom | None = None):
@@ -70,9 +71,8 @@ class LeRobotDataset:
         self._believe_rows()
 
         self._spans = layout.spans
-        self._clips = layout.clips
         self._tasks_from = tasks_from
-        self._videos = VideoReader()
+        self._videos = ClipReader(layout.info, layout.episodes, layout.clips)
         self._shards: OrderedDict[int, _Shard] = OrderedDict()
         self._in_order: set[int] = set()
         self._columns: dict[str, np.ndarray] = {}
@@ -279,22 +279,34 @@ class LeRobotDataset:
             return self._decode(key, wanted)
         frames, known = cache
         missing = np.unique(wanted[~known[wanted]])
-        if len(missing) and key in self._clips:  # a video is read in order: the whole episode costs little more
-            missing = np.flatnonzero(
-                np.isin(self.episodes.of_frame(np.arange(len(self))), self.episodes.of_frame(missing))
-            )
+        if len(missing) and key in self._videos:
+            self._decode_episodes(key, missing, frames, known)
+            missing = missing[~known[missing]]
         for part in np.array_split(missing, -(-len(missing) // DECODE_FRAMES)) if len(missing) else []:
             frames[part] = self._decode(key, part)
             known[part] = True  # after the pixels: another thread may look at any moment
         return frames[wanted]
+
+    def _decode_episodes(self, key: str, missing: np.ndarray, frames: np.ndarray, known: np.ndarray) -> None:
+        """A video is read in order, so that all of an episode costs little more than one frame. Where part of it cannot
+        be read, nothing is kept: the frames that were asked for may still be sound."""
+        for episode in np.unique(self.episodes.of_frame(missing)).tolist():
+            whole = np.arange(self.episodes.start[episode], self.episodes.stop[episode])
+            try:
+                for part in np.array_split(whole, -(-len(whole) // DECODE_FRAMES)):
+                    frames[part] = self._decode(key, part)
+                    known[part] = True
+            except DatasetError as error:
+                log.debug("%s", error)  # raised again for whoever asked for a frame that is not sound
 
     def encoded_images(self, key: str, indices: Sequence[int] | np.ndarray) -> list[bytes]:
         """The stored files of frames of a camera of dtype "image"."""
         return [self._image_bytes(key, i)[0] for i in np.asarray(indices, np.int64).tolist()]
 
     def clip(self, key: str, episode: int) -> Clip:
-        """Where a camera of dtype "video" shows an episode."""
-        return self._clips[key][episode]
+        """Where a camera of dtype "video" shows an episode, with the start that its frames really have."""
+        start, stop = self.episodes.start[episode], self.episodes.stop[episode]
+        return self._videos.aligned(key, episode, self.column("timestamp")[start:stop])
 
     def _check_indices(self, indices: np.ndarray) -> None:
         outside = indices[(indices < 0) | (indices >= len(self))]
@@ -315,16 +327,15 @@ class LeRobotDataset:
         return self._decoded[key]
 
     def _decode(self, key: str, indices: np.ndarray) -> np.ndarray:
-        if key not in self._clips:
+        if key not in self._videos:
             return np.stack([self._decode_image(key, i) for i in indices.tolist()])
-        feature, timestamps = self.features[key], self.column("timestamp")
-        out = np.empty((len(indices), *feature.size, 3), np.uint8)
+        timestamps = self.column("timestamp")
+        out = np.empty((len(indices), *self.features[key].size, 3), np.uint8)
         episodes = self.episodes.of_frame(indices)
         for episode in np.unique(episodes).tolist():
-            here, clip = np.flatnonzero(episodes == episode), self._clips[key][episode]
-            at = clip.start + timestamps[indices[here]].astype(np.float64)
-            number = self.episodes.number[episode]
-            out[here] = self._videos.frames(clip.path, at.tolist(), feature.size, f"{key!r}, episode {number}")
+            here = np.flatnonzero(episodes == episode)
+            start, stop = int(self.episodes.start[episode]), int(self.episodes.stop[episode])
+            out[here] = self._videos.frames(key, episode, timestamps[start:stop], indices[here] - start)
         return out
 
     def _decode_image(self, key: str, index: int) -> np.ndarray:
@@ -377,6 +388,19 @@ class LeRobotDataset:
         return self._shards[number]
 
 
+def camera_problems(dataset: LeRobotDataset) -> dict[str, str]:
+    """Why a camera's pictures are no 8-bit color, as its first one shows, whatever meta/info.json says: nobody should
+    be offered a depth map as a picture. Other damage is not looked for."""
+    problems = {}
+    for name in dataset.cameras:
+        try:
+            dataset.image(name, 0)
+        except DatasetError as error:
+            if error.fault == NOT_COLOR:
+                problems[name] = str(error)
+    return problems
+
+
 @lru_cache(maxsize=64)
 def _warn_once(message: str) -> None:
     """A data set is opened several times on the way to training."""
@@ -386,6 +410,5 @@ def _warn_once(message: str) -> None:
 def _read(shard: _Shard, name: str, group: int | None = None) -> pa.ChunkedArray:
     """One column; of pictures, their bytes alone. Raises DatasetError where it is missing, damaged or too large."""
     pick(name, shard.file.schema_arrow.names, "column", shard.path)
-    kind = shard.file.schema_arrow.field(name).type
-    has_bytes = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-    return read_columns(shard.file, [f"{name}.bytes" if has_bytes else name], shard.path, group)[name]
+    wanted = rows.picture_column(name, shard.file.schema_arrow.field(name).type)
+    return read_columns(shard.file, [wanted], shard.path, group)[name]

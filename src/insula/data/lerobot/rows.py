@@ -57,6 +57,12 @@ def texts(column: pa.ChunkedArray) -> list[str | None] | BadRows:
     return found
 
 
+def picture_column(name: str, kind: pa.DataType) -> str:
+    """What to read of a column: of pictures, their bytes alone."""
+    has_bytes = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    return f"{name}.bytes" if has_bytes else name
+
+
 def image_files(column: pa.ChunkedArray) -> pa.ChunkedArray | BadRows:
     """The bytes of each picture, null where a row has none."""
     kind = column.type

@@ -52,7 +52,7 @@ class Tables:
     """One entry for each episode. `first` (v3.0 only): the frame it is said to begin at. `file`: its name in messages.
 
     `repeated`: numbers of episodes that the table had more than once, the last entry was taken. `problems`: why a
-    camera cannot be read.
+    camera cannot be read; of those in `damaged` some places are there, and others are spoiled.
     """
 
     root: Path
@@ -65,6 +65,7 @@ class Tables:
     data: Places
     clips: dict[str, Clips]
     problems: dict[str, str]
+    damaged: frozenset[str] = frozenset()
     repeated: tuple[int, ...] = ()
     first: np.ndarray | None = None
     stop: np.ndarray | None = None
@@ -120,12 +121,14 @@ def _read_v3(root: Path, info: Info) -> Tables:
     wanted = [name for names in videos.values() for name in names]
     columns: dict[str, list[np.ndarray]] = {name: [] for name in needed}
     columns |= {"length": []}
-    places: dict[str, list[Any]] = {name: [] for name in wanted}
+    ends = {key: f"videos/{key}/to_timestamp" for key in videos}
+    places: dict[str, list[Any]] = {name: [] for name in [*wanted, *ends.values()]}
     problems: dict[str, str] = {}
+    damaged: set[str] = set()
     texts: list[tuple[str, ...]] = []
 
     for path in paths:
-        table = read_table(path, needed, ["length", "tasks", *wanted])
+        table = read_table(path, needed, ["length", "tasks", *wanted, *ends.values()])
         for name in needed:
             columns[name].append(whole_numbers(table, name, path))
         told = columns["dataset_to_index"][-1] - columns["dataset_from_index"][-1]
@@ -136,6 +139,8 @@ def _read_v3(root: Path, info: Info) -> Tables:
                     places[name].append(_place(table, name, path))
             except DatasetError as error:
                 problems.setdefault(key, str(error))
+                damaged |= {key} if error.fault == "null" else set()
+            places[ends[key]].append(_seconds(table, ends[key]))
         texts += _listed(table, path)
 
     data = {name: np.concatenate(parts) for name, parts in columns.items()}
@@ -146,10 +151,10 @@ def _read_v3(root: Path, info: Info) -> Tables:
     for key, names in videos.items():
         if key in problems:
             continue
-        chunk, file, start = (np.concatenate(places[name]) for name in names)
+        chunk, file, start, stop = (np.concatenate(places[name]) for name in [*names, ends[key]])
         at: dict[str, np.ndarray | str] = {"video_key": key}
         at |= {"chunk_index": chunk.astype(np.int64), "file_index": file.astype(np.int64)}
-        clips[key] = Clips(Places(root, template, at, len(number)), start)
+        clips[key] = Clips(Places(root, template, at, len(number)), start, stop)
     tables = Tables(
         root=root,
         info=info,
@@ -161,6 +166,7 @@ def _read_v3(root: Path, info: Info) -> Tables:
         data=Places(root, info.data_path, fields, len(number)),
         clips=clips,
         problems=problems,
+        damaged=frozenset(damaged),
         first=data["dataset_from_index"],
         stop=data["dataset_to_index"],
     )
@@ -173,14 +179,23 @@ def _place(table: pa.Table, name: str, path: Path) -> np.ndarray:
         raise DatasetError(f"{path}: no column {name!r}")
     if not name.endswith("from_timestamp"):
         return whole_numbers(table, name, path).astype(np.float64)
-    column = plain(table[name])
-    if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type) or pa.types.is_null(column.type)):
-        raise DatasetError(f"{path}: {name!r} holds {column.type}, expected seconds")
-    seconds = np.array([np.nan if value is None else value for value in column.to_pylist()], np.float64)
+    seconds = _seconds(table, name)
     if len(bad := np.flatnonzero(~np.isfinite(seconds))):
-        value = column[int(bad[0])].as_py()
-        raise DatasetError(f"{path}, row {bad[0]}: {name!r} is {shown(value)}, expected seconds ({len(bad)} such rows)")
+        value = table[name][int(bad[0])].as_py()
+        message = f"{path}, row {bad[0]}: {name!r} is {shown(value)}, expected seconds ({len(bad)} such rows)"
+        raise DatasetError(message, "null")
     return seconds
+
+
+def _seconds(table: pa.Table, name: str) -> np.ndarray:
+    """float64 of a column of times; NaN where there is none."""
+    none = np.full(len(table), np.nan)
+    if name not in table.column_names:
+        return none
+    column = plain(table[name])
+    if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
+        return none
+    return np.array([np.nan if value is None else value for value in column.to_pylist()], np.float64)
 
 
 def _listed(table: pa.Table, path: Path) -> list[tuple[str, ...]]:
@@ -247,7 +262,10 @@ def _read_v2(root: Path, info: Info) -> Tables:
             problems[key] = "is a video, but meta/info.json has no video_path"
             continue
         places = Places(root, info.video_path, {**fields, "video_key": key}, len(number))
-        clips[key] = Clips(places, np.zeros(len(number)))
+        if "{episode_index" not in info.video_path:
+            problems[key] = f"video_path is {shown(info.video_path)}, where all episodes would show the same file"
+            continue
+        clips[key] = Clips(places, np.zeros(len(number)), np.full(len(number), np.nan))
     tables = Tables(
         root=root,
         info=info,

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping
-from functools import lru_cache
 
 import numpy as np
 
@@ -25,6 +24,7 @@ class ClipReader:
         self._clips = clips
         self._videos = VideoReader()
         self._sound: set[tuple[str, int]] = set()
+        self._warned: set[str] = set()
 
     def __contains__(self, key: str) -> bool:
         return key in self._clips
@@ -77,10 +77,12 @@ class ClipReader:
         end = self._end(key, episode)
         if len(times) and timing.is_shifted(times, due, end, fps) and (bad := timing.misfit(times, due, end, fps)):
             raise self._error(bad, key, episode)
-        if count := left_over(shown, times, fps):
-            _warn_once(
-                f"{self._where(key, episode)}, {path}: the video has {len(times)} frames for {len(due)} rows; the "
-                f"first ones are taken, {count} are left over (insula data doctor lists such videos)"
+        if (count := left_over(shown, times, fps)) and key not in self._warned:
+            self._warned.add(key)
+            log.warning(
+                "%s, %s: the video has %d frames for %d rows; the first ones are taken, %d are left over (insula data "
+                "doctor says which videos are like that)",
+                *(self._where(key, episode), path, len(times), len(due), count),
             )
         self._sound.add((key, episode))
 
@@ -98,8 +100,3 @@ class ClipReader:
     def _error(self, bad: timing.Misfit, key: str, episode: int) -> DatasetError:
         path = self.clip(key, episode).path
         return DatasetError(f"{self._where(key, episode)}, frame {bad.row}, {path}: {bad.message}", bad.fault)
-
-
-@lru_cache(maxsize=64)
-def _warn_once(message: str) -> None:
-    log.warning(message)

@@ -25,6 +25,8 @@ class DataConvertConfig:
     """Whom to believe where the rows mean another task than the episode table says."""
     leave_out: tuple[str, ...] = ()
     """Columns and cameras that are not to be written, such as damaged ones that nobody needs."""
+    drop_episodes: tuple[int, ...] = ()
+    """Episodes that are not to be written, by the numbers the doctor gives."""
 
 
 def run_data_convert(config: DataConvertConfig) -> None:
@@ -35,6 +37,7 @@ def run_data_convert(config: DataConvertConfig) -> None:
         overwrite=config.overwrite,
         tasks_from=config.tasks_from,
         leave_out=config.leave_out,
+        drop_episodes=config.drop_episodes,
     )
     print(f"{len(done.episodes)} episodes, {len(done)} frames, {done.info.codebase_version}: {config.destination}")
 
@@ -62,5 +65,6 @@ def run_doctor(config: DoctorConfig) -> int:
     for finding in found:
         print(finding)
     if not faults:
-        print(f"{config.path}: sound{f', {len(found)} notes' if found else ''}")
+        notes = f", with {len(found)} note{'s' if len(found) > 1 else ''}" if found else ""
+        print(f"{config.path}: sound{notes}")
     return 1 if faults else 0

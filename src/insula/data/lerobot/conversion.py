@@ -17,7 +17,7 @@ from insula.data.lerobot.info import BOOKKEEPING, Feature
 from insula.data.lerobot.reader import LeRobotDataset, TasksFrom, camera_problems
 from insula.data.lerobot.timing import EXACT, NEAR
 from insula.data.lerobot.writer import LeRobotWriter, Values
-from insula.errors import DatasetError
+from insula.errors import DatasetError, InputError
 
 log = logging.getLogger(__name__)
 SAMPLED_FRAMES = 64
@@ -31,30 +31,45 @@ def convert_dataset(
     overwrite: bool = False,
     tasks_from: TasksFrom | None = None,
     leave_out: Sequence[str] = (),
+    drop_episodes: Sequence[int] = (),
     progress: Callable[[int], Any] | None = None,
 ) -> LeRobotDataset:
     """Write the data set at `source` as v3.0. `progress` is called with the episodes written so far; `tasks_from` says
     whom to believe where the rows mean another task than the episode table. What the format cannot hold is left out
-    and logged; so is `leave_out`.
+    and logged; so are the columns `leave_out` and the episodes `drop_episodes`, as the files number them.
 
     Raises DatasetError where the source is damaged, the timestamps of its videos are not at multiples of 1 / fps (v3.0
     readers count on that), or the destination holds something and `overwrite` is not set.
     """
     dataset = LeRobotDataset(source, cache_bytes=0, tasks_from=tasks_from)
+    episodes = _episodes(dataset, drop_episodes)
     features = _features(dataset, leave_out)
-    _check_timestamps(dataset, features)
+    _check_timestamps(dataset, features, episodes)
 
     options: dict[str, Any] = {"overwrite": overwrite, "keep_non_finite": True}
     with LeRobotWriter(destination, dataset.fps, features, dataset.info.robot_type, **options) as writer:
-        for episode in range(len(dataset.episodes)):
+        for written, episode in enumerate(episodes):
             frames = np.arange(dataset.episodes.start[episode], dataset.episodes.stop[episode])
             texts = [dataset.tasks[i] for i in dataset.column("task_index")[frames]]
             writer.add_episode({name: _values(dataset, name, frames) for name in features}, texts)
             if progress:
-                progress(episode + 1)
+                progress(written + 1)
     if writer.non_finite:
         log.warning("data set %s: %d values are NaN or infinite, and are kept as they are", source, writer.non_finite)
     return LeRobotDataset(destination)
+
+
+def _episodes(dataset: LeRobotDataset, dropped: Sequence[int]) -> list[int]:
+    """Those that are written, as they are numbered here."""
+    known = dataset.episodes.number.tolist()
+    if unknown := sorted(set(dropped) - set(known)):
+        raise InputError(
+            f"drop_episodes: no episode {unknown[0]}; data set {dataset.root} has {known[0]} to {known[-1]}"
+        )
+    kept = [episode for episode, number in enumerate(known) if number not in set(dropped)]
+    if not kept:
+        raise InputError(f"drop_episodes: all {len(known)} episodes, so that nothing is left to write")
+    return kept
 
 
 def _features(dataset: LeRobotDataset, leave_out: Sequence[str]) -> dict[str, Feature]:
@@ -103,7 +118,7 @@ def _values(dataset: LeRobotDataset, name: str, frames: np.ndarray) -> Values:
     return EncodedVideo(clip.path, len(frames), counts, feature.size, clip.start)
 
 
-def _check_timestamps(dataset: LeRobotDataset, features: Mapping[str, Feature]) -> None:
+def _check_timestamps(dataset: LeRobotDataset, features: Mapping[str, Feature], episodes: Sequence[int]) -> None:
     """Those of videos must say which frame is whose; which frames that are is looked up clip by clip."""
     if not any(feature.dtype == "video" for feature in features.values()):
         _check_rate(dataset)
@@ -111,6 +126,7 @@ def _check_timestamps(dataset: LeRobotDataset, features: Mapping[str, Feature]) 
     step = np.concatenate([np.arange(n) for n in dataset.episodes.length])
     off = np.abs(dataset.column("timestamp") - step / dataset.fps)
     off[~np.isfinite(off)] = np.inf
+    off[~np.isin(dataset.episodes.of_frame(np.arange(len(dataset))), episodes)] = 0.0
     if off.max() > max(EXACT, NEAR / dataset.fps):
         episode, frame = dataset.episodes.locate(int(off.argmax()))
         raise DatasetError(

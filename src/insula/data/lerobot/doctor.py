@@ -61,7 +61,7 @@ class _Examination:
         for name, feature in self.layout.info.features.items():
             if feature.problem is not None:
                 fault = "null" if feature.is_damaged else "cannot be read"
-                yield Finding(fault, f"{name!r}: {feature.problem}", info, subject=name)
+                yield Finding(fault, f"{name!r}: {feature.problem}", info)
             if feature.names_problem is not None:
                 yield Finding("names", f"{name!r}: {feature.names_problem}", info)
 
@@ -98,12 +98,13 @@ class _Examination:
             except DatasetError as error:
                 yield Finding(error.fault, str(error), file, subject=name)
                 continue
-            if feature.is_numeric:
-                values = rows.numbers(column, feature)
-                if isinstance(values, np.ndarray):
-                    known[name] = values
-                else:
-                    yield self._bad_rows(values, name, span, file)
+            values = rows.numbers(column, feature) if feature.is_numeric else rows.texts(column)
+            if isinstance(values, rows.BadRows):
+                yield self._bad_rows(values, name, span, file)
+            elif isinstance(values, np.ndarray):
+                known[name] = values
+            else:
+                yield from self._texts(values, name, span, file)
 
         yield from self._bookkeeping(known, span, file)
         for name, values in known.items():
@@ -117,6 +118,8 @@ class _Examination:
         found = list(crosscheck.numbering(layout.episodes, span.start, known))
         if "task_index" in known:
             found += crosscheck.tasks(layout.task_table, layout.episodes, span.start, known["task_index"])
+            positions = layout.task_table.positions(known["task_index"]).tolist()
+            yield from self._texts([layout.tasks[at] if at >= 0 else "?" for at in positions], "task", span, file)
         for one in found:
             yield Finding(one.fault, one.message, file, one.episode, one.frame)
         if "timestamp" in known:
@@ -146,6 +149,13 @@ class _Examination:
     def _bad_rows(self, bad: rows.BadRows, name: str, span: Span, file: str) -> Finding:
         episode, frame = (None, None) if bad.row is None else self.layout.episodes.locate(span.start + bad.row)
         return Finding(bad.fault, f"{name!r} {bad.message}", file, episode, frame, subject=name)
+
+    def _texts(self, texts: list[str | None], name: str, span: Span, file: str) -> Iterator[Finding]:
+        """A prompt without an instruction teaches that the task does not matter."""
+        empty = [row for row, text in enumerate(texts) if text is None or not text.strip()]
+        if empty:
+            message = f"{name!r} is empty or null in {len(empty)} of {len(texts)} frames"
+            yield Finding("no text", message, file, *self.layout.episodes.locate(span.start + empty[0]), subject=name)
 
     def _finite(self, name: str, values: np.ndarray, span: Span, file: str) -> Iterator[Finding]:
         if values.dtype.kind != "f" or name == "timestamp":

@@ -9,6 +9,9 @@ from insula.data.lerobot.metadata import FAULTS as METADATA
 
 SHOWN = 10
 """Places listed of one finding; a data set may have a million episodes with the same fault."""
+SUBJECTS = 50
+"""Columns that have a finding of their own for one fault; those beyond are told as one."""
+DROP = "insula data convert --drop-episodes writes the others"
 QUARANTINE = "insula train --on-bad-sample quarantine leaves such samples out"
 
 REMEDIES = METADATA | {
@@ -19,34 +22,35 @@ REMEDIES = METADATA | {
     "not listed": "add its entry to meta/, or leave it: it is not read",
     "wrong place": "write the numbers above into the table; insula data convert does",
     "tasks differ": "decide which side is right: insula data convert --tasks-from rows, or episodes, writes it",
-    "null": "fill the values in, or remove the episode; insula data convert --leave-out COLUMN where nobody needs it",
-    "file missing": "copy the file again, or remove its episode",
-    "file damaged": "copy the file again, or remove its episodes",
+    "null": "fill the values in; or, where nobody needs the column, insula data convert --leave-out COLUMN",
+    "file missing": f"copy the file again, or leave its episodes out: {DROP}",
+    "file damaged": "copy the file again; v2.1: or take its episode's line out of meta/ and the file away",
     "column missing": "remove the feature from meta/info.json, or restore the column",
-    "wrong dtype": "correct the feature in meta/info.json, or convert the column",
-    "wrong shape": "correct the feature's shape in meta/info.json, or record again",
+    "wrong dtype": "correct dtype in meta/info.json, or write the column anew as it says there",
+    "wrong shape": "where all rows have that length, write it into meta/info.json; otherwise record again, or, where "
+    "nobody needs the column, insula data convert --leave-out COLUMN",
     "row count": "write the length above into the episode table (insula data convert does), or restore file and table "
     "from one copy",
     "index gap": "rows are missing or out of order: restore the file, or renumber its rows",
     "task index": "add the task to the task table, or correct task_index",
     "timestamps": "correct fps in meta/info.json, or write timestamps as frame_index / fps",
     "not finite": f"mend the sensor's values, or leave them out: {QUARANTINE}",
-    "unreadable image": f"restore the image, or leave it out: {QUARANTINE}",
+    "unreadable image": f"restore the image, or leave it out: {DROP}, {QUARANTINE}",
     "picture size": "where every picture has that size, write it into meta/info.json as [height, width, channels]; "
-    "where only some have, keep these episodes as a data set of their own",
+    "where only some have, leave their episodes out: insula data convert --drop-episodes",
     NOT_COLOR: "leave the camera out of the mapping (and out of insula data convert: --leave-out CAMERA), or write it "
     "as 8-bit color",
     "orientation": "encode the video upright",
-    "video damaged": f"copy the video again, or leave the frames out: {QUARANTINE}",
-    "video too short": f"copy the video again, or leave what is missing out: {QUARANTINE}",
+    "video damaged": f"copy the video again, or leave the frames out: {DROP}, {QUARANTINE}",
+    "video too short": f"copy the video again, or leave what is missing out: {DROP}, {QUARANTINE}",
     "video rate": "correct fps in meta/info.json if that is wrong, otherwise encode the video at that rate",
     "video offset": "v3.0: write the time of the first frame as from_timestamp; v2.1: encode the video to begin at 0",
-    "video gap": f"encode the episode again, or leave the frames out: {QUARANTINE}",
+    "video gap": f"encode the episode again, or leave the frames out: {DROP}, {QUARANTINE}",
     "video overlap": "correct from_timestamp in the episode table",
     "frames left over": "where the camera only went on filming, nothing is shifted: cut its end off; where it "
     "began earlier, or rows were lost, cut the frames that have no row",
     "statistics": "compute them anew: insula data convert writes true ones",
-    "duplicate episode": "remove one of the two, or it counts double in training",
+    "duplicate episode": f"it counts double in training; {DROP}",
     "cannot be read": "nothing needs to be done unless a mapping names it; insula data convert leaves it out",
     "names": "nothing needs to be done: dimensions are called by number; or correct the names in meta/info.json",
     "totals": "nothing needs to be done: they are counted; or write the number above, as insula data convert does",
@@ -55,13 +59,14 @@ REMEDIES = METADATA | {
     "frames unused": "nothing needs to be done: no row asks for them",
     "no statistics": "nothing needs to be done here, which fits its own; insula data convert writes them for LeRobot",
     "constant": "nothing needs to be done: training maps it to 0; if it should move, check that it was recorded",
+    "no text": "nothing needs to be done unless it is the instruction: annotate these frames, or leave them out",
     "one episode": "nothing can be held out: record more, or train with --held-out-fraction 0",
 }
 """What to do about each fault and each note."""
 NOTES = frozenset(
     {
         *("cannot be read", "names", "totals", "numbering", "clock", "frames unused", "no statistics", "constant"),
-        "one episode",
+        *("one episode", "no text"),
     }
 )
 """Those that leave nothing wrong in what is read; all others are faults."""
@@ -121,8 +126,13 @@ def grouped(found: Iterable[Finding]) -> list[Finding]:
     kept: dict[tuple[str, str | None], Finding] = {}
     counts: dict[tuple[str, str | None], int] = {}
     others: dict[tuple[str, str | None], list[str]] = {}
+    subjects: dict[str, int] = {}
     for finding in found:
         key = (finding.fault, finding.subject)
+        if key not in kept and finding.subject is not None:
+            subjects[finding.fault] = subjects.get(finding.fault, 0) + 1
+        if key not in kept and subjects.get(finding.fault, 0) > SUBJECTS:  # a file may list a million columns
+            key = (finding.fault, None)
         first = kept.setdefault(key, finding)
         counts[key] = counts.get(key, 0) + finding.count
         listed = others.setdefault(key, [])

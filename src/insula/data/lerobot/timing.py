@@ -75,9 +75,9 @@ def misfit(times: np.ndarray, due: np.ndarray, end: float, fps: float | int) -> 
     within = due <= times[-1] + 0.5 * apart
     if found.is_near[within].all():
         return Misfit("video too short", f"{at}: the video was cut, it ends at {times[-1]:.4f} s", first)
-    off = found.off[within]
-    if within.all() and np.ptp(off) <= 2 * EXACT:
-        return Misfit("video offset", f"{at}: every frame lies {_signed(off.mean())} its row", first)
+    in_order = of_clip[: len(due)] - due[: len(of_clip)]
+    if len(of_clip) >= len(due) and np.ptp(in_order) <= 2 * EXACT:
+        return Misfit("video offset", f"{at}: every frame lies {_signed(in_order.mean())} its row", first)
     if is_shifted(times, due, end, fps):
         late = float(of_clip[0] - due[0])
         return Misfit("video offset", f"{at}: the frames begin {_signed(late)} the rows, and go on beyond them", first)

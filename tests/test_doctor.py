@@ -15,7 +15,7 @@ from lerobot_files import ACTION, CAMERA, LENGTHS, STATE, TASKS, picture, png, v
 
 from insula.data.lerobot.conversion import convert_dataset
 from insula.data.lerobot.doctor import examine
-from insula.data.lerobot.findings import REMEDIES, Finding
+from insula.data.lerobot.remedies import REMEDIES, Finding
 
 EPISODES = "meta/episodes.jsonl"
 DATA_0 = "data/chunk-000/episode_000000.parquet"

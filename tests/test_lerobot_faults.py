@@ -21,9 +21,9 @@ from insula.data.describe import describe
 from insula.data.lerobot import LeRobotDataset
 from insula.data.lerobot.conversion import convert_dataset
 from insula.data.lerobot.doctor import examine
-from insula.data.lerobot.findings import Finding
 from insula.data.lerobot.info import Feature, parse_feature
 from insula.data.lerobot.layout import read_layout
+from insula.data.lerobot.remedies import Finding
 from insula.data.lerobot.rows import BadRows, numbers, texts
 from insula.errors import DatasetError
 

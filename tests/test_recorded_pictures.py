@@ -26,9 +26,9 @@ from insula.data.lerobot import LeRobotDataset
 from insula.data.lerobot.command import DoctorConfig, run_doctor
 from insula.data.lerobot.conversion import convert_dataset
 from insula.data.lerobot.doctor import examine
-from insula.data.lerobot.findings import NOTES, Finding, grouped
 from insula.data.lerobot.reader import camera_problems
-from insula.data.lerobot.timing import NEAR, deviation, match, misfit
+from insula.data.lerobot.remedies import NOTES, Finding, grouped
+from insula.data.lerobot.timing import NEAREST_WITHIN, deviation, match, misfit
 from insula.data.lerobot.video import VideoReader
 from insula.errors import DatasetError
 
@@ -297,7 +297,7 @@ def test_a_video_of_twice_the_rate_is_read_by_its_times(tmp_path: Path) -> None:
 
 def test_which_frame_is_near_enough() -> None:
     times = np.arange(10) / 10
-    due = np.array([0.0, 0.1 + 0.099 * NEAR, 0.3 - 0.101 * NEAR, 0.45, 0.9, 1.0, np.nan])
+    due = np.array([0.0, 0.1 + 0.099 * NEAREST_WITHIN, 0.3 - 0.101 * NEAREST_WITHIN, 0.45, 0.9, 1.0, np.nan])
     assert match(times, due).is_near.tolist() == [True, True, False, False, True, False, False]
     assert match(times, due).nearest[:3].tolist() == [0, 1, 3]
     assert misfit(times, times, np.inf, 10) is None and deviation(times, times) is None
@@ -398,13 +398,18 @@ NOT_COLOR: dict[str, tuple[bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", NOT_COLOR)
+@pytest.mark.parametrize("kind", [kind for kind in NOT_COLOR if kind not in ("gray", "gray JPEG")])
 def test_pictures_that_are_no_8_bit_color_are_refused_by_name(kind: str) -> None:
     data, said = NOT_COLOR[kind]
     with pytest.raises(DatasetError, match=f"here: the picture is {said}.* expected 8-bit color") as error:
         decode_image(data, SIZE, "here")
     assert error.value.fault == "not 8-bit color"
     np.testing.assert_array_equal(decode_image(encoded(RGB), SIZE, "here"), QUADRANTS)  # the control
+
+
+def test_gray_of_8_bits_is_shown_as_gray() -> None:
+    gray = np.asarray(RGB.convert("L"))
+    np.testing.assert_array_equal(decode_image(NOT_COLOR["gray"][0], SIZE, "here"), np.stack([gray] * 3, axis=-1))
 
 
 @pytest.mark.parametrize("kind", NOT_COLOR)

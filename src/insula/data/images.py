@@ -20,6 +20,7 @@ NOT_COLOR = "not 8-bit color"
 COLOR_REMEDY = "write such values as numbers, or scale them to 8-bit RGB in a way you can state"
 _PNG_DEPTH = 24
 """Where a PNG says how many bits a channel has; the byte behind says which channels there are."""
+_EXACT_IN_COLOR = ("L", "P", "1")
 _MODES = {
     "1": "black and white",
     "L": "8-bit gray, one channel",
@@ -91,11 +92,13 @@ def decode_image(data: bytes, size: tuple[int, int], where: str) -> np.ndarray:
     """Encoded bytes of a recorded frame to uint8 [h, w, 3], turned as its EXIF orientation asks.
 
     Raises DatasetError, naming `where`, for another size, damaged bytes, or anything but 8-bit color: what 16 bits, an
-    alpha channel or a palette mean is the recorder's secret, and a guess would teach wrong pictures.
+    alpha channel or a palette mean is the recorder's secret, and a guess would teach wrong pictures. Gray of 8 bits, as
+    a mono camera's, is shown as gray, which is exact.
     """
 
     def check(image: Image.Image) -> None:
-        if kind := _not_8_bit_color(image, data):
+        kind = _not_8_bit_color(image, data)
+        if kind and image.mode != "L":
             raise DatasetError(f"{where}: the picture is {kind}, expected 8-bit color; {COLOR_REMEDY}", NOT_COLOR)
         height, width = _upright_size(image, size)
         if (height, width) != size:
@@ -113,7 +116,7 @@ def decode_any(data: bytes, where: str) -> np.ndarray:
 
     def check(image: Image.Image) -> None:
         kind = _not_8_bit_color(image, data)
-        if kind and (image.mode not in ("L", "P", "1") or _is_transparent(image)):
+        if kind and (image.mode not in _EXACT_IN_COLOR or _is_transparent(image)):
             raise DatasetError(f"{where}: the picture is {kind}, expected 8-bit color; {COLOR_REMEDY}", NOT_COLOR)
 
     return _decode(data, where, check)

@@ -15,7 +15,7 @@ from insula.data.images import EncodedImages, EncodedVideo, histogram
 from insula.data.lerobot import bookkeeping
 from insula.data.lerobot.info import BOOKKEEPING, Feature
 from insula.data.lerobot.reader import LeRobotDataset, TasksFrom, camera_problems
-from insula.data.lerobot.timing import EXACT, NEAR
+from insula.data.lerobot.timing import EXACT, NEAREST_WITHIN
 from insula.data.lerobot.writer import LeRobotWriter, Values
 from insula.errors import DatasetError, InputError
 
@@ -127,7 +127,7 @@ def _check_timestamps(dataset: LeRobotDataset, features: Mapping[str, Feature], 
     off = np.abs(dataset.column("timestamp") - step / dataset.fps)
     off[~np.isfinite(off)] = np.inf
     off[~np.isin(dataset.episodes.of_frame(np.arange(len(dataset))), episodes)] = 0.0
-    if off.max() > max(EXACT, NEAR / dataset.fps):
+    if off.max() > max(EXACT, NEAREST_WITHIN / dataset.fps):
         episode, frame = dataset.episodes.locate(int(off.argmax()))
         raise DatasetError(
             f"data set {dataset.root}: episode {episode}, frame {frame} lies {off.max():.4f} s from a multiple of "

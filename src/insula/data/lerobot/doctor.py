@@ -3,7 +3,7 @@
 The reader stops at the first fault it meets. The doctor goes on, so that one look finds all of them. What is odd but
 harmless is a note.
 
-    findings.py    the faults and notes there are           picture_check.py    pictures and videos
+    remedies.py    the faults and notes there are           picture_check.py    pictures and videos
 """
 
 import hashlib
@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from insula.data.lerobot import bookkeeping, crosscheck, rows
-from insula.data.lerobot.findings import Finding, grouped
 from insula.data.lerobot.info import BOOKKEEPING
 from insula.data.lerobot.layout import Layout, read_layout
 from insula.data.lerobot.parquet import open_parquet, read_columns
 from insula.data.lerobot.picture_check import PictureCheck
 from insula.data.lerobot.places import Span
-from insula.data.lerobot.timing import EXACT, NEAR
+from insula.data.lerobot.remedies import Finding, grouped
+from insula.data.lerobot.timing import EXACT, NEAREST_WITHIN
 from insula.errors import DatasetError, InsulaError
 from insula.files import read_json
 
@@ -141,7 +141,7 @@ class _Examination:
         count = f"({len(wrong)} such rows)"
         message = f"timestamp is {timestamps[row]:.4f} s, at {fps} fps expected {step[row] / fps:.4f} s {count}"
         if self.layout.clips:
-            is_fault = bool((off > NEAR / fps).any())
+            is_fault = bool((off > NEAREST_WITHIN / fps).any())
         else:
             is_fault = bookkeeping.other_rate(timestamps, episode, fps) is not None
         yield Finding("timestamps" if is_fault else "clock", message, file, *place)

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from insula.data.lerobot.metadata import MANY, is_web_page, lfs_message, shown
+from insula.data.lerobot.pages import count_pages
 from insula.errors import DatasetError, FileError, did_you_mean
 from insula.files import MIB, lfs_size
 
@@ -21,7 +22,6 @@ BELIEVABLE_ROWS = 1_000_000
 ROWS_PER_BYTE = 16
 """More rows than BELIEVABLE_ROWS, and than this many for each byte of the file, are not believed."""
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
-_AS_LARGE_AS_STORED = {"PLAIN", "RLE", "BIT_PACKED"}
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
@@ -61,7 +61,7 @@ def read_columns(
     `limit` bytes."""
     groups = list(range(file.num_row_groups)) if group is None else [group]
     part = "" if group is None else f", row group {group}"
-    fixed, largest_text, texts = _claims(file, columns, groups)
+    fixed, largest_text, texts = _claims(file, columns, path, groups)
     if fixed > limit:
         raise DatasetError(_too_large(path, part, columns, fixed, limit), "file damaged")
     try:
@@ -81,8 +81,9 @@ def read_columns(
         raise DatasetError(f"{path}{part}: damaged ({_first_line(error)}); restore the file", "file damaged") from None
 
 
-def _claims(file: pq.ParquetFile, columns: Sequence[str], groups: list[int]) -> tuple[int, int, int]:
-    """From the footer alone: bytes of the numbers, the size of the largest text, and the most all texts can take."""
+def _claims(file: pq.ParquetFile, columns: Sequence[str], path: Path, groups: list[int]) -> tuple[int, int, int]:
+    """From the headers of the pages: bytes of the numbers, the size of the largest text, and the most all texts can
+    take."""
     fixed, largest, texts = 0, 0, 0
     wanted = tuple(f"{name}." for name in columns)
     for group in groups:
@@ -91,14 +92,14 @@ def _claims(file: pq.ParquetFile, columns: Sequence[str], groups: list[int]) -> 
             column = row_group.column(number)
             if not f"{column.path_in_schema}.".startswith(wanted):
                 continue
+            pages = count_pages(path, column)
             width = _WIDTHS.get(column.physical_type)
             if width is not None:
-                fixed += column.num_values * width
+                fixed += pages.values * width
                 continue
-            fixed += column.num_values * 4
-            stored = max(int(column.total_uncompressed_size), 0)
-            largest = max(largest, stored)
-            texts += stored if set(column.encodings) <= _AS_LARGE_AS_STORED else stored * column.num_values
+            fixed += pages.values * 4  # where each text begins
+            largest = max(largest, pages.stored)
+            texts += pages.stored if pages.is_plain else pages.stored * pages.values
     return fixed, largest, texts
 
 

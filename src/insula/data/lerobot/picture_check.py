@@ -7,11 +7,11 @@ import pyarrow.parquet as pq
 
 from insula.data.images import decode_image
 from insula.data.lerobot import rows, timing
-from insula.data.lerobot.findings import Finding
 from insula.data.lerobot.footage import Footage, footage, left_over, miscounted, overlapping, unused
 from insula.data.lerobot.layout import Layout
 from insula.data.lerobot.parquet import read_columns
 from insula.data.lerobot.places import Span
+from insula.data.lerobot.remedies import Finding
 from insula.data.lerobot.video import VideoReader
 from insula.errors import DatasetError
 

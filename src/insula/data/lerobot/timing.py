@@ -1,9 +1,9 @@
 """Which frame of a video a row shows: the nearest one, where there is no doubt about it.
 
-A row asks for a frame at `start of its clip + timestamp`. The frame nearest to that is taken where it lies within NEAR
-of the distance between two frames: recorders sum up rounded durations, and drift by less than that. Farther away the
-answer could be the neighbor, which is an error. So is a clip whose rows start before its frames do and end before them:
-every picture would be another row's.
+A row asks for a frame at `start of its clip + timestamp`. The frame nearest to that is taken where it lies within
+NEAREST_WITHIN of the distance between two frames: recorders sum up rounded durations, and drift by less than that.
+Farther away the answer could be the neighbor, which is an error. So is a clip whose rows start before its frames do and
+end before them: every picture would be another row's.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import numpy as np
 
 EXACT = 1e-4
 """Seconds a frame may lie from its row without a word (LeRobot's tolerance)."""
-NEAR = 0.2
+NEAREST_WITHIN = 0.2
 """Of the distance to the next frame: how far the nearest one may lie from its row. From a half on it is another one."""
 RATE = 0.01
 """How much the distance between two frames may differ from that between two rows."""
@@ -50,7 +50,7 @@ def match(times: np.ndarray, due: np.ndarray) -> Match:
     gap = np.minimum(gaps[nearest], gaps[nearest + 1])
     gap[~np.isfinite(gap)] = 0.0
     with np.errstate(invalid="ignore"):  # a NaN among the timestamps is near nothing
-        is_near = np.abs(off) <= np.maximum(EXACT, NEAR * gap) + 1e-9 * np.abs(due)
+        is_near = np.abs(off) <= np.maximum(EXACT, NEAREST_WITHIN * gap) + 1e-9 * np.abs(due)
     return Match(nearest, off, is_near)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from insula.data.images import COLOR_REMEDY, NOT_COLOR
 from insula.data.lerobot.metadata import lfs_message
-from insula.data.lerobot.timing import NEAR, match
+from insula.data.lerobot.timing import NEAREST_WITHIN, match
 from insula.errors import DatasetError, FileError
 from insula.files import lfs_size
 
@@ -138,10 +138,11 @@ def _wanted(video: _Video, seconds: np.ndarray, what: str) -> list[int]:
     found = match(video.times, seconds)
     if not found.is_near.all():
         first = int(np.argmin(found.is_near))
+        away = abs(float(found.off[first]))
         raise DatasetError(
-            f"{what}: no frame at {seconds[first]:.4f} s (the nearest is {abs(found.off[first]):.4f} s away, at most "
-            f"{NEAR:g} of the distance between frames is taken; the file ends at {last:.4f} s); fps, timestamps or the "
-            "video are wrong",
+            f"{what}: no frame at {seconds[first]:.4f} s (the nearest is {away:.4f} s away, the file ends at "
+            f"{last:.4f} s; at most {NEAREST_WITHIN:g} of the distance between frames is taken); fps, timestamps or "
+            "the video are wrong",
             "video too short" if seconds[first] > last else "video offset",
         )
     return [video.pts[n] for n in found.nearest.tolist()]

@@ -23,6 +23,7 @@ from PIL import Image
 from insula.data.describe import describe
 from insula.data.images import decode_any, decode_image
 from insula.data.lerobot import LeRobotDataset
+from insula.data.lerobot.bookkeeping import off_the_grid
 from insula.data.lerobot.command import DoctorConfig, run_doctor
 from insula.data.lerobot.conversion import convert_dataset
 from insula.data.lerobot.doctor import examine
@@ -293,6 +294,16 @@ def test_a_video_of_twice_the_rate_is_read_by_its_times(tmp_path: Path) -> None:
     between = [frame for step in range(12) for frame in (picture(1, step), picture(2, step))]
     write_video(root / VIDEO, between, fps=2 * FPS)
     assert faults(root) == set() and is_shown(root, 1, 7)
+
+
+def test_timestamps_of_hours_are_as_exact_as_float32_can_be() -> None:
+    step = np.arange(3 * 3600 * 30)
+    stored = (step / 30).astype(np.float32)
+    assert off_the_grid(stored, step, 30).max() == 0 and np.abs(stored - step / 30).max() > 1e-4
+    assert match(step / 30, stored.astype(np.float64)).is_near.all()
+    assert off_the_grid(np.array([0.0, np.nan, 0.05]), np.arange(3), 30).tolist() == pytest.approx(
+        [0.0, np.inf, 2 / 30 - 0.05], abs=1e-6
+    )
 
 
 def test_which_frame_is_near_enough() -> None:

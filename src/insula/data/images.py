@@ -73,6 +73,7 @@ def encode_png(image: np.ndarray) -> bytes:
     rows[:, 1:] = image.reshape(height, -1)
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
     pixels = zlib.compress(rows.tobytes(), level=1)
+
     return PNG + _chunk(b"IHDR", header) + _chunk(b"IDAT", pixels) + _chunk(b"IEND", b"")
 
 
@@ -82,6 +83,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 def encode_pngs(images: Sequence[np.ndarray] | np.ndarray) -> EncodedImages:
     """uint8 [T, h, w, 3] to PNG. Raises ValueError for another shape or dtype."""
+    # Frames come as a list from a simulator, as one array from files.
     stack = np.stack(images) if not isinstance(images, np.ndarray) else images
     if stack.dtype != np.uint8 or stack.ndim != 4 or stack.shape[-1] != 3:
         raise InputError(f"images: got {stack.dtype}{list(stack.shape)}, expected uint8 [frames, height, width, 3]")
@@ -100,6 +102,7 @@ def decode_image(data: bytes, size: tuple[int, int], where: str) -> np.ndarray:
         kind = _not_8_bit_color(image, data)
         if kind and image.mode != "L":
             raise DatasetError(f"{where}: the picture is {kind}, expected 8-bit color; {COLOR_REMEDY}", NOT_COLOR)
+
         height, width = _upright_size(image, size)
         if (height, width) != size:
             raise DatasetError(
@@ -127,6 +130,7 @@ def _decode(data: bytes, where: str, check: Callable[[Image.Image], None]) -> np
     try:
         with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as image:
             check(image)
+            # LeRobot's loader turns them as well: an upside-down camera is recorded with a flag alone.
             ImageOps.exif_transpose(image, in_place=True)
             return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except DatasetError:
@@ -145,10 +149,12 @@ def _not_8_bit_color(image: Image.Image, data: bytes) -> str | None:
     if data.startswith(PNG) and len(data) > _PNG_DEPTH and data[_PNG_DEPTH] > 8:
         channels = {0: "gray", 2: "color", 4: "gray with alpha", 6: "color with alpha"}
         return f"{data[_PNG_DEPTH]}-bit {channels.get(data[_PNG_DEPTH + 1], 'of an unknown kind')}"
+
     if getattr(image, "n_frames", 1) > 1:
         return f"an animation of {image.n_frames} frames"  # type: ignore[attr-defined]
     if image.mode == "RGB":
         return "color with a transparent value" if _is_transparent(image) else None
+
     return _MODES.get(image.mode, f"of Pillow's mode {image.mode}")
 
 
@@ -161,6 +167,7 @@ def _upright_size(image: Image.Image, expected: tuple[int, int]) -> tuple[int, i
     size = (image.height, image.width)
     if expected not in (size, size[::-1]):  # asking a PNG for its EXIF decodes it, whatever its size
         return size
+
     on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
     return size[::-1] if on_its_side else size
 
@@ -170,13 +177,17 @@ def resize_with_pad(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     does it (`insula.letterbox`). For pictures of several sizes in one batch; others travel as they are."""
     if image.shape[:2] == size:
         return image
+
     box = letterbox.fit_box((image.shape[0], image.shape[1]), size)
+    # Pillow's bilinear filter averages over all pixels it covers when shrinking, as the device does.
     inner = Image.fromarray(image).resize((box.columns, box.rows), Image.Resampling.BILINEAR)
     out = np.zeros((*size, 3), np.uint8)
     out[box.above : box.above + box.rows, box.left : box.left + box.columns] = np.asarray(inner)
+
     return out
 
 
 def histogram(images: np.ndarray) -> np.ndarray:
     """How often each value occurs per channel: uint8 [..., 3] to int64 [3, 256]."""
+    # One pass for each channel: np.histogram would sort 200,000 pixels into floating bins.
     return np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)])

@@ -41,8 +41,10 @@ class ClipReader:
         """
         where = self._where(key, episode)
         clip = self.clip(key, episode)
+        # float32 seconds are too coarse once a file is an hour long.
         due = clip.start + timestamps.astype(np.float64)
         self._check(key, episode, due)
+
         return self._videos.frames(clip.path, due[steps].tolist(), self._info.features[key].size, where)
 
     def aligned(self, key: str, episode: int, timestamps: np.ndarray) -> Clip:
@@ -54,22 +56,27 @@ class ClipReader:
         if bad := timing.misfit(times, due, self._end(key, episode), self._info.fps):
             raise self._error(bad, key, episode)
 
+        # v3.0 readers look for frames at start + frame_index / fps, whatever the timestamps here were.
         shown = timing.match(times, due).nearest
         start = float(times[shown[0]])
+        # As its new readers will look for them: at start + frame_index / fps, whatever the timestamps were.
         steady = timing.match(times, start + np.arange(len(due)) / self._info.fps)
         if not steady.is_near.all() or not np.array_equal(steady.nearest, shown):
             row = int(np.argmax(~steady.is_near | (steady.nearest != shown)))
             message = f"its frame is not the one at a multiple of 1 / fps ({self._info.fps}); correct fps or timestamps"
             raise self._error(timing.Misfit("video rate", message, row), key, episode)
+
         return Clip(clip.path, start)
 
     def _check(self, key: str, episode: int, due: np.ndarray) -> None:
         """Once for each clip. What a single row lacks is said when that row is asked for."""
         if (key, episode) in self._sound:
             return
+
         fps = self._info.fps
         path = self.clip(key, episode).path
         times = self._videos.times(path, self._where(key, episode))
+        # What is wrong with the file as a whole comes first: a single clip can look sound in it.
         shown = self._footage(key, episode)
         if bad := miscounted(shown, times, fps):
             raise self._error(bad, key, episode)
@@ -77,6 +84,7 @@ class ClipReader:
         end = self._end(key, episode)
         if len(times) and timing.is_shifted(times, due, end, fps) and (bad := timing.misfit(times, due, end, fps)):
             raise self._error(bad, key, episode)
+        # Once for a camera: where a recorder kept filming, it did so in every episode.
         if (count := left_over(shown, times, fps)) and key not in self._warned:
             self._warned.add(key)
             log.warning(
@@ -84,6 +92,7 @@ class ClipReader:
                 "doctor says which videos are like that)",
                 *(self._where(key, episode), path, len(times), len(due), count),
             )
+
         self._sound.add((key, episode))
 
     def _footage(self, key: str, episode: int) -> Footage:

@@ -33,6 +33,7 @@ def examine(root: Path, every_frame: bool = True) -> list[Finding]:
         layout = read_layout(root)
     except DatasetError as error:
         return [Finding(error.fault, str(error))]
+
     return grouped(_Examination(layout, every_frame).findings())
 
 
@@ -46,6 +47,7 @@ class _Examination:
     def findings(self) -> Iterator[Finding]:
         for found in self.layout.contradictions:
             yield Finding(found.fault, found.message, found.file, found.episode, found.frame)
+        # What the metadata says comes first: it explains much of what follows.
         yield from self._features()
         for span in self.layout.spans:
             yield from self._data_file(span)
@@ -74,6 +76,8 @@ class _Examination:
         except DatasetError as error:
             yield Finding(error.fault, str(error), file)
             return
+
+        # With other rows than promised, no place in the file could be named rightly.
         if opened.metadata.num_rows != span.stop - span.start:
             promised = span.stop - span.start
             yield Finding(
@@ -86,18 +90,22 @@ class _Examination:
             if feature.dtype == "video" or feature.problem is not None:
                 continue
             if name not in opened.schema_arrow.names:
+                # Bookkeeping that is missing is counted.
                 if name not in BOOKKEEPING:
                     message = f"no column {name!r}, which meta/info.json lists"
                     yield Finding("column missing", message, file, subject=name)
                 continue
+
             if feature.dtype == "image":
                 yield from self.pictures.images(opened, name, span, file)
                 continue
+
             try:
                 column = read_columns(opened, [name], span.path)[name]
             except DatasetError as error:
                 yield Finding(error.fault, str(error), file, subject=name)
                 continue
+
             values = rows.numbers(column, feature) if feature.is_numeric else rows.texts(column)
             if isinstance(values, rows.BadRows):
                 yield self._bad_rows(values, name, span, file)
@@ -111,6 +119,7 @@ class _Examination:
             yield from self._finite(name, values, span, file)
             if name not in BOOKKEEPING:
                 self.columns.setdefault(name, []).append(values)
+
         yield from self._duplicates(known, span, file)
 
     def _bookkeeping(self, known: dict[str, np.ndarray], span: Span, file: str) -> Iterator[Finding]:
@@ -118,8 +127,10 @@ class _Examination:
         found = list(crosscheck.numbering(layout.episodes, span.start, known))
         if "task_index" in known:
             found += crosscheck.tasks(layout.task_table, layout.episodes, span.start, known["task_index"])
+            # Numbers without a text have a finding of their own.
             positions = layout.task_table.positions(known["task_index"]).tolist()
             yield from self._texts([layout.tasks[at] if at >= 0 else "?" for at in positions], "task", span, file)
+
         for one in found:
             yield Finding(one.fault, one.message, file, one.episode, one.frame)
         if "timestamp" in known:
@@ -131,8 +142,7 @@ class _Examination:
         frames = np.arange(span.start, span.stop)
         episode = self.layout.episodes.of_frame(frames)
         step = frames - self.layout.episodes.start[episode]
-        off = np.abs(timestamps - step / fps)
-        off[~np.isfinite(off)] = np.inf
+        off = bookkeeping.off_the_grid(timestamps, step, fps)
         if not len(wrong := np.flatnonzero(off > EXACT)):
             return
 
@@ -140,10 +150,12 @@ class _Examination:
         place = self.layout.episodes.locate(span.start + row)
         count = f"({len(wrong)} such rows)"
         message = f"timestamp is {timestamps[row]:.4f} s, at {fps} fps expected {step[row] / fps:.4f} s {count}"
+        # Beyond the reach of the nearest frame, a row finds no picture.
         if self.layout.clips:
             is_fault = bool((off > NEAREST_WITHIN / fps).any())
         else:
             is_fault = bookkeeping.other_rate(timestamps, episode, fps) is not None
+
         yield Finding("timestamps" if is_fault else "clock", message, file, *place)
 
     def _bad_rows(self, bad: rows.BadRows, name: str, span: Span, file: str) -> Finding:
@@ -160,6 +172,7 @@ class _Examination:
     def _finite(self, name: str, values: np.ndarray, span: Span, file: str) -> Iterator[Finding]:
         if values.dtype.kind != "f" or name == "timestamp":
             return
+
         bad = ~np.isfinite(values.reshape(len(values), -1))
         if bad.any():
             row, dimension = np.argwhere(bad)[0].tolist()
@@ -175,9 +188,11 @@ class _Examination:
         numbers = [values for name, values in known.items() if name not in BOOKKEEPING]
         if not numbers:
             return
+
         episodes = self.layout.episodes
         for episode in episodes.between(span.start, span.stop):
             within = slice(int(episodes.start[episode]) - span.start, int(episodes.stop[episode]) - span.start)
+            # Only a digest is kept: the numbers of all episodes would be a second copy of the data set.
             parts = [np.ascontiguousarray(values[within]).tobytes() for values in numbers]
             fingerprint = hashlib.sha256(b"".join(parts)).digest()
             twin = self.fingerprints.setdefault(fingerprint, episode)
@@ -192,12 +207,15 @@ class _Examination:
 
     def _constant(self) -> Iterator[Finding]:
         for name, values in self._whole().items():
+            # A state that never moves is no news; an action that never does is learned as 0.
             if not name.startswith("action") or values.dtype.kind != "f":
                 continue
+
             flat = values.reshape(len(values), -1)
             still = np.flatnonzero(np.ptp(flat, axis=0) == 0).tolist()
             if not still:
                 continue
+
             said = [f"{self._label(name, dimension)} is {flat[0, dimension]:g}" for dimension in still[:20]]
             more = f" and {len(still) - 20} more" if len(still) > 20 else ""
             message = f"{name!r}: {len(still)} of {flat.shape[1]} dimensions never move: {', '.join(said)}{more}"
@@ -207,14 +225,17 @@ class _Examination:
         path = self.layout.root / "meta" / "stats.json"
         if not path.exists():
             return
+
         file = str(path.relative_to(self.layout.root))
         try:
             stored = read_json(path)
         except InsulaError as error:
             yield Finding("statistics", str(error), file)
             return
+
         for name, values in self._whole().items():
             flat = values.reshape(len(values), -1).astype(np.float64)
+            # Whether NaN were counted there is the other tool's affair.
             if not np.isfinite(flat).all():
                 continue
             if name not in stored:
@@ -226,6 +247,7 @@ class _Examination:
 def _differs(stored: Any, flat: np.ndarray) -> str | None:
     """The first figure of a column that the rows contradict."""
     true = {"min": flat.min(0), "max": flat.max(0), "mean": flat.mean(0), "std": flat.std(0)}
+    # Tools sum in float32 and in another order.
     slack = 1e-3 * float(np.ptp(flat) + 1e-9)
     for which, value in true.items():
         try:
@@ -234,6 +256,7 @@ def _differs(stored: Any, flat: np.ndarray) -> str | None:
             return f"{which} is missing, or no list of numbers"
         if got.shape != value.shape or not np.allclose(got, value, 1e-3, slack):
             return f"{which} is {_few(got)}, the rows give {_few(value)}"
+
     return None
 
 

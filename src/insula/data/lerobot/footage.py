@@ -35,9 +35,12 @@ def footage(clips: Clips, episodes: Episodes, numbers: np.ndarray) -> Footage:
 def miscounted(shown: Footage, times: np.ndarray, fps: float | int) -> Misfit | None:
     """Where a file of several episodes has another number of frames than they have rows, and nothing says which of
     them are too many or too few."""
+    # A file of one episode begins where its rows do. At another rate, numbers say nothing, but times do.
     if len(shown.episodes) < 2 or not len(times) or is_of_another_rate(times, fps):
         return None
+
     frames, rows = len(times), int(shown.length.sum())
+    # Frames that the times of the clips leave out in between are left out on purpose, and shift nothing.
     extra = _behind(shown, times, fps)
     if extra and not shown.stop[-1] > times[-1] + 0.5 / fps:
         last = times[-1] + 1 / fps
@@ -47,6 +50,8 @@ def miscounted(shown: Footage, times: np.ndarray, fps: float | int) -> Misfit | 
             "them shows other pictures than its own: correct from_timestamp of these"
         )
         return Misfit("frames left over", message, 0)
+
+    # The last row of all: where frames were lost anywhere before, it is the one without a frame.
     due = shown.start[-1] + (shown.length[-1] - 1) / fps
     lacking = round((due - times[-1]) * fps)
     if lacking > 0 and frames < rows:
@@ -55,6 +60,7 @@ def miscounted(shown: Footage, times: np.ndarray, fps: float | int) -> Misfit | 
             "missing, or frames were lost before, and every picture behind them is another row's"
         )
         return Misfit("video too short", message, 0)
+
     return None
 
 
@@ -66,6 +72,7 @@ def left_over(shown: Footage, times: np.ndarray, fps: float | int) -> int:
 def unused(shown: Footage, times: np.ndarray, fps: float | int) -> int:
     """Frames before, between and behind the episodes that the table leaves out on purpose."""
     half = 0.5 / fps
+    # Half a frame to each side, so that drift does not push a frame out of its episode.
     inside = np.zeros(len(times), bool)
     for start, length in zip(shown.start.tolist(), shown.length.tolist(), strict=True):
         first, last = np.searchsorted(times, [start - half, start + length / fps - half])
@@ -75,6 +82,7 @@ def unused(shown: Footage, times: np.ndarray, fps: float | int) -> int:
 
 def overlapping(shown: Footage, fps: float | int) -> np.ndarray:
     """Numbers of the episodes that begin before the one ahead of them in the file has ended."""
+    # Half a frame less: starts that drift by less than that do not overlap.
     stop = shown.start + (shown.length - 0.5) / fps
     return shown.episodes[1:][shown.start[1:] < stop[:-1]]
 

@@ -45,6 +45,7 @@ def count_pages(path: Path, column: pq.ColumnChunkMetaData) -> Pages:
         for number, header in enumerate(_headers(path, min(starts), column.total_compressed_size)):
             if number > MANY_PAGES:
                 raise ValueError(f"more than {MANY_PAGES:,} pages")
+
             stored += header[_UNPACKED]
             if header[_TYPE] == _DATA:
                 values += header[_OF_DATA][_VALUES]
@@ -55,6 +56,7 @@ def count_pages(path: Path, column: pq.ColumnChunkMetaData) -> Pages:
     except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
         message = f"{path}: the pages of {column.path_in_schema!r} cannot be read ({error}); restore the file"
         raise DatasetError(message, "file damaged") from None
+
     return Pages(values, stored, is_plain)
 
 
@@ -80,6 +82,7 @@ def _struct(data: mmap.mmap, at: int) -> tuple[dict[int, Any], int]:
         else:
             number, at = _integer(data, at)
         fields[number], at = _value(kind & 15, data, at)
+
     return fields, at + 1
 
 
@@ -116,4 +119,5 @@ def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
         value |= (byte & 127) << shift
         if byte < 128:
             return value, at
+
     raise ValueError("a number of more than 64 bits")

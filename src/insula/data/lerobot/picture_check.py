@@ -34,6 +34,7 @@ class PictureCheck:
 
     def images(self, opened: pq.ParquetFile, name: str, span: Span, file: str) -> Iterator[Finding]:
         """A camera's column in one data file, row group by row group: as much as training reads at once."""
+        # One row group at a time: a whole file of pictures may be larger than memory.
         first = span.start
         for group in range(opened.num_row_groups):
             count = opened.metadata.row_group(group).num_rows
@@ -48,6 +49,7 @@ class PictureCheck:
         except DatasetError as error:
             yield Finding(error.fault, str(error), file, subject=name)
             return
+
         files = rows.image_files(column)
         episodes = self._layout.episodes
         if isinstance(files, rows.BadRows):
@@ -58,6 +60,7 @@ class PictureCheck:
         for episode in episodes.between(span.start, span.stop) if span.stop > span.start else ():
             begin = int(episodes.start[episode])
             for step in self._steps(int(episodes.length[episode])).tolist():
+                # An episode may go on in the next row group.
                 if not span.start <= begin + step < span.stop:
                     continue
                 try:
@@ -80,6 +83,7 @@ class PictureCheck:
             except DatasetError as error:
                 yield self._at(shown, 0, error.fault, str(error), key, file)
                 continue
+
             yield from self._counted(shown, times, key, file)
             yield from self._clips(shown, times, key, file)
 
@@ -88,12 +92,14 @@ class PictureCheck:
         fps = self._layout.info.fps
         if bad := miscounted(shown, times, fps):
             yield self._at(shown, 0, bad.fault, f"{key!r}: {bad.message}", key, file)
+        # One of the three: each explains the next.
         elif extra := left_over(shown, times, fps):
             message = f"{key!r}: the video has {len(times)} frames for {shown.length[0]} rows: {extra} are left over"
             yield self._at(shown, 0, "frames left over", message, key, file)
         elif between := unused(shown, times, fps):
             message = f"{key!r}: {between} of {len(times)} frames belong to no episode of the table"
             yield self._at(shown, 0, "frames unused", message, key, file)
+
         for episode in overlapping(shown, fps).tolist():
             at = int(np.flatnonzero(shown.episodes == episode)[0])
             message = f"{key!r}: begins at {shown.start[at]:.4f} s, before the episode ahead of it has ended"
@@ -109,8 +115,10 @@ class PictureCheck:
             if bad := timing.misfit(times, due, float(ends[at]), fps):
                 yield self._at(shown, at, bad.fault, f"{key!r}: {bad.message}", key, file, bad.row)
                 continue
+            # Over all clips of the file: a drift shows from one clip to the next.
             due_of_file.append(due)
             yield from self._decoded(shown, at, due, key, file)
+
         if due_of_file and (words := timing.deviation(times, np.concatenate(due_of_file))):
             message = f"{key!r}: {words}; the nearest frame is taken"
             yield self._at(shown, 0, "clock", message, key, file)

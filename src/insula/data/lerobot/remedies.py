@@ -15,7 +15,7 @@ DROP = "insula data convert --drop-episodes writes the others"
 QUARANTINE = "insula train --on-bad-sample quarantine leaves such samples out"
 
 REMEDIES = METADATA | {
-    "metadata": "restore meta/ from the data set's source, or record again",
+    "metadata": "correct what is named above, or restore meta/ from the data set's source",
     "path outside": "correct data_path and video_path in meta/info.json: they must stay below the data set",
     "empty episode": "take its entry out of meta/, or copy its data file again",
     "episode repeated": "leave one entry of it in meta/; insula data convert does",
@@ -137,8 +137,11 @@ def grouped(found: Iterable[Finding]) -> list[Finding]:
         counts[key] = counts.get(key, 0) + finding.count
         listed = others.setdefault(key, [])
         if finding is not first and len(listed) < SHOWN - 1:
+            # Places alone where nothing else differs: ten files with one fault are read at a glance.
             same = finding.message == first.message
             listed.append(finding.place if same else f"{finding.place}: {finding.message}")
 
+    # The rest are known by their number.
     told = [dataclasses.replace(first, count=counts[key], others=tuple(others[key])) for key, first in kept.items()]
+
     return sorted(told, key=lambda finding: finding.is_note)

@@ -57,19 +57,23 @@ class VideoReader:
             try:
                 video = self._open(path, what)
                 wanted = _wanted(video, np.asarray(seconds, np.float64), what)
+                # Each frame once, in the order of the file, whatever the order asked for.
                 found = dict(_decode(video, sorted(set(wanted)), size, what))
             except (av.FFmpegError, OSError, IndexError) as error:
+                # Whatever state the decoder is in now, nobody should go on from it.
                 self._forget(path)
                 raise _unreadable(what, error) from None
             except DatasetError:
                 self._forget(path)
                 raise
+
         if missing := [pts for pts in wanted if pts not in found]:
             at = video.seconds(missing[0])
             message = (
                 f"{what}: the frame at {at:.4f} s cannot be decoded ({len(missing)} such frames); restore the file"
             )
             raise DatasetError(message, "video damaged")
+
         return np.stack([found[pts] for pts in wanted])
 
     def times(self, path: Path, where: str = "video") -> np.ndarray:
@@ -95,6 +99,7 @@ class VideoReader:
         check_video_file(path, what)
         container = av.open(str(path))
         stream = container.streams.video[0]
+        # No decoding: a file of an hour is known in a fraction of a second.
         packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.pts is not None]
         pts = sorted(pts for pts, _ in packets)
         keys = sorted(pts for pts, is_key in packets if is_key)
@@ -103,6 +108,7 @@ class VideoReader:
         self._videos[path] = _Video(container, stream, pts, keys, times)
         while len(self._videos) > self._open_files:
             self._forget(next(iter(self._videos)))
+
         return self._videos[path]
 
     def _forget(self, path: Path) -> None:
@@ -119,6 +125,7 @@ def check_video_file(path: Path, what: str) -> None:
         raise DatasetError(f"{what}: missing; restore the file or remove the episode", "file missing") from None
     except FileError as error:
         raise DatasetError(f"{what}: {error}; restore it", "video damaged") from None
+
     if pointed_to is not None:
         raise DatasetError(lfs_message(path, pointed_to), "git lfs")
     if is_empty:
@@ -135,6 +142,7 @@ def _wanted(video: _Video, seconds: np.ndarray, what: str) -> list[int]:
     last = video.times[-1] if len(video.times) else 0.0
     if not len(video.times):
         raise DatasetError(f"{what}: no frame can be read from the video; restore the file", "video damaged")
+
     found = match(video.times, seconds)
     if not found.is_near.all():
         first = int(np.argmin(found.is_near))
@@ -145,11 +153,13 @@ def _wanted(video: _Video, seconds: np.ndarray, what: str) -> list[int]:
             "the video are wrong",
             "video too short" if seconds[first] > last else "video offset",
         )
+
     return [video.pts[n] for n in found.nearest.tolist()]
 
 
 def _decode(video: _Video, wanted: list[int], size: tuple[int, int], what: str) -> Iterator[tuple[int, np.ndarray]]:
     """Group by group: seek to the key frame, decode up to the last frame wanted there."""
+    # Only a key frame can be decoded without those before it.
     for key, group in _by_group(wanted, video.keys):
         video.container.seek(key, stream=video.stream)
         left = set(group)
@@ -164,6 +174,7 @@ def _decode(video: _Video, wanted: list[int], size: tuple[int, int], what: str) 
                     "are those after it up to the next key frame; copy the file again, or remove the episode"
                 )
                 raise DatasetError(message, "video damaged")
+
             if frame.pts in left:
                 waiting.append((frame.pts, _pixels(frame, size, what)))
                 left.discard(frame.pts)
@@ -174,6 +185,7 @@ def _decode(video: _Video, wanted: list[int], size: tuple[int, int], what: str) 
                 waiting.clear()
                 if not left:
                     break
+
         yield from waiting
 
 
@@ -186,6 +198,7 @@ def _by_group(wanted: Iterable[int], keys: list[int]) -> Iterator[tuple[int, lis
 
 def _pixels(frame: Any, size: tuple[int, int], what: str) -> np.ndarray:
     """uint8 [h, w, 3] of an 8-bit color frame, turned as its display matrix asks."""
+    # FFmpeg would cut 16 bits down to 8, and drop an alpha channel, without a word.
     parts = frame.format.components
     if len(parts) != 3 or any(part.bits != 8 or part.is_alpha for part in parts):
         kind = f"{frame.format.name} ({', '.join(f'{part.bits} bits' for part in parts)})"
@@ -200,7 +213,10 @@ def _pixels(frame: Any, size: tuple[int, int], what: str) -> np.ndarray:
             "correct the feature's shape",
             "picture size",
         )
+
+    # FFmpeg converts by the color space and range that the file names.
     pixels = frame.to_ndarray(format="rgb24")
+
     return np.ascontiguousarray(np.rot90(pixels, turn // 90)) if turn else pixels
 
 
@@ -210,12 +226,15 @@ def _turn(frame: Any, what: str) -> int:
     matrix = next((data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
     is_mirrored = False
     if matrix is not None:
+        # A negative determinant is a mirror, which `rotation` does not tell.
         a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).tolist()
         is_mirrored = a * d - b * c < 0
+
     if turn not in QUARTER_TURNS or is_mirrored:
         asked = "mirrored" if is_mirrored else f"turned by {turn}°"
         raise DatasetError(
             f"{what}: the file asks for its frames to be {asked}; only quarter turns are applied: encode it upright",
             "orientation",
         )
+
     return turn

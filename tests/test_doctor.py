@@ -11,12 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from lerobot_files import ACTION, CAMERA, LENGTHS, STATE, picture, png, v21, v30, write_json, write_video
+from lerobot_files import ACTION, CAMERA, LENGTHS, STATE, TASKS, picture, png, v21, v30, write_json, write_video
 
 from insula.data.lerobot.conversion import convert_dataset
-from insula.data.lerobot.doctor import REMEDIES, Finding, examine
+from insula.data.lerobot.doctor import examine
+from insula.data.lerobot.remedies import REMEDIES, Finding
 
 EPISODES = "meta/episodes.jsonl"
+DATA_0 = "data/chunk-000/episode_000000.parquet"
 DATA = "data/chunk-000/episode_000001.parquet"  # of v2.1
 VIDEO = f"videos/chunk-000/{CAMERA}/episode_000001.mp4"
 Damage = Callable[[Path], Any]
@@ -84,6 +86,25 @@ def same_numbers(root: Path) -> None:
     pq.write_table(third, root / "data/chunk-001/episode_000002.parquet")
 
 
+def tasks(root: Path, *texts: str) -> None:
+    write_json(root / "meta" / "tasks.jsonl", *({"task_index": i, "task": text} for i, text in enumerate(texts)))
+    rows = [{"episode_index": e, "tasks": [texts[e % 2]], "length": n} for e, n in enumerate(LENGTHS)]
+    write_json(root / "meta" / "episodes.jsonl", *rows)
+
+
+def one_episode(root: Path) -> None:
+    lengths(LENGTHS[0])(root)
+    write_json(root / EPISODES, {"episode_index": 0, "tasks": [TASKS[0]], "length": LENGTHS[0]})
+
+
+def no_statistics(root: Path) -> None:
+    values = np.concatenate(
+        [np.array(pq.read_table(path)[ACTION].to_pylist()) for path in sorted(root.rglob("*.parquet"))]
+    )
+    figures = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0), "std": values.std(0)}
+    write_json(root / "meta" / "stats.json", {ACTION: {name: value.tolist() for name, value in figures.items()}})
+
+
 def constant(root: Path) -> None:
     for path in root.rglob("*.parquet"):
         table = pq.read_table(path)
@@ -93,22 +114,12 @@ def constant(root: Path) -> None:
 
 
 PLANTED_ELSEWHERE = {
-    "git lfs",
-    "empty file",
-    "web page",
-    "encoding",
-    "other version",
-    "names",
-    "totals",
-    "episode repeated",
-} | {
-    "not listed",
-    "wrong place",
-    "numbering",
-    "tasks differ",
-    "null",
+    *("git lfs", "empty file", "web page", "encoding", "other version", "names", "totals", "episode repeated"),
+    *("not listed", "wrong place", "numbering", "tasks differ", "null"),
+    *("video damaged", "video offset", "video gap", "video overlap", "frames left over", "frames unused"),
+    *("clock", "orientation", "not 8-bit color"),
 }
-"""In test_lerobot_faults.py."""
+"""In test_lerobot_faults.py and test_recorded_pictures.py."""
 PLANTED: dict[str, tuple[str, bool, Damage, dict[str, Any]]] = {
     "no info": ("metadata", True, lambda root: (root / "meta/info.json").unlink(), {}),
     "a path outside": ("path outside", True, info(data_path="../{episode_chunk}/{episode_index}.parquet"), {}),
@@ -145,7 +156,7 @@ PLANTED: dict[str, tuple[str, bool, Damage, dict[str, Any]]] = {
         {"file": DATA, "episode": 1, "frame": 2},
     ),
     "a larger image": (
-        "wrong shape",
+        "picture size",
         False,
         column(CAMERA, at(2, {"bytes": png(np.zeros((50, 64, 3), np.uint8)), "path": "x"})),
         {"episode": 1, "frame": 2},
@@ -159,11 +170,14 @@ PLANTED: dict[str, tuple[str, bool, Damage, dict[str, Any]]] = {
         {"file": VIDEO, "episode": 1, "frame": 8},
     ),
     "a video of another rate": (
-        "video too short",
+        "video rate",
         True,
         lambda root: write_video(root / VIDEO, [picture(1, i) for i in range(12)], fps=15),
         {"episode": 1, "frame": 1},
     ),
+    "no instruction": ("no text", False, lambda root: tasks(root, "", " "), {"file": DATA_0, "episode": 0, "frame": 0}),
+    "a single episode": ("one episode", False, one_episode, {}),
+    "a column without statistics": ("no statistics", False, no_statistics, {"file": "meta/stats.json"}),
     "the same episode twice": ("duplicate episode", False, same_numbers, {"file": DATA, "episode": 1}),
 }
 
@@ -196,7 +210,7 @@ def test_statistics_that_do_not_match_are_found(tmp_path: Path) -> None:
     stats = json.loads(path.read_text())
     stats[ACTION]["mean"][1] += 0.5
     path.write_text(json.dumps(stats))
-    assert "mean of 'action'" in found(examine(tmp_path / "set"), "statistics").message
+    assert "mean is [" in found(examine(tmp_path / "set"), "statistics").message
 
 
 def test_every_fault_is_planted_once() -> None:

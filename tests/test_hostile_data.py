@@ -24,7 +24,9 @@ from insula.data.describe import describe
 from insula.data.lerobot import LeRobotDataset
 from insula.data.lerobot.conversion import convert_dataset
 from insula.data.lerobot.doctor import examine
-from insula.errors import InsulaError
+from insula.data.lerobot.pages import count_pages
+from insula.data.lerobot.parquet import open_parquet, read_columns
+from insula.errors import DatasetError, InsulaError
 
 SECONDS = 20
 MEMORY = 2**30
@@ -221,6 +223,56 @@ def test_it_ends_in_one_clear_line(said: dict[str, list[str]], name: str) -> Non
 def test_it_is_read_none_the_less(said: dict[str, list[str]], name: str) -> None:
     doctor, *others = said[name]
     assert HARMLESS[name][2] in doctor and others == ["fine"] * 3
+
+
+def varint(value: int, width: int = 0) -> bytes:
+    """Seven bits a byte, and as many bytes as asked for."""
+    out = bytearray()
+    while value or len(out) < width:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out[-1] &= 127
+    return bytes(out)
+
+
+def test_a_footer_is_not_believed_about_how_much_there_is(tmp_path: Path) -> None:
+    count = 2**20
+    whole = pa.ListArray.from_arrays(pa.array([0, count], pa.int32()), pa.array(np.zeros(count, np.float32)))
+    path = tmp_path / "lies.parquet"
+    pq.write_table(pa.table({"x": whole}), path, compression="zstd")
+
+    raw = bytearray(path.read_bytes())
+    claim = varint(2 * count)  # a positive number, twice: zigzag
+    at = len(raw) - 8 - int.from_bytes(raw[-8:-4], "little")
+    while (at := raw.find(claim, at)) >= 0:
+        raw[at : at + len(claim)] = varint(2, len(claim))
+    path.write_bytes(raw)
+    file = open_parquet(path)
+    column = file.metadata.row_group(0).column(0)
+    assert column.num_values == 1 and count_pages(path, column).values == count and len(raw) < 1000
+
+    with pytest.raises(DatasetError, match="x would take 4 MiB or more in memory, at most 1 MiB"):
+        read_columns(file, ["x"], path, limit=2**20)
+    assert len(read_columns(file, ["x"], path, limit=2**23)["x"][0]) == count  # the control: all of it is there
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("checksums", [True, False])
+def test_pages_are_counted_as_an_honest_footer_says(version: str, checksums: bool, tmp_path: Path) -> None:
+    path = tmp_path / "honest.parquet"
+    columns = {"text": ["a", "b", None] * 1000, "number": list(range(3000)), "list": [[1, 2], [], None] * 1000}
+    options = {"data_page_version": version, "write_page_checksum": checksums, "data_page_size": 1000}
+    pq.write_table(pa.table(columns), path, use_dictionary=["text"], **options)
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    pages = [count_pages(path, group.column(n)) for n in range(3)]
+    assert [page.values for page in pages] == [group.column(n).num_values for n in range(3)] == [3000, 3000, 4000]
+    assert [page.is_plain for page in pages] == [False, True, True]
+
+    raw = bytearray(path.read_bytes())
+    raw[group.column(1).data_page_offset] = 0x1F  # no field of a page's header
+    path.write_bytes(raw)
+    with pytest.raises(DatasetError, match="the pages of 'number' cannot be read"):
+        count_pages(path, group.column(1))
 
 
 @pytest.mark.parametrize("root", ["/dev/null", "/dev/null/x", "a\0b", "x" * 5000, "\ud800"])

@@ -20,9 +20,10 @@ from lerobot_files import ACTION, CAMERA, LENGTHS, STATE, TASKS, picture, rows, 
 from insula.data.describe import describe
 from insula.data.lerobot import LeRobotDataset
 from insula.data.lerobot.conversion import convert_dataset
-from insula.data.lerobot.doctor import Finding, examine
+from insula.data.lerobot.doctor import examine
 from insula.data.lerobot.info import Feature, parse_feature
 from insula.data.lerobot.layout import read_layout
+from insula.data.lerobot.remedies import Finding
 from insula.data.lerobot.rows import BadRows, numbers, texts
 from insula.errors import DatasetError
 
@@ -300,7 +301,10 @@ def test_a_null_place_of_a_video_is_one_line_with_row_and_column(tmp_path: Path,
     dataset.column(ACTION)
     with pytest.raises(DatasetError, match=rf"{EPISODES}, row 1: 'videos/{CAMERA}/from_timestamp' is null|NaN"):
         dataset.images(CAMERA, [0])
-    assert "cannot be read" in faults(root)
+    assert not faults(root)["null"].is_note
+    with pytest.raises(DatasetError, match=f"mend it, or convert without it: --leave-out {CAMERA}"):
+        convert_dataset(root, tmp_path / "made")
+    assert convert_dataset(root, tmp_path / "made", leave_out=[CAMERA]).cameras == ()
 
 
 def test_values_that_are_not_finite_are_kept_in_a_conversion(old: Path, caplog: Any) -> None:
@@ -618,8 +622,8 @@ def test_lengths_are_those_of_the_rows(old: Path, caplog: Any) -> None:
     before = everything(old)[0]
     edit_episodes(old, lambda entries: (entries[0].update(length=0), entries[1].update(length=19)))
     found = examine(old)
-    assert [(f.fault, f.episode) for f in found] == [("row count", 0), ("row count", 1)]
-    assert 'write "length": 12' in found[1].message
+    assert [(f.fault, f.episode, f.count) for f in found] == [("row count", 0, 2)]
+    assert "episode 1: length is 19" in found[0].others[0] and 'write "length": 12' in found[0].others[0]
     np.testing.assert_array_equal(everything(old)[0], before)
     assert "the rows are believed" in caplog.text and "and 1 more; insula data doctor" in caplog.text
     made = convert_dataset(old, old.parent / "made")
@@ -630,8 +634,9 @@ def test_lengths_are_those_of_the_rows(old: Path, caplog: Any) -> None:
 
 def test_totals_are_counted_anew(old: Path) -> None:
     edit_info(old, total_episodes=7, total_frames=10**18, total_tasks=0)
-    found = [f.message for f in examine(old)]
-    assert found[0] == "total_episodes is 7, there are 3: write 3" and found[1].endswith("there are 24: write 24")
+    (found,) = examine(old)
+    assert found.is_note and found.message == "total_episodes is 7, there are 3: write 3" and found.count == 3
+    assert found.others[0].endswith("there are 24: write 24")
     dataset = LeRobotDataset(old)
     assert len(dataset) == 24 and dataset.info.total_episodes == 3 and dataset.info.total_tasks == 2
 

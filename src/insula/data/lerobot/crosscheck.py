@@ -46,6 +46,7 @@ def numbering(episodes: Episodes, start: int, columns: dict[str, np.ndarray]) ->
     episode_index stays. Where they begin is left to the recorder; a column that never moves counts nothing."""
     if not columns:
         return
+
     frames = np.arange(start, start + len(next(iter(columns.values()))))
     episode = episodes.of_frame(frames)
     begins = np.flatnonzero(np.r_[True, episode[1:] != episode[:-1]])
@@ -54,9 +55,13 @@ def numbering(episodes: Episodes, start: int, columns: dict[str, np.ndarray]) ->
 
     for name in NUMBERING:
         values = columns.get(name)
+        # Some recorders write zeros into index and frame_index: that counts nothing, and harms nobody.
         if values is None or (name != "episode_index" and not np.any(np.diff(values))):
             continue
+
+        # What is left once the expected rise is taken off is constant in a sound episode.
         offset = values - (0 if name == "episode_index" else step)
+        # Three rows outvote one that is wrong, also where that is the first.
         usual = np.median(np.stack([offset[begins], offset[(begins + ends) // 2], offset[ends]]), axis=0).astype(
             np.int64
         )
@@ -78,13 +83,18 @@ def tasks(known: Tasks, episodes: Episodes, start: int, numbers: np.ndarray) -> 
         listed = f"{known.number[0]} to {known.number[-1]}"
         message = f"task_index is {numbers[row]}, the task table has {listed} ({len(wrong)} such rows)"
         yield Contradiction("task index", message, None, episode, frame, fatal=True)
+
     right = position >= 0
     texts = len(known.text)
+    # Pairs of episode and task, each once: a million rows hold few of them.
     pairs = np.unique(episodes.of_frame(frames[right]) * texts + position[right])
     for e, at in zip((pairs // texts).tolist(), (pairs % texts).tolist(), strict=True):
         told, text = episodes.tasks[e], known.text[at]
+        # Some tables list no tasks, which contradicts nothing.
         if not told or text.strip() in {other.strip() for other in told}:
             continue
+
+        # The number that would make the rows say what the table says.
         numbered = [int(known.number[known.text.index(other)]) for other in told if other in known.text]
         way = f"task_index {numbered[0]}" if numbered else "another task_index"
         message = (

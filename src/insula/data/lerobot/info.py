@@ -23,6 +23,8 @@ DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VALUES_LIMIT = 2**20
 """Numbers of one column in one frame: more is a picture written as numbers, or a shape that cannot be meant."""
 PIXELS_LIMIT = 2**26
+CHANNELS = (1, 2, 3, 4)
+"""That a picture may have: gray, gray with alpha, color, color with alpha. Only color is read."""
 FPS_LIMITS = (1e-6, 1e6)
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 
@@ -33,7 +35,8 @@ class Feature:
 
     `names` has one name for each number of a frame (of a camera: for each axis), or is None. What meta/info.json says
     instead, and that it is left aside, is in `names_problem`. A feature with a `problem` cannot be read, and the
-    problem says why; it is neither camera nor numbers, and matters to nobody who does not ask for it.
+    problem says why; it is neither camera nor numbers, and matters to nobody who does not ask for it. `is_damaged`: it
+    was recorded, and is spoiled, rather than of a kind that is not read; nobody may leave it out without being told to.
     """
 
     dtype: str
@@ -41,6 +44,7 @@ class Feature:
     names: tuple[str, ...] | None = None
     problem: str | None = field(default=None, compare=False)
     names_problem: str | None = field(default=None, compare=False)
+    is_damaged: bool = field(default=False, compare=False)
 
     @property
     def is_camera(self) -> bool:
@@ -60,6 +64,7 @@ class Feature:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of a camera, whichever axis the channels are on."""
+        # [3, h, w], as torch has it.
         channels_first = self.shape[0] in (1, 3) and self.shape[-1] not in (1, 3)
         height, width = self.shape[1:] if channels_first else self.shape[:2]
         return height, width
@@ -127,13 +132,16 @@ def read_info(root: Path) -> Info:
     path = root / "meta" / "info.json"
     if not _is_folder(root):
         raise DatasetError(f"data set: no directory {root}; check the path, or make one with `insula collect`")
+
     try:
         raw = read_object(path)
     except FileNotFoundError:
+        # What is there tells somebody who is one folder off where to go.
         found = ", ".join(entry.name for entry in visible(root)[:20]) or "nothing"
         raise DatasetError(
             f"data set {root}: no meta/info.json; expected the root of a LeRobot data set, found {found}"
         ) from None
+
     return parse_info(raw, str(path))
 
 
@@ -153,10 +161,14 @@ def parse_info(raw: Mapping[str, Any], where: str) -> Info:
         raise DatasetError(
             f"{where}: codebase_version is {version[:40]!r}{hint}, this reader knows {', '.join(READABLE)}"
         )
+
     fps = _get(raw, "fps", (int, float), where)
+    # Written so that NaN is refused too.
     if not FPS_LIMITS[0] <= fps <= FPS_LIMITS[1]:
         raise DatasetError(f"{where}: fps is {shown(fps)}, expected a positive number of frames per second, such as 30")
+
     robot_type = raw.get("robot_type")
+
     return Info(
         codebase_version=version,
         fps=fps,
@@ -175,6 +187,7 @@ def parse_features(raw: Mapping[str, Any]) -> dict[str, Feature]:
     """Features by name. The bookkeeping columns are always among them: what is not stored can be counted."""
     features = {name: parse_feature(value) for name, value in raw.items()}
     for name, usual in BOOKKEEPING.items():
+        # A column of another kind under such a name is not what it claims to be, and is counted instead.
         given = features.get(name, usual)
         features[name] = given if given.is_numeric and given.shape == (1,) else usual
     return features
@@ -184,14 +197,21 @@ def parse_feature(raw: Any) -> Feature:
     """Never an error: what is wrong is a problem of this feature alone."""
     if not isinstance(raw, dict) or not isinstance(raw.get("dtype"), str):
         return Feature("unknown", (), problem=f"meta/info.json says {shown(raw)}, expected dtype, shape and names")
+
     dtype, shape = raw["dtype"], raw.get("shape")
     if dtype not in DTYPES:
         hint = did_you_mean(dtype, DTYPES)
         return Feature(dtype, (), problem=f"dtype is {shown(dtype)}{hint}, known are {', '.join(DTYPES)}")
+
     if problem := _shape_problem(shape, dtype):
         return Feature(dtype, (), problem=f"shape is {shown(shape)}, {problem}")
+    if dtype in ("image", "video") and (problem := _color_problem(shape or [], raw)):
+        return Feature(dtype, tuple(shape or ()), problem=problem)
+
+    # Texts often have the shape null.
     size = tuple(shape or (1,))
     names, names_problem = _names(raw.get("names"), size, is_camera=dtype in ("image", "video"))
+
     return Feature(dtype, size, names, names_problem=names_problem)
 
 
@@ -199,12 +219,33 @@ def _shape_problem(shape: Any, dtype: str) -> str | None:
     if not isinstance(shape, list) or len(shape) > 32 or not all(type(n) is int and n > 0 for n in shape):
         return "expected a list of positive integers"
     if dtype in ("image", "video"):
-        if len(shape) != 3 or not {shape[0], shape[2]} & {1, 3}:
-            return f"expected [height, width, channels] for an {dtype}"
+        if len(shape) != 3 or not {shape[0], shape[2]} & set(CHANNELS):
+            return f"expected [height, width, channels] of 3 channels for an {dtype}"
         return f"at most {PIXELS_LIMIT:,} pixels are read" if math.prod(shape) > 3 * PIXELS_LIMIT else None
+
     if dtype == "string" and math.prod(shape) != 1:
         return "expected [1]: one text in a frame"
+
     return f"at most {VALUES_LIMIT:,} values of a frame are read" if math.prod(shape) > VALUES_LIMIT else None
+
+
+def _color_problem(shape: list[int], raw: Mapping[str, Any]) -> str | None:
+    """Why pictures are no 8-bit color, as far as meta/info.json says so. A depth map shown as color would be white
+    beyond a quarter of a meter, where a millimeter is one step."""
+    # Gray and depth have one channel; which of the two, nobody says.
+    if 3 not in (shape[0], shape[2]):
+        count = shape[2] if shape[2] in CHANNELS else shape[0]
+        return f"pictures of {count} channel{'s' if count > 1 else ''} are not read, expected 3 (8-bit color)"
+
+    said = raw.get("info") or raw.get("video_info")
+    if not isinstance(said, dict):
+        return None
+    if any(said.get(key) is True for key in ("video.is_depth_map", "is_depth_map")):
+        return "is a depth map, expected 8-bit color"
+
+    form = said.get("video.pix_fmt")
+
+    return f"is {form}, expected 8-bit color" if isinstance(form, str) and form.startswith("gray") else None
 
 
 def _names(raw: Any, shape: tuple[int, ...], is_camera: bool) -> tuple[tuple[str, ...] | None, str | None]:
@@ -215,15 +256,20 @@ def _names(raw: Any, shape: tuple[int, ...], is_camera: bool) -> tuple[tuple[str
     if is_camera:
         is_plain = isinstance(raw, list) and len(raw) == 3 and all(isinstance(name, str) for name in raw)
         return (tuple(raw) if is_plain else None), None  # names of axes, which nobody reads
+
+    # {"x": 0, "y": 1}: the numbers are positions.
     numbered = isinstance(raw, dict) and sorted(map(str, raw.values())) == sorted(map(str, range(len(raw))))
     flat = sorted(raw, key=lambda name: int(raw[name])) if numbered else _flat(raw)
     count = math.prod(shape)
+    # Whole numbers are taken for names: motors are often called 1, 2, 3.
     if any(not isinstance(name, str | int) or isinstance(name, bool) for name in flat):
         return None, f"names are {shown(raw)}, expected texts; they are left aside"
     if len(flat) != count:
+        # ["height", "width", "channels"] on a column of numbers names its axes.
         if len(shape) > 1 and len(flat) == len(shape):
             return None, None  # one for each axis, as cameras have: no names of numbers, and no mistake
         return None, f"{len(flat)} names for {count} dimensions; they are left aside"
+
     return tuple(str(name) for name in flat), None
 
 
@@ -239,6 +285,7 @@ def _flat(raw: Any) -> list[Any]:
             waiting += reversed(value)
         else:
             found.append(value)
+
     return found
 
 
@@ -248,16 +295,20 @@ def pick(name: str, features: Iterable[str], what: str, where: object) -> str:
     if name not in known:
         hint = did_you_mean(name, known)
         raise DatasetError(f"{where}: no {what} {name!r}{hint}; it has {', '.join(known[:50]) or 'none'}")
+
     return name
 
 
 def _get(raw: Mapping[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
     if key not in raw:
         raise DatasetError(f"{where}: key {key!r} is missing{did_you_mean(key, raw)}")
+
     value = raw[key]
+    # In Python true is an int.
     if not isinstance(value, kind) or isinstance(value, bool):
         expected = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise DatasetError(f"{where}: {key!r} is {shown(value)}, expected {expected}")
+
     return value
 
 

@@ -39,6 +39,7 @@ def read_layout(root: Path) -> Layout:
     that is missing or damaged; what is only inconsistent is in `contradictions`."""
     counted = count_rows(read_tables(root, read_info(root)))
     info, totals = recounted(counted)
+    # A camera with a problem has no clips, so that nobody comes upon them unasked.
     clips = {key: clips for key, clips in counted.tables.clips.items() if info.features[key].is_camera}
     found = (*counted.contradictions, *totals)
     return Layout(root, info, counted.tables.tasks, counted.episodes(), counted.spans, clips, found)

@@ -35,12 +35,15 @@ def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
         raise
     except FileError as error:
         raise DatasetError(f"{error}; restore it from the data set's source") from None
+
+    # Each of these is a text that JSON would call invalid at character 0, which helps nobody.
     if (size := lfs_size_of(raw)) is not None:
         raise DatasetError(lfs_message(path, size), "git lfs")
     if is_web_page(raw):
         raise DatasetError(f"{path}: is a web page, not the file itself; download it again", "web page")
     if not raw.strip():
         raise DatasetError(f"{path}: is empty ({len(raw)} bytes){_empty_too(path)}; copy meta/ again", "empty file")
+
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -61,6 +64,7 @@ def is_web_page(raw: bytes) -> bool:
 
 
 def _empty_too(path: Path) -> str:
+    # A copy that broke off leaves more than one, and they are mended together.
     others = [p.name for p in visible(path.parent) if p != path and p.is_file() and not p.stat().st_size]
     return f", and {', '.join(others[:10])} too" if others else ""
 
@@ -75,17 +79,21 @@ def visible(folder: Path) -> list[Path]:
 
 def _not_utf8(path: Path, raw: bytes, error: UnicodeDecodeError) -> str:
     """Names the encodings in which the start of the file is JSON."""
+    # The first lines are enough: decoding 64 MiB five times is not.
     fitting = [name for name in _ENCODINGS if _is_json_in(raw[: 2**16], name)]
     said = f"{path}: is not UTF-8 (byte {error.start} is 0x{raw[error.start]:02x})"
     if not fitting:
         return f"{said}; save it as UTF-8, or restore it from the data set's source"
+
     called = [_CALLED[name] for name in fitting]
     return f"{said}, it reads as {' or '.join(called[:2])}; save it as UTF-8: iconv -f {called[0]} -t UTF-8"
 
 
 def _is_json_in(raw: bytes, encoding: str) -> bool:
+    # Without its mark, any text of even length is UTF-16.
     if encoding == "utf-16" and raw[:2] not in (b"\xff\xfe", b"\xfe\xff"):
         return False
+
     try:
         text = raw.decode(encoding).lstrip("\ufeff").strip()
         json.loads(text if text.startswith("{\n") else text.split("\n")[0])
@@ -98,6 +106,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """A JSON object. Raises FileNotFoundError or DatasetError."""
     try:
         raw = parse_json(read_text(path, JSON_LIMIT), str(path))
+        # Now, rather than when a message is printed in the middle of training.
         json.dumps(raw, ensure_ascii=False).encode()  # a lone surrogate could be neither printed nor written
     except InputError as error:
         raise DatasetError(f"{error}; restore it from the data set's source") from None
@@ -105,8 +114,10 @@ def read_object(path: Path) -> dict[str, Any]:
         raise DatasetError(f"{path}: holds a text that is no valid Unicode (half of a surrogate pair)") from None
     except RecursionError:
         raise DatasetError(f"{path}: not usable as JSON (nested too deeply)") from None
+
     if not isinstance(raw, dict):
         raise DatasetError(f"{path}: got a JSON {type(raw).__name__}, expected an object (codebase_version, fps, ...)")
+
     return raw
 
 
@@ -120,6 +131,7 @@ def read_lines(path: Path, *needed: str) -> Iterator[tuple[str, dict[str, Any]]]
         text = read_text(path)
     except FileNotFoundError:
         raise DatasetError(f"{path}: missing; the copy of the data set is incomplete") from None
+
     for number, value in _spread(text, path) or _values(text, path):
         where = f"{path}, line {number}"
         if not isinstance(value, dict) or any(key not in value for key in needed):
@@ -128,6 +140,7 @@ def read_lines(path: Path, *needed: str) -> Iterator[tuple[str, dict[str, Any]]]
 
 
 def _values(text: str, path: Path) -> Iterator[tuple[int, Any]]:
+    # splitlines() would also break at U+2028 and at form feeds, which texts may hold.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -140,9 +153,12 @@ def _values(text: str, path: Path) -> Iterator[tuple[int, Any]]:
 def _spread(text: str, path: Path) -> list[tuple[int, Any]]:
     """The objects of a file whose first one takes several lines, or which is one list; empty for any other file."""
     start = text.lstrip()
+    # Only a file that starts like one: the rest is read line by line, in bounded memory.
     if len(text) > JSON_LIMIT or not (start.startswith("[") or start[1:].lstrip(" \t\r").startswith("\n")):
         return []
+
     found: list[tuple[int, Any]] = []
+    # raw_decode stops behind one value, wherever its lines end.
     decoder, at = json.JSONDecoder(), 0
     try:
         while at < len(text):
@@ -154,16 +170,19 @@ def _spread(text: str, path: Path) -> list[tuple[int, Any]]:
             found += [(line, entry) for entry in value] if isinstance(value, list) else [(line, value)]
     except (ValueError, RecursionError):
         return []  # which line is wrong is said when they are read one by one
+
     return found
 
 
 def whole_number(value: Any, what: str, where: str, least: int = 0) -> int:
     """`value` as an integer that fits 64 bits. Raises DatasetError for null, a text, a fraction or a truth value."""
     is_whole = isinstance(value, int) and not isinstance(value, bool)
+    # pandas makes floats of whole numbers where one of them is missing.
     if isinstance(value, float) and value.is_integer():
         is_whole = True
     if not is_whole or not least <= value < INT64:
         raise DatasetError(f"{where}: {what!r} is {shown(value)}, expected a whole number from {least} on")
+
     return int(value)
 
 
@@ -171,10 +190,12 @@ def task_text(value: Any, where: str) -> str:
     """Raises DatasetError where a task is no text."""
     if not isinstance(value, str):
         raise DatasetError(f"{where}: 'task' is {shown(value)}, expected a text")
+
     try:
         value.encode()
     except UnicodeEncodeError:
         raise DatasetError(f"{where}: 'task' is no valid Unicode (half of a surrogate pair)") from None
+
     return value
 
 
@@ -182,18 +203,23 @@ def task_texts(value: Any, where: str) -> tuple[str, ...]:
     """The tasks of an episode, which some recorders write as one text, or not at all."""
     if value is None:
         return ()
+
     listed = [value] if isinstance(value, str) else value
     if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
         raise DatasetError(f"{where}: 'tasks' is {shown(value)}, expected a list of texts")
+
     return tuple(listed)
 
 
 def shown(value: Any) -> str:
     """`value` as JSON writes it, cut where it is long."""
+    # Python refuses to print integers of more than 4300 digits.
     if isinstance(value, int) and abs(value) >= INT64:
         return "a number of more than 64 bits"
+
     try:
         text = json.dumps(value, default=str)
     except (ValueError, RecursionError):
         text = f"a {type(value).__name__}"
+
     return text if len(text) <= 80 else text[:77] + "..."

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import overload
 
@@ -74,17 +75,21 @@ class Places(Sequence[Path]):
 
     def __post_init__(self) -> None:
         """Raises DatasetError where the template knows other fields, or leads outside."""
+        # Nothing but plain fields: a format string can reach any attribute, or pad to a gigabyte.
         fields = "|".join(map(re.escape, self.values))
         if not re.fullmatch(rf"(?:[^{{}}\0]|\{{(?:{fields})(?::0?\d?d)?\}})+", self.template):
             raise DatasetError(
                 f"data set {self.root}: path is {shown(self.template)}, expected something like {DATA_PATH!r} of "
                 f"{', '.join(self.values)}"
             )
+
         texts = {key: value for key, value in self.values.items() if isinstance(value, str)}
         try:
+            # Any numbers will do: they cannot make a path leave the folder, only texts and the template can.
             path = self._path(dict.fromkeys(self.values, 0) | texts)
         except ValueError:  # a text with the format of a number
             raise DatasetError(f"data set {self.root}: path {shown(self.template)} cannot be filled in") from None
+
         inside = path.is_relative_to(self.root) and ".." not in path.relative_to(self.root).parts
         if not inside or "\0" in str(path):  # symbolic links into a cache are fine
             raise DatasetError(f"data set {self.root}: path {self.template!r} leaves the data set", "path outside")
@@ -119,22 +124,26 @@ class Places(Sequence[Path]):
         """Every file there is that the template could have named, by the numbers in its name, in their order."""
         fields = [key for key, value in self.values.items() if not isinstance(value, str)]
         given = {key: value for key, value in self.values.items() if isinstance(value, str)}
+        # The template as a pattern, so that what is on disk can be asked for its numbers.
         pattern, names = "", list[str]()
         for text, field in re.findall(r"([^{}]*)(?:\{(\w+)[^{}]*\})?", self.template):
             pattern += re.escape(text)
             if field in given:
                 pattern += re.escape(given[field])
             elif field in names:
+                # A field that comes twice must have one value.
                 pattern += rf"(?P={field})"
             elif field:
                 pattern += rf"(?P<{field}>\d{{1,18}})"
                 names.append(field)
 
         found = {}
+        # No walk through the whole data set: from the part of the path without fields, as deep as it goes.
         fixed = self.template.split("{")[0].rpartition("/")[0]
         for path in _below(self.root / fixed, self.template.count("/") - (fixed.count("/") + bool(fixed)) + 1):
             if match := re.fullmatch(pattern, path.relative_to(self.root).as_posix()):
                 found[tuple(int(match[name]) if name in names else 0 for name in fields)] = path
+
         return dict(sorted(found.items()))
 
 
@@ -161,10 +170,11 @@ class Spans(Sequence[Span]):
 
 @dataclass(frozen=True)
 class Clips(Sequence[Clip]):
-    """A camera's part of a video file for each episode."""
+    """A camera's part of a video file for each episode, in seconds. `stop` is NaN where no table says it."""
 
     places: Places
     start: np.ndarray
+    stop: np.ndarray
 
     def __len__(self) -> int:
         return len(self.start)
@@ -180,7 +190,32 @@ class Clips(Sequence[Clip]):
 
     def taken(self, episodes: np.ndarray) -> "Clips":
         """Those of these episodes, in their order."""
-        return Clips(self.places.taken(episodes), self.start[episodes])
+        return Clips(self.places.taken(episodes), self.start[episodes], self.stop[episodes])
+
+    def in_one_file(self, episode: int) -> np.ndarray:
+        """The numbers of all episodes in the same file as `episode`, by their starts."""
+        file, order, begins = self._by_file
+        number = int(file[episode])
+        return order[begins[number] : begins[number + 1]]
+
+    def files(self) -> Iterator[np.ndarray]:
+        """`in_one_file` of each file, in the order of their first episodes."""
+        file, _, begins = self._by_file
+        # The order of the episodes, rather than of the files' numbers: findings read alike.
+        first = np.full(len(begins) - 1, len(file))
+        np.minimum.at(first, file, np.arange(len(file)))
+        for episode in np.sort(first).tolist():
+            yield self.in_one_file(episode)
+
+    @cached_property
+    def _by_file(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The file of each episode, all episodes file by file, and where each file begins among them."""
+        fields = [values for values in self.places.values.values() if not isinstance(values, str)]
+        _, file = np.unique(np.stack(fields), axis=1, return_inverse=True)
+        file = file.reshape(-1)
+        # By file, and within it by start.
+        order = np.lexsort((self.start, file))
+        return file, order, np.searchsorted(file[order], np.arange(int(file.max()) + 2))
 
 
 def _below(folder: Path, depth: int) -> Iterator[Path]:

@@ -3,45 +3,27 @@
 import logging
 import math
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from insula.data.images import decode_image
-from insula.data.lerobot import bookkeeping, crosscheck, rows
+from insula.data.images import NOT_COLOR, decode_image
+from insula.data.lerobot import bookkeeping, crosscheck
+from insula.data.lerobot.clip_reader import ClipReader
 from insula.data.lerobot.info import BOOKKEEPING, Feature, Info, pick
 from insula.data.lerobot.layout import read_layout
-from insula.data.lerobot.parquet import open_parquet, plain, read_columns
 from insula.data.lerobot.places import Clip, Episodes
-from insula.data.lerobot.video import VideoReader
+from insula.data.lerobot.shards import Shards
 from insula.errors import DatasetError, InputError
 
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-ENCODED_BYTES = GIB // 4  # PNG bytes of recently read row groups, kept so that neighbors need no second read
-OPEN_TABLES = 64  # v2.1 has a file per episode
 DECODE_FRAMES = 256  # at a time into the cache
 TasksFrom = Literal["rows", "episodes"]
-_T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """One data file: the frames start .. stop - 1, and the first frame of each of its row groups."""
-
-    path: Path
-    start: int
-    stop: int
-    file: pq.ParquetFile
-    groups: np.ndarray
 
 
 class LeRobotDataset:
@@ -54,9 +36,10 @@ class LeRobotDataset:
     Episodes, frames and tasks are numbered from 0 without gaps here, whatever the files call them (`episodes.number`,
     `task_table.number`). Where tables and rows contradict each other, the rows are believed, and `contradictions` says
     so. Decoded frames are kept while all frames of a camera fit under `cache_bytes` (cameras count together); a camera
-    that does not fit is decoded anew each time. Of a video, the frame at exactly its timestamp is decoded. Raises
-    DatasetError for whatever is missing, damaged or inconsistent beyond that. `tasks_from`: whom to believe where the
-    rows mean another task than the episode table says; an error unless given.
+    that does not fit is decoded anew each time. Of a video, the frame nearest to its timestamp is shown, where that is
+    beyond doubt (`insula.data.lerobot.timing`). Raises DatasetError for whatever is missing, damaged or inconsistent
+    beyond that. `tasks_from`: whom to believe where the rows mean another task than the episode table says; an error
+    unless given.
     """
 
     def __init__(self, root: str | Path, cache_bytes: int = 4 * GIB, tasks_from: TasksFrom | None = None):
@@ -69,21 +52,17 @@ class LeRobotDataset:
         self.contradictions = layout.contradictions
         self._believe_rows()
 
-        self._spans = layout.spans
-        self._clips = layout.clips
+        self._shards = Shards(layout.spans, layout.episodes)
         self._tasks_from = tasks_from
-        self._videos = VideoReader()
-        self._shards: OrderedDict[int, _Shard] = OrderedDict()
-        self._in_order: set[int] = set()
+        self._videos = ClipReader(layout.info, layout.episodes, layout.clips)
         self._columns: dict[str, np.ndarray] = {}
         self._decoded: dict[str, tuple[np.ndarray, np.ndarray] | None] = {}
-        self._encoded: OrderedDict[tuple[str, int, int], pa.Array] = OrderedDict()
-        self._encoded_bytes = 0
         self._cache_bytes = cache_bytes
         self._cache_left = cache_bytes
         self._lock = threading.RLock()
 
     def _believe_rows(self) -> None:
+        # What is true is open: whatever is read might be another episode's.
         fatal = next((found for found in self.contradictions if found.fatal), None)
         if fatal is not None:
             raise fatal.error(self.root)
@@ -131,6 +110,7 @@ class LeRobotDataset:
             raise DatasetError(
                 f"data set {self.root}: {name!r} is no camera, it holds {feature.dtype} values; its cameras: {have}"
             )
+
         return feature
 
     def numeric(self, name: str) -> Feature:
@@ -139,6 +119,7 @@ class LeRobotDataset:
         if not feature.is_numeric:
             way = "ask images() for frames" if feature.is_camera else "only numbers are read as columns"
             raise DatasetError(f"data set {self.root}: {name!r} holds {feature.dtype} values; {way}")
+
         return feature
 
     # --- numbers -----------------------------------------------------------------------------------------------------
@@ -153,18 +134,18 @@ class LeRobotDataset:
                 if values is None:
                     values = np.concatenate([self._read_column(name, file) for file in range(self.files)])
                 self._columns[name] = values
+                # Shared by all threads: somebody's -= would change it for everybody.
                 self._columns[name].flags.writeable = False
             return self._columns[name]
 
     @property
     def files(self) -> int:
         """How many data files there are."""
-        return len(self._spans)
+        return len(self._shards)
 
     def frames_of(self, file: int) -> tuple[int, int]:
         """(first frame, one past the last) of a data file."""
-        span = self._spans[file]
-        return span.start, span.stop
+        return self._shards.frames_of(file)
 
     def read_column(self, name: str, file: int) -> np.ndarray:
         """A numeric feature as one data file holds it, read anew: for passes over more than fits into memory."""
@@ -172,6 +153,7 @@ class LeRobotDataset:
         if name in BOOKKEEPING:
             start, stop = self.frames_of(file)
             return self.column(name)[start:stop]
+
         return self._read_column(name, file)
 
     def texts(self, name: str) -> list[str]:
@@ -184,21 +166,20 @@ class LeRobotDataset:
                 f"({found.count(None)} of {len(found)} frames)",
                 "null",
             )
+
         return [text for text in found if text is not None]
 
     def nullable_texts(self, name: str) -> list[str | None]:
         """The same, with None where there is no text."""
         if not self.readable(name).is_text:
             raise DatasetError(f"data set {self.root}: {name!r} holds {self.features[name].dtype} values, not strings")
-        with self._lock:
-            shards = [self._shard(file) for file in range(self.files)]
-            parts = [self._checked(rows.texts(_read(shard, name)), name, shard) for shard in shards]
-        return [text for part in parts for text in part]
+        return [text for file in range(self.files) for text in self._shards.texts(name, file)]
 
     def task_positions(self, numbers: np.ndarray, name: str) -> np.ndarray:
         """Which of `tasks` each frame means, int64 [frames], where a column `name` holds numbers of the task table.
         Raises DatasetError for a number without a text."""
         positions = self.task_table.positions(numbers)
+        # A number without a text must not become the last text, as -1 would.
         if len(wrong := np.flatnonzero(positions < 0)):
             episode, frame = self.episodes.locate(int(wrong[0]))
             have = self.task_table.number
@@ -206,6 +187,7 @@ class LeRobotDataset:
                 f"data set {self.root}, episode {episode}, frame {frame}: {name!r} is {numbers[wrong[0]]}, the task "
                 f"table has {have[0]} to {have[-1]} ({len(wrong)} such frames)"
             )
+
         return positions
 
     def _counted(self, name: str) -> np.ndarray | None:
@@ -214,54 +196,32 @@ class LeRobotDataset:
             return None
         if name == "task_index":
             return self._task_index()
-        if name == "timestamp" and self._all_have(name):
+        # Where it is stored it is read: recorders may start late, or at the camera's clock.
+        if name == "timestamp" and self._shards.all_have(name):
             return None
+
         return bookkeeping.counted(name, self.episodes, self.fps)
 
     def _task_index(self) -> np.ndarray:
         """Positions in `tasks`. Without a column, what the episode table says, where that is one task for each."""
-        if not self._all_have("task_index"):
+        if not self._shards.all_have("task_index"):
             return self._told_tasks("there is no task_index in the rows, and")
+
         numbers = np.concatenate([self._read_column("task_index", file) for file in range(self.files)])
         for found in crosscheck.tasks(self.task_table, self.episodes, 0, numbers):
             if found.fault == "task index" or self._tasks_from is None:
                 raise found.error(self.root)
+            # Asked for by name; unless it is, nobody can know which of the two is right.
             if self._tasks_from == "episodes":
                 return self._told_tasks("the episode table is to be believed, but")
+
         return self.task_table.positions(numbers)
 
     def _told_tasks(self, why: str) -> np.ndarray:
         return bookkeeping.told_tasks(self.tasks, self.episodes, f"data set {self.root}: {why}")
 
     def _read_column(self, name: str, file: int) -> np.ndarray:
-        with self._lock:
-            shard = self._shard(file)
-            self._check_order(file, shard)
-        return self._checked(rows.numbers(_read(shard, name), self.features[name]), name, shard)
-
-    def _check_order(self, file: int, shard: _Shard) -> None:
-        """Once for each file: its rows follow one another."""
-        if file in self._in_order:
-            return
-        names = [name for name in crosscheck.NUMBERING if name in shard.file.schema_arrow.names]
-        table = read_columns(shard.file, names, shard.path)
-        columns = {name: self._checked(rows.numbers(table[name], BOOKKEEPING[name]), name, shard) for name in names}
-        for found in crosscheck.numbering(self.episodes, shard.start, columns):
-            raise DatasetError(f"{shard.path}: {found}", found.fault)
-        self._in_order.add(file)
-
-    def _checked(self, values: _T | rows.BadRows, name: str, shard: _Shard) -> _T:
-        if not isinstance(values, rows.BadRows):
-            return values
-        what = f"{shard.path}: {name!r}"
-        if values.row is not None:
-            episode, frame = self.episodes.locate(shard.start + values.row)
-            what += f", episode {episode}, frame {frame}:"
-        raise rows.refuse(values, what)
-
-    def _all_have(self, name: str) -> bool:
-        with self._lock:
-            return all(name in self._shard(file).file.schema_arrow.names for file in range(self.files))
+        return self._shards.numbers(name, self.features[name], file)
 
     # --- images ------------------------------------------------------------------------------------------------------
 
@@ -274,29 +234,48 @@ class LeRobotDataset:
         wanted = np.asarray(indices, np.int64)
         self._check_indices(wanted)
         self.camera(key)
+        # All of a camera or nothing: half a cache would make a step slow at random.
         cache = self._frame_cache(key)
         if cache is None:
             return self._decode(key, wanted)
+
         frames, known = cache
         missing = np.unique(wanted[~known[wanted]])
-        if len(missing) and key in self._clips:  # a video is read in order: the whole episode costs little more
-            missing = np.flatnonzero(
-                np.isin(self.episodes.of_frame(np.arange(len(self))), self.episodes.of_frame(missing))
-            )
+        # A frame of a video costs its whole group; a picture costs itself.
+        if len(missing) and key in self._videos:
+            self._decode_episodes(key, missing, frames, known)
+            missing = missing[~known[missing]]
+
         for part in np.array_split(missing, -(-len(missing) // DECODE_FRAMES)) if len(missing) else []:
+            # Bounded: decoding copies each frame once more.
             frames[part] = self._decode(key, part)
             known[part] = True  # after the pixels: another thread may look at any moment
+
         return frames[wanted]
+
+    def _decode_episodes(self, key: str, missing: np.ndarray, frames: np.ndarray, known: np.ndarray) -> None:
+        """A video is read in order, so that all of an episode costs little more than one frame. Where part of it cannot
+        be read, nothing is kept: the frames that were asked for may still be sound."""
+        for episode in np.unique(self.episodes.of_frame(missing)).tolist():
+            whole = np.arange(self.episodes.start[episode], self.episodes.stop[episode])
+            try:
+                for part in np.array_split(whole, -(-len(whole) // DECODE_FRAMES)):
+                    frames[part] = self._decode(key, part)
+                    known[part] = True
+            except DatasetError as error:
+                log.debug("%s", error)  # raised again for whoever asked for a frame that is not sound
 
     def encoded_images(self, key: str, indices: Sequence[int] | np.ndarray) -> list[bytes]:
         """The stored files of frames of a camera of dtype "image"."""
         return [self._image_bytes(key, i)[0] for i in np.asarray(indices, np.int64).tolist()]
 
     def clip(self, key: str, episode: int) -> Clip:
-        """Where a camera of dtype "video" shows an episode."""
-        return self._clips[key][episode]
+        """Where a camera of dtype "video" shows an episode, with the start that its frames really have."""
+        start, stop = self.episodes.start[episode], self.episodes.stop[episode]
+        return self._videos.aligned(key, episode, self.column("timestamp")[start:stop])
 
     def _check_indices(self, indices: np.ndarray) -> None:
+        # Negative ones would count from the end, and hide a mistake.
         outside = indices[(indices < 0) | (indices >= len(self))]
         if len(outside):
             raise InputError(f"data set {self.root}: got frame {outside[0]}, expected 0 to {len(self) - 1}")
@@ -315,16 +294,17 @@ class LeRobotDataset:
         return self._decoded[key]
 
     def _decode(self, key: str, indices: np.ndarray) -> np.ndarray:
-        if key not in self._clips:
+        if key not in self._videos:
             return np.stack([self._decode_image(key, i) for i in indices.tolist()])
-        feature, timestamps = self.features[key], self.column("timestamp")
-        out = np.empty((len(indices), *feature.size, 3), np.uint8)
+
+        timestamps = self.column("timestamp")
+        out = np.empty((len(indices), *self.features[key].size, 3), np.uint8)
         episodes = self.episodes.of_frame(indices)
         for episode in np.unique(episodes).tolist():
-            here, clip = np.flatnonzero(episodes == episode), self._clips[key][episode]
-            at = clip.start + timestamps[indices[here]].astype(np.float64)
-            number = self.episodes.number[episode]
-            out[here] = self._videos.frames(clip.path, at.tolist(), feature.size, f"{key!r}, episode {number}")
+            here = np.flatnonzero(episodes == episode)
+            start, stop = int(self.episodes.start[episode]), int(self.episodes.stop[episode])
+            out[here] = self._videos.frames(key, episode, timestamps[start:stop], indices[here] - start)
+
         return out
 
     def _decode_image(self, key: str, index: int) -> np.ndarray:
@@ -332,60 +312,31 @@ class LeRobotDataset:
         return decode_image(data, self.features[key].size, where)
 
     def _image_bytes(self, key: str, index: int) -> tuple[bytes, str]:
-        data, path = self._encoded_image(key, index)
+        data, path = self._shards.encoded_image(key, index)
         episode, step = self.episodes.locate(index)
         where = f"{path}: {key!r}, episode {episode}, frame {step}"
         if data is None:
             raise DatasetError(f"{where}: no image bytes; only images stored inside the parquet files are read")
+
         return data, where
 
-    def _encoded_image(self, key: str, index: int) -> tuple[bytes | None, Path]:
-        """The stored bytes of one frame; its row group is read unless it was read lately."""
-        with self._lock:
-            number = int(np.searchsorted(self._spans.stop, index, side="right"))
-            shard = self._shard(number)
-            group = int(np.searchsorted(shard.groups, index, side="right")) - 1
-            column = self._encoded.get((key, number, group))
-            if column is None:
-                files = self._checked(rows.image_files(_read(shard, key, group)), key, shard)
-                column = plain(files)
-                self._encoded[key, number, group] = column
-                self._encoded_bytes += column.nbytes
-                while self._encoded_bytes > ENCODED_BYTES and len(self._encoded) > 1:
-                    self._encoded_bytes -= self._encoded.popitem(last=False)[1].nbytes
-            else:
-                self._encoded.move_to_end((key, number, group))
-        return column[index - int(shard.groups[group])].as_py(), shard.path
 
-    def _shard(self, number: int) -> _Shard:
-        """Open a data file once; its rows must be those the episode table promises."""
-        if number in self._shards:
-            self._shards.move_to_end(number)
-        else:
-            span = self._spans[number]
-            path, start, stop = span.path, span.start, span.stop
-            file = open_parquet(path)
-            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            if sum(sizes) != stop - start:
-                raise DatasetError(
-                    f"{path}: holds {sum(sizes)} rows, the episode table promises {stop - start}; "
-                    "the file or meta/episodes is from another state of the data set"
-                )
-            self._shards[number] = _Shard(path, start, stop, file, start + np.cumsum([0, *sizes[:-1]]))
-            if len(self._shards) > OPEN_TABLES:
-                self._shards.popitem(last=False)
-        return self._shards[number]
+def camera_problems(dataset: LeRobotDataset) -> dict[str, str]:
+    """Why a camera's pictures are no 8-bit color, as its first one shows, whatever meta/info.json says: nobody should
+    be offered a depth map as a picture. Other damage is not looked for."""
+    problems = {}
+    for name in dataset.cameras:
+        try:
+            # A recorder writes all of a camera's pictures alike.
+            dataset.image(name, 0)
+        except DatasetError as error:
+            if error.fault == NOT_COLOR:
+                problems[name] = str(error)
+
+    return problems
 
 
 @lru_cache(maxsize=64)
 def _warn_once(message: str) -> None:
     """A data set is opened several times on the way to training."""
     log.warning(message)
-
-
-def _read(shard: _Shard, name: str, group: int | None = None) -> pa.ChunkedArray:
-    """One column; of pictures, their bytes alone. Raises DatasetError where it is missing, damaged or too large."""
-    pick(name, shard.file.schema_arrow.names, "column", shard.path)
-    kind = shard.file.schema_arrow.field(name).type
-    has_bytes = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-    return read_columns(shard.file, [f"{name}.bytes" if has_bytes else name], shard.path, group)[name]

@@ -52,7 +52,7 @@ class Tables:
     """One entry for each episode. `first` (v3.0 only): the frame it is said to begin at. `file`: its name in messages.
 
     `repeated`: numbers of episodes that the table had more than once, the last entry was taken. `problems`: why a
-    camera cannot be read.
+    camera cannot be read; of those in `damaged` some places are there, and others are spoiled.
     """
 
     root: Path
@@ -65,6 +65,7 @@ class Tables:
     data: Places
     clips: dict[str, Clips]
     problems: dict[str, str]
+    damaged: frozenset[str] = frozenset()
     repeated: tuple[int, ...] = ()
     first: np.ndarray | None = None
     stop: np.ndarray | None = None
@@ -92,9 +93,11 @@ def read_tables(root: Path, info: Info) -> Tables:
 def _refuse_other_version(root: Path, info: Info) -> None:
     """Where the tables of the version are not there, but those of the other one are."""
     meta, is_new = root / "meta", info.codebase_version == "v3.0"
+    # Asked of the folder, not of what info.json says: that is what may be wrong.
     old_there, new_there = (meta / "episodes.jsonl").exists(), (meta / "episodes").is_dir()
     if (new_there if is_new else old_there) or not (old_there if is_new else new_there):
         return
+
     there, version = ("episodes.jsonl", "v2.1") if is_new else ("episodes/", "v3.0")
     fixes = [f'"codebase_version": "{version}"']
     if ("episode_index" in info.data_path) != is_new:
@@ -115,56 +118,68 @@ def _read_v3(root: Path, info: Info) -> Tables:
     ]
     if not paths:
         raise DatasetError(f"data set {root}: no meta/episodes/chunk-*/file-*.parquet; the copy is incomplete")
+
     needed = ["episode_index", "dataset_from_index", "dataset_to_index", *FILE_COLUMNS]
     videos = {key: [f"videos/{key}/{part}" for part in _CLIP_COLUMNS] for key in info.videos}
     wanted = [name for names in videos.values() for name in names]
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in needed}
-    columns |= {"length": []}
-    places: dict[str, list[Any]] = {name: [] for name in wanted}
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in [*needed, "length"]}
+    ends = {key: f"videos/{key}/to_timestamp" for key in videos}
+    places: dict[str, list[Any]] = {name: [] for name in [*wanted, *ends.values()]}
     problems: dict[str, str] = {}
+    damaged: set[str] = set()
     texts: list[tuple[str, ...]] = []
 
     for path in paths:
-        table = read_table(path, needed, ["length", "tasks", *wanted])
+        table = read_table(path, needed, ["length", "tasks", *wanted, *ends.values()])
         for name in needed:
             columns[name].append(whole_numbers(table, name, path))
         told = columns["dataset_to_index"][-1] - columns["dataset_from_index"][-1]
         columns["length"].append(whole_numbers(table, "length", path) if "length" in table.column_names else told)
+        # A camera whose places are spoiled must not keep the others, and the numbers, from being read.
         for key, names in videos.items():
             try:
                 for name in names:
                     places[name].append(_place(table, name, path))
             except DatasetError as error:
                 problems.setdefault(key, str(error))
+                # Columns that are not there at all belong to a camera that was never recorded.
+                damaged |= {key} if error.fault == "null" else set()
+            places[ends[key]].append(_seconds(table, ends[key]))
+
         texts += _listed(table, path)
 
     data = {name: np.concatenate(parts) for name, parts in columns.items()}
-    number = data["episode_index"]
+    count = len(data["episode_index"])
     fields: dict[str, np.ndarray | str] = {field: data[f"data/{field}"] for field in ("chunk_index", "file_index")}
-    clips = {}
-    template = info.video_path or VIDEO_PATH
-    for key, names in videos.items():
-        if key in problems:
-            continue
-        chunk, file, start = (np.concatenate(places[name]) for name in names)
-        at: dict[str, np.ndarray | str] = {"video_key": key}
-        at |= {"chunk_index": chunk.astype(np.int64), "file_index": file.astype(np.int64)}
-        clips[key] = Clips(Places(root, template, at, len(number)), start)
+    clips = {
+        key: _v3_clips(root, info, key, [np.concatenate(places[name]) for name in [*names, ends[key]]])
+        for key, names in videos.items()
+        if key not in problems
+    }
     tables = Tables(
         root=root,
         info=info,
         tasks=_v3_tasks(root / "meta" / "tasks.parquet"),
         file=str(paths[0].relative_to(root)) if len(paths) == 1 else "meta/episodes",
-        number=number,
+        number=data["episode_index"],
         length=data["length"],
         texts=tuple(texts),
-        data=Places(root, info.data_path, fields, len(number)),
+        data=Places(root, info.data_path, fields, count),
         clips=clips,
         problems=problems,
+        damaged=frozenset(damaged),
         first=data["dataset_from_index"],
         stop=data["dataset_to_index"],
     )
     return _each_once(tables)
+
+
+def _v3_clips(root: Path, info: Info, key: str, columns: list[np.ndarray]) -> Clips:
+    """`columns`: chunk, file, start and end of each episode's clip."""
+    chunk, file, start, stop = columns
+    at: dict[str, np.ndarray | str] = {"video_key": key}
+    at |= {"chunk_index": chunk.astype(np.int64), "file_index": file.astype(np.int64)}
+    return Clips(Places(root, info.video_path or VIDEO_PATH, at, len(start)), start, stop)
 
 
 def _place(table: pa.Table, name: str, path: Path) -> np.ndarray:
@@ -173,25 +188,41 @@ def _place(table: pa.Table, name: str, path: Path) -> np.ndarray:
         raise DatasetError(f"{path}: no column {name!r}")
     if not name.endswith("from_timestamp"):
         return whole_numbers(table, name, path).astype(np.float64)
-    column = plain(table[name])
-    if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type) or pa.types.is_null(column.type)):
-        raise DatasetError(f"{path}: {name!r} holds {column.type}, expected seconds")
-    seconds = np.array([np.nan if value is None else value for value in column.to_pylist()], np.float64)
+
+    seconds = _seconds(table, name)
     if len(bad := np.flatnonzero(~np.isfinite(seconds))):
-        value = column[int(bad[0])].as_py()
-        raise DatasetError(f"{path}, row {bad[0]}: {name!r} is {shown(value)}, expected seconds ({len(bad)} such rows)")
+        value = table[name][int(bad[0])].as_py()
+        message = f"{path}, row {bad[0]}: {name!r} is {shown(value)}, expected seconds ({len(bad)} such rows)"
+        raise DatasetError(message, "null")
+
     return seconds
+
+
+def _seconds(table: pa.Table, name: str) -> np.ndarray:
+    """float64 of a column of times; NaN where there is none."""
+    none = np.full(len(table), np.nan)
+    if name not in table.column_names:
+        return none
+
+    column = plain(table[name])
+    if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
+        return none
+
+    return np.array([np.nan if value is None else value for value in column.to_pylist()], np.float64)
 
 
 def _listed(table: pa.Table, path: Path) -> list[tuple[str, ...]]:
     """The tasks of each episode, where the table has them; equal ones are kept once."""
     if "tasks" not in table.column_names:
         return [()] * len(table)
+
+    # A million episodes share a handful of texts.
     known: dict[tuple[str, ...], tuple[str, ...]] = {}
     found = []
     for row, value in enumerate(plain(table["tasks"]).to_pylist()):
         texts = task_texts(value, f"{path}, row {row}")
         found.append(known.setdefault(texts, texts))
+
     return found
 
 
@@ -203,17 +234,22 @@ def _v3_tasks(path: Path) -> Tasks:
             "restore it, and convert it again",
             "other version",
         )
+
     table = read_table(path, ["task_index"], ["task", "__index_level_0__"])
+    # pandas writes the texts as an index, which may have no name.
     text = next((name for name in ("task", "__index_level_0__") if name in table.column_names), None)
     if text is None:
         raise DatasetError(f"{path}: columns are {table.column_names}, expected task and task_index")
+
     texts = rows.texts(table[text])
     if isinstance(texts, rows.BadRows):
         raise DatasetError(f"{path}: {text!r} {texts.message}")
     if missing := [row for row, value in enumerate(texts) if value is None]:
         more = f" ({len(missing)} such rows)" if len(missing) > 1 else ""
         raise DatasetError(f"{path}, row {missing[0]}: {text!r} is null, expected a text{more}")
+
     numbers = whole_numbers(table, "task_index", path)
+
     return _by_number(numbers.tolist(), [task_text(value, f"{path}, row {n}") for n, value in enumerate(texts)], path)
 
 
@@ -222,6 +258,7 @@ def _v3_tasks(path: Path) -> Tasks:
 
 def _read_v2(root: Path, info: Info) -> Tables:
     meta = root / "meta"
+    # Machine integers: lists of Python's would take ten times the memory.
     numbers, lengths, texts = array("q"), array("q"), list[tuple[str, ...]]()
     known: dict[tuple[str, ...], tuple[str, ...]] = {}
     for where, row in read_lines(meta / "episodes.jsonl", "episode_index", "length"):
@@ -231,13 +268,17 @@ def _read_v2(root: Path, info: Info) -> Tables:
         texts.append(known.setdefault(listed, listed))
         if len(texts) > MANY:
             raise DatasetError(f"{where}: more than {MANY:,} episodes, which is more than is read; restore the file")
+
     tasks = list(read_lines(meta / "tasks.jsonl", "task_index", "task"))
 
+    # Every row would be read once for each episode.
     if "{episode_index" not in info.data_path:
         raise DatasetError(
             f"{meta / 'info.json'}: data_path is {shown(info.data_path)}, where every episode would be the same file; "
             f"expected something like {OLD_DATA_PATH!r}"
         )
+
+    # LeRobot puts chunks_size episodes into each folder.
     number = np.array(numbers, np.int64)
     fields: dict[str, np.ndarray | str] = {"episode_chunk": number // info.chunks_size, "episode_index": number}
     problems: dict[str, str] = {}
@@ -247,7 +288,11 @@ def _read_v2(root: Path, info: Info) -> Tables:
             problems[key] = "is a video, but meta/info.json has no video_path"
             continue
         places = Places(root, info.video_path, {**fields, "video_key": key}, len(number))
-        clips[key] = Clips(places, np.zeros(len(number)))
+        if "{episode_index" not in info.video_path:
+            problems[key] = f"video_path is {shown(info.video_path)}, where all episodes would show the same file"
+            continue
+        clips[key] = Clips(places, np.zeros(len(number)), np.full(len(number), np.nan))
+
     tables = Tables(
         root=root,
         info=info,
@@ -264,6 +309,7 @@ def _read_v2(root: Path, info: Info) -> Tables:
         clips=clips,
         problems=problems,
     )
+
     return _each_once(tables)
 
 
@@ -274,13 +320,17 @@ def _by_number(numbers: list[int], texts: list[str], path: Path) -> Tasks:
     """Raises DatasetError where a number has two texts, or there is no task at all."""
     found: dict[int, str] = {}
     for number, text in zip(numbers, texts, strict=True):
+        # The same text twice is what merging leaves, and fine.
         if found.setdefault(number, text) != text:
             raise DatasetError(
                 f"{path}: task_index {number} is both {shown(found[number])} and {shown(text)}; give one another number"
             )
+
     if not found:
         raise DatasetError(f"{path}: no task at all; expected task_index and task of each")
+
     order = sorted(found)
+
     return Tasks(np.array(order, np.int64), tuple(found[number] for number in order))
 
 
@@ -288,10 +338,14 @@ def _each_once(tables: Tables) -> Tables:
     """Episodes in the order of their numbers; of a number that is there twice, the later entry."""
     if not len(tables.number):
         raise DatasetError(f"data set {tables.root}: {tables.file} has no episode; the copy is incomplete")
+
+    # The later entry: an episode recorded again is appended.
     last = {number: row for row, number in enumerate(tables.number.tolist())}
     order = np.array([last[number] for number in sorted(last)], np.int64)
     if len(order) == len(tables.number):
         return tables.taken(order)
+
     numbers, counts = np.unique(tables.number, return_counts=True)
     repeated = tuple(numbers[counts > 1].tolist())
+
     return replace(tables.taken(order), repeated=repeated)

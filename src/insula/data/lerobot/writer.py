@@ -1,7 +1,6 @@
 """Writing LeRobot v3.0: an episode at a time, in bounded memory, all or nothing."""
 
 import contextlib
-import json
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -14,13 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from insula.data.images import EncodedImages, EncodedVideo, encode_pngs
+from insula.data.lerobot.arrow import arrow_array, arrow_schema, tasks_table
 from insula.data.lerobot.info import BOOKKEEPING, DATA_PATH, EPISODES_PATH, VERSION, Feature, Info, pick
 from insula.data.lerobot.statistics import histogram_stats, numeric_stats
 from insula.data.lerobot.tables import VIDEO_PATH
 from insula.errors import DatasetError, InputError
 from insula.files import write_json
 
-IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 PENDING = 100  # episode rows kept in memory
 Encoded = EncodedImages | EncodedVideo
 Values = np.ndarray | Sequence[Any] | Encoded
@@ -59,7 +58,8 @@ class LeRobotWriter:
         self._file_megabytes = file_megabytes
         if self.root.exists() and not overwrite and (self.root.is_file() or any(self.root.iterdir())):
             raise DatasetError(f"{self.root}: exists and is not empty; choose another place or ask for overwriting")
-        self._schema = _schema(self.features | BOOKKEEPING)
+
+        self._schema = arrow_schema(self.features | BOOKKEEPING)
         self._tasks: dict[str, int] = {}
         self._episodes = 0
         self._pending: list[dict[str, Any]] = []
@@ -85,16 +85,20 @@ class LeRobotWriter:
         """
         if not self._open:
             raise RuntimeError(f"{self.root}: add_episode() after close()")
+
         episode, steps = self._episodes, _check_episode(frames, self.features, self._episodes)
         values = {k: _checked(k, f, frames[k], steps, episode) for k, f in self.features.items()}
         for name, array in values.items():
             if isinstance(array, np.ndarray):
                 self.non_finite += self._non_finite(array, self.features[name], f"episode {episode}, feature {name!r}")
+
+        # Tasks may change within an episode.
         texts = [task] * steps if isinstance(task, str) else list(task)
         if len(texts) != steps:
             raise DatasetError(
                 f"episode {episode}: {len(texts)} tasks for {steps} frames, expected one or one for each"
             )
+
         known = dict.fromkeys(texts)  # in order, each once
         for text in known:
             self._tasks.setdefault(text, len(self._tasks))
@@ -126,12 +130,14 @@ class LeRobotWriter:
         self._episodes += 1
         if len(self._pending) == PENDING:
             self._write_pending()
+
         return episode
 
     def close(self) -> None:
         """Write the metadata and move the data set into place. A second call does nothing."""
         if not self._open:
             return
+
         try:
             if not self._episodes:
                 raise DatasetError(f"{self.root}: no episode was added, so there is nothing to write")
@@ -139,7 +145,7 @@ class LeRobotWriter:
             meta = self._partial / "meta"
             write_json(meta / "info.json", self._info().to_json())
             write_json(meta / "stats.json", {k: _listed(s) for k, s in self._global_stats().items()})
-            pq.write_table(_tasks_table(self._tasks), meta / "tasks.parquet")
+            pq.write_table(tasks_table(self._tasks), meta / "tasks.parquet")
             _move_into_place(self._partial, self.root, self._overwrite)
             self._open = False
         except BaseException:
@@ -178,6 +184,7 @@ class LeRobotWriter:
         bad = np.argwhere(~np.isfinite(flat))
         if not len(bad) or self._keep_non_finite:
             return len(bad)
+
         frame, dim = bad[0].tolist()
         label = feature.names[dim] if feature.names else dim
         raise DatasetError(
@@ -187,20 +194,25 @@ class LeRobotWriter:
 
     def _write_rows(self, values: Mapping[str, Any]) -> int:
         """One row group. Returns the number of the file it went to."""
+        # By size as LeRobot does: readers open whole files.
         if self._sink is not None and self._sink.tell() >= self._file_megabytes * 2**20:
             self._close_data_file()
             self._file += 1
+
         if self._rows is None:
             path = self._partial / DATA_PATH.format(chunk_index=self._file // 1000, file_index=self._file % 1000)
             path.parent.mkdir(parents=True, exist_ok=True)
             self._sink = pa.OSFile(str(path), "wb")
             cameras = {k for k, f in self.features.items() if f.dtype == "image"}
+            # Dictionaries pay for columns that repeat; timestamps and index never do.
             coded = [k for k in BOOKKEEPING if k not in ("timestamp", "index")]
             packing = {f.name: "snappy" for f in self._schema if f.name not in cameras}
             packing |= {f"{k}.{part}": "none" for k in cameras for part in ("bytes", "path")}  # PNG is packed already
             self._rows = pq.ParquetWriter(self._sink, self._schema, compression=packing, use_dictionary=coded)
-        arrays = [_arrow(f, values[k]) for k, f in self._all_features() if f.dtype != "video"]
+
+        arrays = [arrow_array(f, values[k]) for k, f in self._all_features() if f.dtype != "video"]
         self._rows.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+
         return self._file
 
     def _copy_videos(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,16 +221,21 @@ class LeRobotWriter:
         for key, video in values.items():
             if not isinstance(video, EncodedVideo):
                 continue
+
             copied = self._videos.setdefault(key, {})
             is_new = video.path not in copied
+            # Several episodes of one v3.0 file keep sharing it.
             number = copied.setdefault(video.path, len(copied))
             place = {"chunk_index": number // 1000, "file_index": number % 1000}
             if is_new:
                 path = self._partial / VIDEO_PATH.format(video_key=key, **place)
                 path.parent.mkdir(parents=True, exist_ok=True)
+                # Bytes, not frames: coding again would lose quality each time.
                 shutil.copyfile(video.path, path)
+
             times = {"from_timestamp": video.start, "to_timestamp": video.start + video.frames / self.fps}
             row |= {f"videos/{key}/{name}": value for name, value in (place | times).items()}
+
         return row
 
     def _write_pending(self) -> None:
@@ -228,6 +245,7 @@ class LeRobotWriter:
             path = self._partial / EPISODES_PATH.format(chunk_index=0, file_index=0)
             path.parent.mkdir(parents=True)
             self._episode_table = pq.ParquetWriter(path, table.schema)
+
         self._episode_table.write_table(table)
         self._pending.clear()
 
@@ -249,12 +267,14 @@ class LeRobotWriter:
         """This episode's statistics; its values are kept for the global ones."""
         stats = {}
         for name, feature in self._all_features():
+            # Pictures are counted, numbers kept: quantiles over all episodes need every value.
             if isinstance(encoded := values[name], Encoded):
                 self._histograms[name] += encoded.histogram
                 stats[name] = histogram_stats(encoded.histogram) | {"count": np.array([len(encoded)])}
             elif feature.is_numeric:
                 self._columns[name].append(values[name])
                 stats[name] = numeric_stats(values[name])
+
         return stats
 
     def _global_stats(self) -> dict[str, dict[str, np.ndarray]]:
@@ -287,8 +307,10 @@ def _checked_features(features: Mapping[str, Feature]) -> dict[str, Feature]:
             raise InputError(f"feature {name!r}: got shape {feature.shape}, expected one axis; flatten it first")
         if feature.names is not None and not feature.is_camera and len(feature.names) != feature.shape[0]:
             raise InputError(f"feature {name!r}: {len(feature.names)} names for {feature.shape[0]} dimensions")
+
     if not features:
         raise InputError("features: got none, expected at least one column")
+
     return dict(features)
 
 
@@ -300,9 +322,11 @@ def _check_episode(frames: Mapping[str, Values], features: Mapping[str, Feature]
     missing = [name for name in features if name not in frames]
     if missing:
         raise DatasetError(f"{where}: lacks {', '.join(missing)}")
+
     lengths = {k: len(v) for k, v in frames.items()}
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         raise DatasetError(f"{where}: features differ in length or are empty: {lengths}")
+
     return next(iter(lengths.values()))
 
 
@@ -316,64 +340,20 @@ def _checked(name: str, feature: Feature, values: Values, steps: int, episode: i
         if encoded.size != feature.size:
             raise DatasetError(f"{where}: got images of {encoded.size}, expected {feature.size} (height, width)")
         return encoded
+
     if isinstance(values, Encoded):
         raise DatasetError(f"{where}: got images, expected {feature.dtype}{list(feature.shape)}")
     if feature.dtype == "string":
         return [None if value is None else str(value) for value in values]
+
+    # Widening is fine; cutting floats to integers is not.
     array = np.asarray(values)
     if not np.can_cast(array.dtype, feature.dtype, "same_kind"):
         raise DatasetError(f"{where}: got {array.dtype}, expected {feature.dtype}")
     if array.shape not in ((steps, *feature.shape), (steps,) if feature.shape == (1,) else ()):
         raise DatasetError(f"{where}: got shape {array.shape}, expected {(steps, *feature.shape)}")
+
     return array.astype(feature.dtype).reshape((steps,) if feature.shape == (1,) else (steps, *feature.shape))
-
-
-def _schema(features: Mapping[str, Feature]) -> pa.Schema:
-    """Arrow types, with the note that makes the `datasets` library read images as images."""
-    fields: list[pa.Field] = []
-    notes: dict[str, dict[str, Any]] = {}
-    for name, feature in features.items():
-        if feature.dtype == "video":
-            continue
-        if feature.is_camera:
-            kind, notes[name] = IMAGE, {"_type": "Image"}
-        else:
-            kind, notes[name] = _arrow_type(feature.dtype), {"dtype": feature.dtype, "_type": "Value"}
-            if feature.shape != (1,):
-                kind = pa.list_(kind, feature.shape[0])
-                notes[name] = {"feature": notes[name], "length": feature.shape[0], "_type": "Sequence"}
-        fields.append(pa.field(name, kind))
-    return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": notes}})})
-
-
-def _arrow_type(dtype: str) -> pa.DataType:
-    return pa.string() if dtype == "string" else pa.from_numpy_dtype(np.dtype(dtype))
-
-
-def _arrow(feature: Feature, values: Any) -> pa.Array:
-    if isinstance(values, EncodedImages):
-        paths = [f"frame-{i:06d}.png" for i in range(len(values))]
-        return pa.StructArray.from_arrays([pa.array(values.files, pa.binary()), pa.array(paths)], fields=list(IMAGE))
-    if isinstance(values, np.ndarray) and values.ndim == 2:
-        return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), feature.shape[0])
-    return pa.array(values, _arrow_type(feature.dtype))
-
-
-def _tasks_table(tasks: Mapping[str, int]) -> pa.Table:
-    """Columns task and task_index, `task` marked as the index that pandas will see."""
-
-    def describe(name: str, kind: str, numpy: str) -> dict[str, Any]:
-        return {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": numpy, "metadata": None}
-
-    note = {
-        "index_columns": ["task"],
-        "column_indexes": [],
-        "columns": [describe("task_index", "int64", "int64"), describe("task", "unicode", "object")],
-        "creator": {"library": "pyarrow", "version": pa.__version__},
-        "pandas_version": "2.0.0",
-    }
-    columns = {"task_index": pa.array(list(tasks.values()), pa.int64()), "task": pa.array(list(tasks), pa.string())}
-    return pa.table(columns).replace_schema_metadata({"pandas": json.dumps(note)})
 
 
 def _listed(stats: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -382,17 +362,20 @@ def _listed(stats: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 def _move_into_place(partial: Path, root: Path, overwrite: bool) -> None:
     """Rename; what was at `root` goes aside first and is removed last."""
+    # Never a moment without a complete data set at `root`, or a way back to it.
     aside = None
     if root.exists() and overwrite:
         aside = partial.with_name(partial.name.replace("partial", "replaced"))
         root.rename(aside)
     elif root.exists():
         root.rmdir()  # an empty directory; anything else appeared meanwhile, and must not be lost
+
     try:
         partial.rename(root)
     except OSError:
         if aside is not None:
             aside.rename(root)
         raise
+
     if aside is not None:
         shutil.rmtree(aside) if aside.is_dir() else aside.unlink()

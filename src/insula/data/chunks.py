@@ -20,8 +20,27 @@ from insula.errors import DatasetError
 
 log = logging.getLogger(__name__)
 ASPECTS = frozenset(
-    ("", "pos", "position", "cmd", "command", "target", "goal", "state", "action", "observation", "main", "follower")
-    + ("leader", "qpos", "joint", "motor", "delta", "desired", "actual", "current")
+    {
+        "pos",
+        "position",
+        "cmd",
+        "command",
+        "target",
+        "goal",
+        "state",
+        "action",
+        "observation",
+        "main",
+        "follower",
+        "leader",
+        "qpos",
+        "joint",
+        "motor",
+        "delta",
+        "desired",
+        "actual",
+        "current",
+    }
 )
 """Words of a dimension's name that do not say which joint it is."""
 
@@ -88,9 +107,7 @@ def check_delta(dataset: LeRobotDataset, data: RobotData) -> None:
             "those out of delta"
         )
     if different:
-        _warn_once(
-            f"data set {data.path}: delta pairs different names ({told}); are they the same joint?"
-        )
+        _warn_once(f"data set {data.path}: delta pairs different names ({told}); are they the same joint?")
 
 
 @lru_cache(maxsize=64)
@@ -102,13 +119,16 @@ def _warn_once(message: str) -> None:
 def _joint(name: str) -> str:
     """A name without what tells a command from a measurement: "Shoulder_pan.pos" and "shoulder_pan.cmd" are one."""
     words = re.split(r"[^a-z0-9]+", name.lower())
-    return "_".join(word for word in words if word not in ASPECTS) or name.lower()
+    return "_".join(word for word in words if word and word not in ASPECTS) or name.lower()
 
 
 def named_cameras(dataset: LeRobotDataset, data: RobotData) -> None:
     """Raises DatasetError when a camera's feature is missing, is no camera, or cannot be read."""
     for name, key in data.cameras.items():
-        pick(key, dataset.features, f"feature for the model's camera {name!r}:", f"data set {dataset.root}")
+        try:
+            pick(key, dataset.features, f"feature for the model's camera {name!r}:", f"data set {dataset.root}")
+        except DatasetError as error:
+            raise DatasetError(f"{error}; insula data describe writes a mapping of what is there") from None
         dataset.camera(key)
 
 

@@ -170,5 +170,5 @@ def test_unused_cameras_are_said_and_odd_columns_found(tmp_path: Path) -> None:
     assert '# cannot be read: "observation.tactile": dtype is "float8"' in text
     features.pop("action")
     path.write_text(json.dumps(raw))
-    with pytest.raises(DatasetError, match=r"no column is called 'action' or like it; its columns of numbers: observation.joints"):
+    with pytest.raises(DatasetError, match=r"no column is called 'action' or like it; .* numbers: observation.joints"):
         describe(root, ("front",))

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from insula.data.cameras import unusable_cameras
-from insula.data.instructions import is_missing
 from insula.data.lerobot.info import BOOKKEEPING, Info
 from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.mapping import ACTION, IMAGES, STATE, plain_name
+from insula.data.texts import says_nothing
 from insula.errors import DatasetError
 
 STATES = ((STATE,), ("state",), ("states",), ("joint_position", "gripper_position"), ("qpos",), ("observation.qpos",))
@@ -129,7 +129,7 @@ def _instructions(dataset: LeRobotDataset) -> list[str]:
         else:
             continue
         lines.append(f"# instruction = {_text(key)}{' ' * 10}# {note}")
-    if missing := [text for text in dataset.tasks if is_missing(text) or not text.strip()]:
+    if missing := [text for text in dataset.tasks if says_nothing(text)]:
         lines.append(f"# some tasks are no instruction: {', '.join(map(repr, missing[:5]))}")
     return lines
 

@@ -8,19 +8,16 @@ that a table writes for it. An empty text is what some recorders write on purpos
 """
 
 import logging
-import unicodedata
 from dataclasses import dataclass
 
 import numpy as np
 
 from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.mapping import RobotData
+from insula.data.texts import is_blank, is_missing
 from insula.errors import DatasetError
 
 log = logging.getLogger(__name__)
-
-MISSING = frozenset({"none", "nan", "null", "<na>", "nat", "n/a", "#n/a"})
-"""What pandas, JSON and spreadsheets write where there is no text, in lower case."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,16 +30,6 @@ class Instructions:
     def of(self, frames: np.ndarray) -> list[str]:
         """The text of each of these frames [N]."""
         return [self.texts[number] for number in self.number[frames].tolist()]
-
-
-def is_missing(text: str) -> bool:
-    """Whether a text only says that there is none, such as "None" or "nan"."""
-    return text.strip().lower() in MISSING
-
-
-def is_blank(text: str) -> bool:
-    """Whether nothing of a text can be seen: it is empty, or all spaces, line breaks and control characters."""
-    return all(character.isspace() or unicodedata.category(character) in ("Cc", "Cf") for character in text)
 
 
 def read_instructions(dataset: LeRobotDataset, data: RobotData) -> Instructions:

@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 
 from insula.batch import Batch, Observation
 from insula.data.images import decode_any, resize_with_pad
-from insula.data.instructions import is_blank, is_missing
 from insula.data.mapping import QuestionData
 from insula.data.observe import Sizes
+from insula.data.texts import is_blank, is_missing
 from insula.data.token_table import TokenTable, ahead
 from insula.errors import DatasetError, TokenBudgetError, did_you_mean
 from insula.tokens.sequence import FASTTokenizer

@@ -19,39 +19,43 @@ from insula.data.lerobot.layout import Layout, read_layout
 from insula.data.lerobot.metadata import FAULTS as METADATA
 from insula.data.lerobot.parquet import open_parquet, read_columns
 from insula.data.lerobot.places import Span
+from insula.data.lerobot.sanity import NOTES, sanity_notes
 from insula.data.lerobot.video import TOLERANCE, VideoReader
 from insula.errors import DatasetError
 
-REMEDIES = METADATA | {
-    "metadata": "restore meta/ from the data set's source, or record again",
-    "path outside": "correct data_path and video_path in meta/info.json: they must stay below the data set",
-    "empty episode": "take its entry out of meta/, or copy its data file again",
-    "cannot be read": "nothing needs to be done unless a mapping names it; insula data convert leaves it out",
-    "names": "correct the names in meta/info.json, or leave them: dimensions are then called by number",
-    "totals": "write the number above into meta/info.json",
-    "episode repeated": "leave one entry of it in meta/",
-    "not listed": "add its entry to meta/, or leave it: it is not read",
-    "wrong place": "write the numbers above into the episode table",
-    "numbering": "nothing needs to be done; insula data convert renumbers",
-    "tasks differ": "decide which side is right, and have the other one written anew",
-    "null": "remove the episode, or fill the values in",
-    "file missing": "copy the file again",
-    "file damaged": "copy the file again, or remove its episodes",
-    "column missing": "remove the feature from meta/info.json, or restore the column",
-    "wrong dtype": "correct the feature in meta/info.json, or convert the column",
-    "wrong shape": "correct the feature's shape in meta/info.json, or record again",
-    "row count": "write the length above into the episode table, or restore file and table from one copy",
-    "index gap": "rows are missing or out of order: restore the file, or renumber its rows",
-    "task index": "add the task to the task table, or correct task_index",
-    "timestamps": "correct fps in meta/info.json, or write timestamps as frame_index / fps",
-    "not finite": "remove the episode, or mend the sensor's values",
-    "constant": "leave the dimension out, or check that it was recorded; training maps it to 0",
-    "unreadable image": "remove the episode, or restore the image",
-    "video damaged": "copy the video again, or remove its episodes",
-    "video too short": "the video was cut or has another frame rate: encode the episode again",
-    "statistics": "compute them anew: insula data convert writes true ones",
-    "duplicate episode": "remove one of the two, or it counts double in training",
-}
+REMEDIES = (
+    METADATA
+    | NOTES
+    | {
+        "metadata": "restore meta/ from the data set's source, or record again",
+        "path outside": "correct data_path and video_path in meta/info.json: they must stay below the data set",
+        "empty episode": "take its entry out of meta/, or copy its data file again",
+        "cannot be read": "nothing needs to be done unless a mapping names it; insula data convert leaves it out",
+        "names": "correct the names in meta/info.json, or leave them: dimensions are then called by number",
+        "totals": "write the number above into meta/info.json",
+        "episode repeated": "leave one entry of it in meta/",
+        "not listed": "add its entry to meta/, or leave it: it is not read",
+        "wrong place": "write the numbers above into the episode table",
+        "numbering": "nothing needs to be done; insula data convert renumbers",
+        "tasks differ": "decide which side is right, and have the other one written anew",
+        "null": "remove the episode, or fill the values in",
+        "file missing": "copy the file again",
+        "file damaged": "copy the file again, or remove its episodes",
+        "column missing": "remove the feature from meta/info.json, or restore the column",
+        "wrong dtype": "correct the feature in meta/info.json, or convert the column",
+        "wrong shape": "correct the feature's shape in meta/info.json, or record again",
+        "row count": "write the length above into the episode table, or restore file and table from one copy",
+        "index gap": "rows are missing or out of order: restore the file, or renumber its rows",
+        "task index": "add the task to the task table, or correct task_index",
+        "timestamps": "correct fps in meta/info.json, or write timestamps as frame_index / fps",
+        "not finite": "remove the episode, or mend the sensor's values",
+        "unreadable image": "remove the episode, or restore the image",
+        "video damaged": "copy the video again, or remove its episodes",
+        "video too short": "the video was cut or has another frame rate: encode the episode again",
+        "statistics": "compute them anew: insula data convert writes true ones",
+        "duplicate episode": "remove one of the two, or it counts double in training",
+    }
+)
 """Every fault the doctor knows."""
 
 
@@ -108,7 +112,8 @@ class _Examination:
             yield from self._data_file(span)
         for key in self.layout.clips:
             yield from self._camera(key)
-        yield from self._constant()
+        for note in sanity_notes(self.layout.root):
+            yield Finding(note.fault, note.message, note.file, note.episode, note.frame)
         yield from self._statistics()
 
     # --- rows --------------------------------------------------------------------------------------------------------
@@ -259,16 +264,6 @@ class _Examination:
 
     def _whole(self) -> dict[str, np.ndarray]:
         return {name: np.concatenate(parts) for name, parts in self.columns.items()}
-
-    def _constant(self) -> Iterator[Finding]:
-        for name, values in self._whole().items():
-            if not name.startswith("action") or values.dtype.kind != "f":
-                continue
-            rows = values.reshape(len(values), -1)
-            names = self.layout.info.features[name].names
-            for dimension in np.flatnonzero(np.ptp(rows, axis=0) == 0).tolist():
-                label = names[dimension] if names else dimension
-                yield Finding("constant", f"{name!r}, {label} is {rows[0, dimension]:g} in every frame")
 
     def _statistics(self) -> Iterator[Finding]:
         path = self.layout.root / "meta" / "stats.json"

@@ -194,7 +194,7 @@ def test_an_overlong_prompt_is_always_an_error(data, robot, codec):
         ({"state": (Columns("action"),)}, "'state' have 3 dimensions, data set .* has 2"),
         ({"state": (Columns("observation.state", (0, 1, 3)),)}, "has dimensions 0 to 2, the mapping asks for .3."),
         ({"delta": (2,)}, "delta names dimension 2"),
-        ({"instruction": "action"}, "holds float32 values, not strings"),
+        ({"instruction": "action"}, "holds float32 values of shape .2.; an instruction is a column of text"),
         ({"episodes": [3]}, "episode 3 does not exist; it has episodes 0 to 2"),
         ({"episodes": []}, "no episode was chosen"),
         ({"on_overflow": "cut"}, "got 'cut', expected 'error' or 'drop_token_loss'"),

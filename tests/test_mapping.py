@@ -147,7 +147,7 @@ def info(*cameras: str) -> Info:
 def test_cameras_are_paired_by_what_they_are_called(
     wanted: tuple[str, ...], found: tuple[str, ...], pairs: str
 ) -> None:
-    paired = pair_cameras(wanted, info(*found))
+    paired = pair_cameras(wanted, list(found))
     assert {feature: camera[0] for camera, feature in paired.items()} == dict(zip(found, pairs, strict=True))
 
 
@@ -166,9 +166,9 @@ def test_unused_cameras_are_said_and_odd_columns_found(tmp_path: Path) -> None:
         names = [name.replace("observation.state", "observation.joints") for name in table.column_names]
         pq.write_table(table.rename_columns(names), file)
     text = describe(root, ("front",))
-    assert "# not used: observation.images.side" in text and 'state = ["observation.joints"]' in text
+    assert '# not used: "observation.images.side"' in text and 'state = ["observation.joints"]' in text
     assert '# cannot be read: "observation.tactile": dtype is "float8"' in text
     features.pop("action")
     path.write_text(json.dumps(raw))
-    with pytest.raises(DatasetError, match=r"no column is called 'action' or like it; its numbers: observation.joints"):
+    with pytest.raises(DatasetError, match=r"no column is called 'action' or like it; .* numbers: observation.joints"):
         describe(root, ("front",))

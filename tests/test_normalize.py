@@ -110,12 +110,97 @@ def test_a_file_of_openpi_without_quantiles_or_extremes():
     ("raw", "message"),
     [
         ([], "expected an object with the key 'norm_stats'"),
-        ({"norm_stats": {"state": {"mean": [0]}}}, "'state': expected an object with mean, std"),
-        ({"norm_stats": {"state": {"mean": ["a"], "std": [1]}}}, "expected lists of numbers"),
-        ({"norm_stats": {"state": {"mean": [0, 1], "std": [1]}}}, r"std has shape \(1,\), expected \(2,\)"),
-        ({"norm_stats": {"state": {"mean": [float("nan")], "std": [1]}}}, "finite numbers"),
+        ({"state": {}}, "expected an object with the key 'norm_stats'.*got 'state'"),
+        ({"norm_stats": {"state": [1]}}, r"'state' is \[1\], expected an object"),
+        ({"norm_stats": {"state": {"mean": [0]}}}, "'state': no std; it has mean, expected mean and std"),
+        ({"norm_stats": {"state": {"mean": [0], "stdev": [1]}}}, r"no std \(did you mean 'stdev'\?\)"),
+        ({"norm_stats": {"state": {"mean": ["a"], "std": [1]}}}, r'mean\[0\] is "a", expected a finite number'),
+        ({"norm_stats": {"state": {"mean": ["0.5"], "std": [1]}}}, r'mean\[0\] is "0.5", expected a finite number'),
+        ({"norm_stats": {"state": {"mean": [0], "std": [True]}}}, r"std\[0\] is true, expected a finite number"),
+        ({"norm_stats": {"state": {"mean": 0, "std": [1]}}}, "mean is 0, expected a list of numbers"),
+        ({"norm_stats": {"state": {"mean": [[0]], "std": [1]}}}, r"mean\[0\] is \[0\], expected a finite number"),
+        ({"norm_stats": {"state": {"mean": [0, 1], "std": [1]}}}, "std has 1 numbers, mean has 2"),
+        ({"norm_stats": {"state": {"mean": [float("nan")], "std": [1]}}}, r"mean\[0\] is NaN, expected a finite"),
+        ({"norm_stats": {"state": {"mean": [0], "std": [float("inf")]}}}, r"std\[0\] is Infinity"),
+        ({"norm_stats": {"state": {"mean": [0], "std": [-1]}}}, r"std\[0\] is -1, expected at least 0"),
+        (
+            {"norm_stats": {"state": {"mean": [0], "std": [1], "q01": [2], "q99": [1]}}},
+            r"q01\[0\] is 2, above q99\[0\]",
+        ),
+        (
+            {"norm_stats": {"state": {"mean": [0], "std": [1], "min": [2], "max": [1]}}},
+            r"min\[0\] is 2, above max\[0\]",
+        ),
     ],
 )
 def test_bad_files_are_refused(raw, message):
     with pytest.raises(ValueError, match=message):
         normalize.stats_from_json(raw, "here")
+
+
+def norm_file(tmp_path, **changes):
+    """A file as openpi writes it, of two dimensions, and what a mapping makes of it."""
+    entry = {"mean": [1.0, 1.0], "std": [2.0, 2.0], "q01": [-9.0, -9.0], "q99": [9.0, 9.0]} | changes
+    kept = {key: value for key, value in entry.items() if value is not None}
+    path = tmp_path / "norm_stats.json"
+    path.write_text(json.dumps({"norm_stats": {"state": kept, "actions": kept}}))
+    return path
+
+
+def test_the_mappings_normalization_wins_over_the_file(tmp_path):
+    path, x = norm_file(tmp_path), np.array([3.0, 3.0])
+    sizes = {"state": 2, "actions": 2}
+    means = normalize.load_mapped_stats(path, "mean_std", sizes)["actions"]
+    quantiles = normalize.load_mapped_stats(path, "quantiles", sizes)["actions"]
+    np.testing.assert_allclose(means.normalize(x), 1.0)
+    np.testing.assert_allclose(quantiles.normalize(x), 2 * 12 / 18 - 1)
+    np.testing.assert_allclose(means.unnormalize(means.normalize(x)), x)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "sizes", "message"),
+    [
+        ({"kind": "min_max"}, "quantiles", {"state": 2}, "says kind 'min_max', the mapping normalization 'quantiles'"),
+        ({"q01": None}, "quantiles", {"state": 2}, 'has no q01, .*write normalization = "mean_std"'),
+        ({}, "min_max", {"state": 2}, 'has no min and max.* it has mean, std, q01, q99: .*"quantiles" or "mean_std"'),
+        ({}, "quantiles", {"state": 3}, "'state' has 2 dimensions, expected the 3"),
+        ({}, "quantiles", {"action": 2}, "no 'action' .did you mean 'actions'"),
+    ],
+)
+def test_a_file_that_contradicts_the_mapping_is_refused_by_name(tmp_path, changes, kind, sizes, message):
+    with pytest.raises(ValueError, match=f"norm_stats.json: .*{message}"):
+        normalize.load_mapped_stats(norm_file(tmp_path, **changes), kind, sizes)
+
+
+def test_a_file_that_says_the_same_kind_and_no_state_are_fine(tmp_path):
+    path = norm_file(tmp_path, kind="mean_std")
+    found = normalize.load_mapped_stats(path, "mean_std", {"state": 0, "actions": 2})
+    assert found["state"].dim == 0 and found["actions"].kind == "mean_std"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_constant_is_relative_to_the_dimensions_own_scale(np_rng):
+    noise = np_rng.uniform(-1, 1, (2000, 5))
+    scales, centers = np.array([4e-5, 2e-7, 4e-5, 1e-10, 1.0]), np.array([0, 0, 7.0, 0, 0])
+    stats = normalize.fit_stats_of(centers + noise * scales)
+    # tiny units move; noise beside a large value, and rounding around nothing, do not
+    assert stats.constant.tolist() == [False, False, True, True, False]
+    np.testing.assert_allclose(np.quantile(stats.normalize(noise * scales)[:, 0], 0.99), 1, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tiny_units_with_outliers_keep_their_quantiles_and_events_their_size(np_rng):
+    values = np_rng.uniform(-4e-5, 4e-5, (2000, 2))
+    values[3, 0] = 2e-4  # an outlier of tiny units
+    values[3, 1] = 1.0  # an event beside noise
+    stats = normalize.fit_stats_of(values)
+    assert stats.rarely_moves.tolist() == [False, True]
+    assert stats.normalize(values)[3].tolist() == [pytest.approx(5, rel=0.1), pytest.approx(1)]
+
+
+def test_statistics_of_another_robot_are_told_by_dimension(np_rng):
+    values = np_rng.normal(size=(500, 3))
+    stats = normalize.fit_stats_of(values)
+    assert not normalize.strangers(stats, values * 1.5).any()
+    degrees = values * np.array([57.3, 1, 1e-3])  # one in other units, one as it should be, one far too small
+    assert normalize.strangers(stats, degrees).tolist() == [True, False, True]

@@ -5,7 +5,10 @@ chunk (H = 5)   a_t a_t+1 a_t+2 a_t+2 a_t+2         clamped at the last action
 action_is_pad    0    0    0     1     1            no flow loss there
 """
 
+import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import SupportsIndex
 
 import numpy as np
@@ -14,6 +17,32 @@ from insula.data.lerobot.info import pick
 from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.mapping import Columns, RobotData
 from insula.errors import DatasetError
+
+log = logging.getLogger(__name__)
+ASPECTS = frozenset(
+    {
+        "pos",
+        "position",
+        "cmd",
+        "command",
+        "target",
+        "goal",
+        "state",
+        "action",
+        "observation",
+        "main",
+        "follower",
+        "leader",
+        "qpos",
+        "joint",
+        "motor",
+        "delta",
+        "desired",
+        "actual",
+        "current",
+    }
+)
+"""Words of a dimension's name that do not say which joint it is."""
 
 
 def joined(dataset: LeRobotDataset, columns: Sequence[Columns], read: Callable[[str], np.ndarray]) -> np.ndarray:
@@ -29,13 +58,18 @@ def joined(dataset: LeRobotDataset, columns: Sequence[Columns], read: Callable[[
 
 def dim_names(dataset: LeRobotDataset, columns: Sequence[Columns]) -> list[str]:
     """What the data set calls each dimension; "column[3]" where it has no name."""
-    names = []
+    return [given or usual for given, usual in _named(dataset, columns)]
+
+
+def _named(dataset: LeRobotDataset, columns: Sequence[Columns]) -> list[tuple[str | None, str]]:
+    """For each dimension, the name it was given, None where it has none, and what to call it then."""
+    names: list[tuple[str | None, str]] = []
     for entry in columns:
         feature = dataset.numeric(entry.column)
         size = int(np.prod(feature.shape))
         given = feature.names if feature.names and len(feature.names) == size else None
         dims = range(size) if entry.dims is None else _checked_dims(dataset, entry, size)
-        names += [given[d] if given else entry.column if size == 1 else f"{entry.column}[{d}]" for d in dims]
+        names += [(given[d] if given else None, entry.column if size == 1 else f"{entry.column}[{d}]") for d in dims]
     return names
 
 
@@ -48,19 +82,53 @@ def _checked_dims(dataset: LeRobotDataset, entry: Columns, size: int) -> list[in
     return list(entry.dims)
 
 
-def check_delta(data: RobotData, state_dim: int, action_dim: int) -> None:
-    """Raises DatasetError where `delta` names a dimension that the state or the actions lack."""
-    if outside := [d for d in data.delta if not 0 <= d < min(state_dim, action_dim)]:
+def check_delta(dataset: LeRobotDataset, data: RobotData) -> None:
+    """Raises DatasetError where `delta` names a dimension that the state or the actions lack, or takes another joint's
+    state from an action: its own is at another place. Warns where the two merely have different names."""
+    if not data.delta:
+        return
+    state, actions = _named(dataset, data.state), _named(dataset, data.actions)
+    if outside := [d for d in data.delta if not 0 <= d < min(len(state), len(actions))]:
         raise DatasetError(
-            f"data set {data.path}: delta names dimension {outside[0]}, but there are {state_dim} of the state and "
-            f"{action_dim} of the actions; order the state's columns as the actions'"
+            f"data set {data.path}: delta names dimension {outside[0]}, but there are {len(state)} of the state and "
+            f"{len(actions)} of the actions; order the state's columns as the actions'"
         )
+
+    # By number, "gripper" may be taken from the last quaternion entry: both are numbers, and training would not fail.
+    pairs = [(d, actions[d][0], state[d][0]) for d in data.delta]
+    different = [(d, a, s) for d, a, s in pairs if a is not None and s is not None and _joint(a) != _joint(s)]
+    told = ", ".join(f"{d}: action {a!r}, state {s!r}" for d, a, s in different)
+    at = {_joint(name): d for d, (name, _) in reversed(list(enumerate(state))) if name is not None}
+    elsewhere = [f"{a!r} is {at[_joint(a)]} of the state" for _, a, _ in different if _joint(a) in at]
+    if elsewhere:
+        raise DatasetError(
+            f"data set {data.path}: delta pairs different joints ({told}; {', '.join(elsewhere)}); name the "
+            'state\'s dimensions in the order of the actions (state = [{ column = "...", dims = [...] }]), or leave '
+            "those out of delta"
+        )
+    if different:
+        _warn_once(f"data set {data.path}: delta pairs different names ({told}); are they the same joint?")
+
+
+@lru_cache(maxsize=64)
+def _warn_once(message: str) -> None:
+    """Statistics, FAST and samples each ask again."""
+    log.warning(message)
+
+
+def _joint(name: str) -> str:
+    """A name without what tells a command from a measurement: "Shoulder_pan.pos" and "shoulder_pan.cmd" are one."""
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    return "_".join(word for word in words if word and word not in ASPECTS) or name.lower()
 
 
 def named_cameras(dataset: LeRobotDataset, data: RobotData) -> None:
     """Raises DatasetError when a camera's feature is missing, is no camera, or cannot be read."""
     for name, key in data.cameras.items():
-        pick(key, dataset.features, f"feature for the model's camera {name!r}:", f"data set {dataset.root}")
+        try:
+            pick(key, dataset.features, f"feature for the model's camera {name!r}:", f"data set {dataset.root}")
+        except DatasetError as error:
+            raise DatasetError(f"{error}; insula data describe writes a mapping of what is there") from None
         dataset.camera(key)
 
 

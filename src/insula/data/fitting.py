@@ -1,5 +1,6 @@
 """Statistics and FAST over a whole data set, one data file at a time, over as many processes as asked for."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -11,16 +12,20 @@ import numpy as np
 from insula.data import normalize, quantiles
 from insula.data.chunks import check_delta, chosen_episodes, chunk_indices, dim_names, frames_of, joined
 from insula.data.lerobot.reader import LeRobotDataset
-from insula.data.mapping import RobotData
+from insula.data.mapping import Columns, RobotData
 from insula.data.normalize import NormStats
 from insula.data.robot import Robot, relative
 from insula.data.workers import Map, mapping_over
-from insula.errors import DatasetError, FASTRangeError, InputError
+from insula.errors import FASTRangeError, InputError
 from insula.tokens.fast import FASTCodec
+
+log = logging.getLogger(__name__)
 
 RANGE_QUANTILES = (0.01, 0.99)
 ROWS_AT_ONCE = 2**17
 ENCODED_AT_ONCE = 2000
+LOOKED_AT = 8
+"""Data files, spread evenly, that are compared with statistics made elsewhere."""
 Blocks = Callable[[int], Iterable[np.ndarray]]
 
 
@@ -41,13 +46,35 @@ def robot_stats(
     processes: int = 1,
     skip_non_finite: bool = False,
 ) -> dict[str, NormStats]:
-    """The statistics the mapping names, else those `fit_stats` finds. Raises DatasetError where the file lacks some."""
+    """The statistics the mapping names, else those `fit_stats` finds. Warns by name of dimensions that the file cannot
+    have been made for. Raises as `fit_stats`, and InputError where the file contradicts the mapping."""
     if data.statistics is None:
         return fit_stats(data, horizon, episodes, processes, skip_non_finite)
-    stats = normalize.load_stats(data.statistics)
-    if missing := [part for part in ("state", "actions") if part not in stats]:
-        raise DatasetError(f"{data.statistics}: no {missing[0]!r}; expected 'state' and 'actions'")
+
+    dataset = LeRobotDataset(data.path, cache_bytes=0)
+    names = {part: dim_names(dataset, columns) for part, columns in _parts(data).items()}
+    stats = normalize.load_mapped_stats(data.statistics, data.normalization, {k: len(n) for k, n in names.items()})
+    work = _prepared(dataset, data, horizon, episodes, skip_non_finite=True)
+    some = np.unique(np.linspace(0, dataset.files - 1, LOOKED_AT).astype(int)).tolist()
+    for part in names:
+        if not names[part]:
+            continue
+        normalize.warn_of_constants(stats[part], names[part], f"{data.statistics}, {part}")
+        values = np.concatenate([next(_blocks(work, part, file)) for file in some])
+        if strange := [names[part][i] for i in np.flatnonzero(normalize.strangers(stats[part], values)).tolist()]:
+            log.warning(
+                "%s, %s: %s of data set %s lie far outside the statistics, or within a hundredth of their range; are "
+                "they of another robot, or in other units? insula data stats shows both",
+                data.statistics,
+                part,
+                ", ".join(strange),
+                data.path,
+            )
     return stats
+
+
+def _parts(data: RobotData) -> dict[str, tuple[Columns, ...]]:
+    return {"state": data.state, "actions": data.actions}
 
 
 def fit_stats(
@@ -70,7 +97,7 @@ def fit_stats(
             name: _stats(over, partial(_blocks, work, name), dataset.files, data, name, dim_names(dataset, columns))
             if columns
             else normalize.nothing(data.normalization)
-            for name, columns in (("state", data.state), ("actions", data.actions))
+            for name, columns in _parts(data).items()
         }
 
 
@@ -81,7 +108,7 @@ def _prepared(
     episodes: Iterable[SupportsIndex] | None,
     skip_non_finite: bool,
 ) -> _Pass:
-    check_delta(data, len(dim_names(dataset, data.state)), len(dim_names(dataset, data.actions)))
+    check_delta(dataset, data)
     included = np.zeros(len(dataset.episodes), bool)
     included[chosen_episodes(dataset, episodes)] = True
     return _Pass(data, data.horizon or horizon, included, skip_non_finite)

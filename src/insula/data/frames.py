@@ -83,7 +83,7 @@ def _all_finite(
 def _check_statistics(
     dataset: LeRobotDataset, data: RobotData, robot: Robot, state: np.ndarray, actions: np.ndarray
 ) -> None:
-    check_delta(data, state.shape[1], actions.shape[1])
+    check_delta(dataset, data)
     for name, values in (("state", state), ("actions", actions)):
         dim = robot.stats[name].dim
         if values.shape[1] != dim:

@@ -8,13 +8,18 @@
     none        low, high = −1, 1                        the data is normalized already
 
 Nothing is clipped here, so the inverse is exact; by quantiles, about 2 % of the values lie outside [-1, 1].
-Guard: where high − low is below EPSILON, the formula would blow up noise (values of −3200 have been seen).
+Guard: where high − low is next to nothing, the formula would blow up noise (values of −3200 have been seen).
 - A dimension that rests almost always but does move (its min and max differ) uses low, high = min, max.
-- A dimension that never moves maps to 0, and back to its constant.
+- A dimension that never moves maps to 0, and back to its constant. Next to nothing is relative to the dimension's own
+  magnitude: steps of 1e-5 m at 1 kHz are motion, 1e-5 rad around 1.57 are noise.
+
+What counts is the normalization the mapping asks for: a file of statistics that says another one is refused.
 File format: openpi's norm_stats.json, {"norm_stats": {"state": {mean, std, q01, q99}, "actions": {...}}}, with min, max
 and kind.
 """
 
+import dataclasses
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -23,12 +28,29 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from insula.errors import InputError
+from insula.errors import InputError, did_you_mean
 from insula.files import read_json, write_json
 
 EPSILON = 1e-4
-"""A range below this (in the units of the data) counts as constant."""
+"""A range below this counts as constant: as a share of the dimension's own magnitude, which counts for at most 1."""
+ROUNDING = 1e-8
+"""Whatever the magnitude, a range below this is rounding."""
+RESTING = 0.01
+"""A dimension rests almost always where its quantiles span less than this share of all its values."""
 Kind = Literal["quantiles", "min_max", "mean_std", "none"]
+NEEDED: dict[Kind, tuple[str, ...]] = {
+    "quantiles": ("q01", "q99"),
+    "min_max": ("min", "max"),
+    "mean_std": ("mean", "std"),
+    "none": (),
+}
+"""The figures each kind is made of."""
+ARRAYS = ("mean", "std", "q01", "q99", "min", "max")
+LARGEST = 1e300
+"""Beyond this the formulas overflow."""
+FAR, NARROW = 2.0, 0.02
+"""Normalized values beyond the first are outliers; a dimension that spans less than the second uses 1 % of its
+range."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +67,7 @@ class NormStats:
 
     @property
     def dim(self) -> int:
+        """How many dimensions there are."""
         return len(self.mean)
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
@@ -58,11 +81,20 @@ class NormStats:
         else:
             low, high = self._known("q01", "q99")
             if self.min is not None and self.max is not None:
-                narrow = high - low < EPSILON
-                low, high = np.where(narrow, self.min, low), np.where(narrow, self.max, high)
+                rests = self._rests()
+                low, high = np.where(rests, self.min, low), np.where(rests, self.max, high)
+
         middle = (low + high) / 2
-        constant = high - low < EPSILON
+        magnitude = np.minimum(np.maximum(np.abs(low), np.abs(high)), 1.0)
+        constant = high - low < np.maximum(EPSILON * magnitude, ROUNDING)
         return np.where(constant, middle, low), np.where(constant, middle, high)
+
+    def _rests(self) -> np.ndarray:
+        """bool [D]: quantiles coincide, while some values lie far outside. Without the second half, a dimension in tiny
+        units would be scaled by its outliers."""
+        assert self.q01 is not None and self.q99 is not None and self.min is not None and self.max is not None
+        span = self.q99 - self.q01
+        return (span < EPSILON) & (span < RESTING * (self.max - self.min))
 
     def _known(self, low: str, high: str) -> tuple[np.ndarray, np.ndarray]:
         pair = getattr(self, low), getattr(self, high)
@@ -79,9 +111,9 @@ class NormStats:
     @property
     def rarely_moves(self) -> np.ndarray:
         """bool [D]: dimensions scaled by min and max because their quantiles coincide."""
-        if self.kind != "quantiles" or self.q01 is None or self.q99 is None:
+        if self.kind != "quantiles" or any(getattr(self, name) is None for name in ("q01", "q99", "min", "max")):
             return np.zeros(self.dim, bool)
-        return (self.q99 - self.q01 < EPSILON) & ~self.constant
+        return self._rests() & ~self.constant
 
     def normalize(self, values: np.ndarray) -> np.ndarray:
         """[..., D] in the data's units to float32 [..., D], about [-1, 1]. Raises ValueError on NaN or infinity."""
@@ -157,19 +189,85 @@ def stats_to_json(stats: Mapping[str, NormStats]) -> dict[str, Any]:
 
 
 def stats_from_json(raw: Any, where: str = "norm_stats.json") -> dict[str, NormStats]:
-    """The inverse of `to_json`; reads openpi's own files too. Raises ValueError naming what is missing or wrong."""
+    """The inverse of `stats_to_json`; reads openpi's own files too. Raises InputError naming what is wrong."""
     if not isinstance(raw, dict) or not isinstance(raw.get("norm_stats"), dict):
-        raise InputError(f"{where}: expected an object with the key 'norm_stats'")
+        have = ", ".join(map(repr, list(raw)[:8])) if isinstance(raw, dict) else f"a {type(raw).__name__}"
+        raise InputError(
+            f"{where}: expected an object with the key 'norm_stats', and in it 'state' and 'actions', as openpi and "
+            f"insula data stats --out write it; got {have or 'nothing'}"
+        )
     return {key: _parse(entry, f"{where}: {key!r}") for key, entry in raw["norm_stats"].items()}
 
 
 def save_stats(path: str | Path, stats: Mapping[str, NormStats]) -> None:
+    """Write them as openpi does, whole or not at all."""
     write_json(Path(path), stats_to_json(stats))
 
 
 def load_stats(path: str | Path) -> dict[str, NormStats]:
-    """Raises FileNotFoundError, or ValueError naming what is wrong in the file."""
+    """Raises MissingFileError, FileError, or InputError naming what is wrong in the file."""
     return stats_from_json(read_json(Path(path)), str(path))
+
+
+def load_mapped_stats(path: Path, kind: Kind, sizes: Mapping[str, int]) -> dict[str, NormStats]:
+    """The statistics of a file as a mapping means them: of these dimensions (`sizes` by part, "state" and "actions"),
+    normalized by `kind`.
+
+    Raises as `load_stats`, and InputError where the file lacks a part or what `kind` is made of, has other dimensions,
+    or says another kind.
+    """
+    raw = read_json(path)
+    found = stats_from_json(raw, str(path))
+    mapped = {}
+    for part, size in sizes.items():
+        if not size:
+            mapped[part] = nothing(kind)
+            continue
+        if part not in found:
+            raise InputError(
+                f"{path}: no {part!r}{did_you_mean(part, found)}; it has {', '.join(map(repr, found)) or 'nothing'}, "
+                f"expected {' and '.join(map(repr, sizes))}"
+            )
+        mapped[part] = _mapped(found[part], raw["norm_stats"][part], kind, size, f"{path}: {part!r}")
+    return mapped
+
+
+def _mapped(stats: NormStats, raw: Mapping[str, Any], kind: Kind, size: int, where: str) -> NormStats:
+    if stats.dim != size:
+        raise InputError(
+            f"{where} has {stats.dim} dimensions, expected the {size} that the mapping takes from the data set; fit it "
+            "on this data set (insula data stats --out), or correct the mapping's columns"
+        )
+    said = raw.get("kind")  # openpi's files say none: the config does, as the mapping does here
+    if said is not None and said != kind:
+        raise InputError(
+            f'{where} says kind {said!r}, the mapping normalization {kind!r}; write normalization = "{said}", or take '
+            '"kind" out of the file'
+        )
+    missing = [name for name in NEEDED[kind] if getattr(stats, name) is None]
+    if missing:
+        have = [name for name in ARRAYS if getattr(stats, name) is not None]
+        able = [f'"{other}"' for other, needed in NEEDED.items() if needed and set(needed) <= set(have)]
+        raise InputError(
+            f"{where} has no {' and '.join(missing)}, which normalization {kind!r} is made of; it has "
+            f"{', '.join(have)}: write normalization = {' or '.join(able)}, or fit it anew (insula data stats --out)"
+        )
+    return dataclasses.replace(stats, kind=kind)
+
+
+def strangers(stats: NormStats, values: np.ndarray) -> np.ndarray:
+    """bool [D]: dimensions of `values` [n, D] that these statistics do not describe, because most values lie beyond
+    twice their range, or all of them within a hundredth of it. Statistics of another robot, or in other units, look
+    like this; values that are not finite are left aside."""
+    rows = values[np.isfinite(values).all(1)]
+    if not len(rows):
+        return np.zeros(stats.dim, bool)
+
+    normalized = stats.normalize(rows)
+    outside = (np.abs(normalized) > FAR).mean(0) > 0.5
+    moves = np.ptp(rows, axis=0) > 0
+    tiny = np.ptp(normalized, axis=0) < NARROW
+    return outside | (moves & tiny & ~stats.constant)
 
 
 def _plain(value: np.ndarray | str | None) -> list[float] | str | None:
@@ -177,17 +275,45 @@ def _plain(value: np.ndarray | str | None) -> list[float] | str | None:
 
 
 def _parse(entry: Any, where: str) -> NormStats:
-    if not isinstance(entry, dict) or entry.get("mean") is None or entry.get("std") is None:
-        raise InputError(f"{where}: expected an object with mean, std, q01 and q99")
+    if not isinstance(entry, dict):
+        raise InputError(f"{where} is {_shown(entry)}, expected an object with mean, std, q01 and q99")
     kind: Any = entry.get("kind") or "quantiles"
     if kind not in get_args(Kind):
         raise InputError(f"{where}: kind is {kind!r}, expected one of {', '.join(get_args(Kind))}")
-    try:
-        known = [f.name for f in fields(NormStats) if f.name != "kind" and entry.get(f.name) is not None]
-        arrays = {name: np.asarray(entry[name], np.float64) for name in known}
-    except (TypeError, ValueError):
-        raise InputError(f"{where}: expected lists of numbers") from None
+
+    arrays = {name: _numbers(entry[name], f"{where}: {name}") for name in ARRAYS if entry.get(name) is not None}
+    unknown = [key for key in entry if key not in ARRAYS]
+    for name in ("mean", "std"):
+        if name not in arrays:
+            have = ", ".join(map(str, entry)) or "nothing"
+            raise InputError(f"{where}: no {name}{did_you_mean(name, unknown)}; it has {have}, expected mean and std")
     for name, array in arrays.items():
-        if array.ndim != 1 or array.shape != arrays["mean"].shape or not np.isfinite(array).all():
-            raise InputError(f"{where}: {name} has shape {array.shape}, expected {arrays['mean'].shape} finite numbers")
+        if array.shape != arrays["mean"].shape:
+            raise InputError(f"{where}: {name} has {len(array)} numbers, mean has {len(arrays['mean'])}")
+
+    # A range the wrong way round would pass for a constant one, and the dimension be lost.
+    low_high = [("q01", "q99"), ("min", "max")]
+    ranges = [(low, high) for low, high in low_high if low in arrays and high in arrays]
+    for low, high in ranges:
+        if len(wrong := np.flatnonzero(arrays[high] < arrays[low])):
+            at = int(wrong[0])
+            raise InputError(f"{where}: {low}[{at}] is {arrays[low][at]:g}, above {high}[{at}], {arrays[high][at]:g}")
+    if len(wrong := np.flatnonzero(arrays["std"] < 0)):
+        raise InputError(f"{where}: std[{wrong[0]}] is {arrays['std'][wrong[0]]:g}, expected at least 0")
     return NormStats(**arrays, kind=kind)
+
+
+def _numbers(raw: Any, where: str) -> np.ndarray:
+    """A list of finite numbers. Text is no number, even where it looks like one: whoever wrote it meant a table."""
+    if not isinstance(raw, list):
+        raise InputError(f"{where} is {_shown(raw)}, expected a list of numbers")
+    for at, value in enumerate(raw):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not abs(value) <= LARGEST:  # NaN is not at most anything
+            raise InputError(f"{where}[{at}] is {_shown(value)}, expected a finite number")
+    return np.array(raw, np.float64)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -24,6 +24,7 @@ from insula.batch import Batch, Observation
 from insula.data.images import decode_any, resize_with_pad
 from insula.data.mapping import QuestionData
 from insula.data.observe import Sizes
+from insula.data.texts import is_blank, is_missing
 from insula.data.token_table import TokenTable, ahead
 from insula.errors import DatasetError, TokenBudgetError, did_you_mean
 from insula.tokens.sequence import FASTTokenizer
@@ -124,8 +125,10 @@ class QuestionSamples:
                 raise DatasetError(f"{self.where(row)}: not JSON ({e})") from None
         if not isinstance(raw, dict) or not all(isinstance(raw.get(key), str) for key in ("question", "answer")):
             raise DatasetError(f"{self.where(row)}: got {str(raw)[:80]}, expected an object with question and answer")
-        if not raw["answer"]:
+        if is_blank(raw["answer"]):
             raise DatasetError(f"{self.where(row)}: the answer is empty, so there is nothing to learn; leave it out")
+        if is_missing(raw["question"]):
+            raise DatasetError(f"{self.where(row)}: the question is {raw['question']!r}, a missing text; leave it out")
         return Question(raw["question"], raw["answer"], self._sources(row, raw))
 
     def _sources(self, row: int, raw: dict[str, Any]) -> dict[str, Path | bytes]:

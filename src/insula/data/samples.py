@@ -5,7 +5,7 @@ lacks of the model's sizes is padded and masked: cameras (`image_mask`), action 
 past the robot's horizon (`action_is_pad`), state dimensions (zeros).
 
     frames.py        which frames, and their numbers        observe.py       what the model sees of one
-    token_table.py   tokens, made once                      instructions     the text of each frame, below
+    token_table.py   tokens, made once                      instructions.py  the text of each frame
 """
 
 import logging
@@ -19,6 +19,7 @@ from insula.batch import Batch
 from insula.data.chunks import named_cameras
 from insula.data.config import TokenOverflow
 from insula.data.frames import read_frames
+from insula.data.instructions import read_instructions
 from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.mapping import RobotData
 from insula.data.observe import Observer, Sizes
@@ -78,7 +79,7 @@ class Samples:
         self.on_overflow = on_overflow
         self.observer = Observer(robot, tokenizer, sizes.state_dim, state_in_prompt)
         self.frames = read_frames(self.dataset, data, robot, episodes, skip_non_finite)
-        self.instructions = instructions(self.dataset, data, self.frames.index)
+        self.instructions = read_instructions(self.dataset, data).of(self.frames.index)
         self.table = TokenTable(len(self.frames.index), tokenizer.max_token_len)
         self.dropped = 0
 
@@ -175,25 +176,6 @@ class Samples:
 
         self.dropped += 1
         return self.observer.tokenize(task, state)
-
-
-def instructions(dataset: LeRobotDataset, data: RobotData, index: np.ndarray) -> Sequence[str]:
-    """What each of the frames `index` [N] was told: the mapping's column, or LeRobot's task of each frame.
-
-    Raises DatasetError where a frame names a task that does not exist.
-    """
-    if data.instruction:
-        texts = dataset.texts(data.instruction)
-        return [texts[frame] for frame in index.tolist()]
-
-    task = dataset.column("task_index")[index]
-    outside = np.flatnonzero((task < 0) | (task >= len(dataset.tasks)))
-    if len(outside):
-        raise DatasetError(
-            f"data set {dataset.root}: frame {index[outside[0]]} has task_index {task[outside[0]]}, "
-            f"meta/tasks.parquet has 0 to {len(dataset.tasks) - 1}"
-        )
-    return [dataset.tasks[number] for number in task.tolist()]
 
 
 def _check_sizes(dataset: LeRobotDataset, robot: Robot, sizes: Sizes) -> None:

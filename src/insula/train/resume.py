@@ -67,12 +67,16 @@ def resumed_settings(asked: TrainConfig, base: TrainConfig | None = None) -> tup
     stored = stored_settings(asked.run)
     settings = merge_settings(stored, asked, TrainConfig(run=asked.run) if base is None else base)
     settings = dataclasses.replace(settings, run=asked.run, resume=True)
-    refused = {name: values for name, values in differences(stored, settings).items() if name not in MAY_CHANGE}
+    changes = differences(stored, settings)
+    refused = {name: values for name, values in changes.items() if name not in MAY_CHANGE}
     if refused:
         told = "; ".join(
             f"{flag(name)}: stored {_shown(old)}, got {_shown(new)}" for name, (old, new) in refused.items()
         )
-        raise InputError(f"{asked.run}: cannot change while the run goes on; drop it, or start a new run: {told}")
+        # All or nothing: whoever sees half of the flags applied would take the rest for applied, too.
+        rest = ", ".join(f"{flag(name)} {_shown(new)}" for name, (_, new) in changes.items() if name not in refused)
+        may = f" (what may change is {rest})" if rest else ""
+        raise InputError(f"{asked.run}: cannot change while the run goes on; drop it, or start a new run: {told}{may}")
     return stored, settings
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from insula.data.chunks import joined
+from insula.data.instructions import read_instructions, warn_of_blanks
 from insula.data.lerobot import LeRobotDataset
 from insula.data.mapping import RobotData
 from insula.errors import DatasetError, InputError
@@ -124,18 +125,11 @@ def split_to_json(part: Part, units: np.ndarray) -> dict[str, Any]:
 
 
 def instructions_of(dataset: LeRobotDataset, robot: RobotData) -> list[set[str]]:
-    """The instructions that each episode shows."""
-    if robot.instruction:
-        known, numbers = np.unique(np.array(dataset.texts(robot.instruction)), return_inverse=True)
-        names = known.tolist()
-    else:
-        numbers = np.asarray(dataset.column("task_index")).reshape(-1)
-        names = dict(enumerate(dataset.tasks))
-
+    """The instructions that each episode shows. Warns where some are empty; raises as `read_instructions`."""
+    found = read_instructions(dataset, robot)
+    warn_of_blanks(dataset, found)
     spans = zip(dataset.episodes.start, dataset.episodes.stop, strict=True)
-    shown = [np.unique(numbers[start:stop]).tolist() for start, stop in spans]
-    # A number without a text is an error of its own, which is raised with frame and file where samples are made.
-    return [{names[n] for n in some if n in range(len(names))} for some in shown]
+    return [{found.texts[number] for number in np.unique(found.number[start:stop])} for start, stop in spans]
 
 
 def episode_checksums(dataset: LeRobotDataset, robot: RobotData) -> np.ndarray:

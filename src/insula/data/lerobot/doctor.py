@@ -20,7 +20,9 @@ from insula.data.lerobot.parquet import open_parquet, read_columns
 from insula.data.lerobot.picture_check import PictureCheck
 from insula.data.lerobot.places import Span
 from insula.data.lerobot.remedies import Finding, grouped
+from insula.data.lerobot.sanity import sanity_notes
 from insula.data.lerobot.timing import EXACT, NEAREST_WITHIN
+from insula.data.texts import says_nothing
 from insula.errors import DatasetError, InsulaError
 from insula.files import read_json
 
@@ -53,7 +55,7 @@ class _Examination:
             yield from self._data_file(span)
         for key in self.layout.clips:
             yield from self.pictures.camera(key)
-        yield from self._constant()
+        yield from sanity_notes(self.layout.root)
         yield from self._statistics()
         if len(self.layout.episodes) == 1:
             yield Finding("one episode", "has a single episode")
@@ -164,7 +166,7 @@ class _Examination:
 
     def _texts(self, texts: list[str | None], name: str, span: Span, file: str) -> Iterator[Finding]:
         """A prompt without an instruction teaches that the task does not matter."""
-        empty = [row for row, text in enumerate(texts) if text is None or not text.strip()]
+        empty = [row for row, text in enumerate(texts) if text is None or says_nothing(text)]
         if empty:
             message = f"{name!r} is empty or null in {len(empty)} of {len(texts)} frames"
             yield Finding("no text", message, file, *self.layout.episodes.locate(span.start + empty[0]), subject=name)
@@ -204,22 +206,6 @@ class _Examination:
 
     def _whole(self) -> dict[str, np.ndarray]:
         return {name: np.concatenate(parts) for name, parts in self.columns.items()}
-
-    def _constant(self) -> Iterator[Finding]:
-        for name, values in self._whole().items():
-            # A state that never moves is no news; an action that never does is learned as 0.
-            if not name.startswith("action") or values.dtype.kind != "f":
-                continue
-
-            flat = values.reshape(len(values), -1)
-            still = np.flatnonzero(np.ptp(flat, axis=0) == 0).tolist()
-            if not still:
-                continue
-
-            said = [f"{self._label(name, dimension)} is {flat[0, dimension]:g}" for dimension in still[:20]]
-            more = f" and {len(still) - 20} more" if len(still) > 20 else ""
-            message = f"{name!r}: {len(still)} of {flat.shape[1]} dimensions never move: {', '.join(said)}{more}"
-            yield Finding("constant", message, subject=name)
 
     def _statistics(self) -> Iterator[Finding]:
         path = self.layout.root / "meta" / "stats.json"

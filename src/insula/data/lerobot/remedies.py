@@ -59,6 +59,11 @@ REMEDIES = METADATA | {
     "frames unused": "nothing needs to be done: no row asks for them",
     "no statistics": "nothing needs to be done here, which fits its own; insula data convert writes them for LeRobot",
     "constant": "nothing needs to be done: training maps it to 0; if it should move, check that it was recorded",
+    "jump": "unwrap the angle before recording, or record its sine and cosine: as it is, a small turn reads as a whole",
+    "spike": "mend the frame or remove the episode; quantiles withstand it, min_max and mean_std do not",
+    "copy": "check which column was recorded as the action: a policy learns to do nothing from a copy of the state",
+    "black pictures": f"check the camera, or leave the episode out: {DROP}",
+    "frozen pictures": "check that the camera was recorded: the numbers move and its pictures do not",
     "no text": "nothing needs to be done unless it is the instruction: annotate these frames, or leave them out",
     "one episode": "nothing can be held out: record more, or train with --held-out-fraction 0",
 }
@@ -66,7 +71,7 @@ REMEDIES = METADATA | {
 NOTES = frozenset(
     {
         *("cannot be read", "names", "totals", "numbering", "clock", "frames unused", "no statistics", "constant"),
-        *("one episode", "no text"),
+        *("one episode", "no text", "jump", "spike", "copy", "black pictures", "frozen pictures"),
     }
 )
 """Those that leave nothing wrong in what is read; all others are faults."""

@@ -6,28 +6,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import tyro
 
-from insula.checkpoints import lerobot
+from insula.checkpoints import lerobot, lerobot_steps
 from insula.checkpoints.formats import INSULA
 from insula.checkpoints.hub import local
 from insula.checkpoints.loading import LoadReport, open_weights, settle
 from insula.checkpoints.openpi import OPENPI
-from insula.checkpoints.sources import SAFETENSORS
+from insula.checkpoints.sources import SAFETENSORS, read_settings
 from insula.checkpoints.store import CheckpointStore
 from insula.checkpoints.tensor_map import paths
 from insula.checkpoints.writing import Read, from_params, require_names, write_orbax, write_safetensors
 from insula.data import normalize as normalize
 from insula.data.normalize import NormStats
 from insula.data.robot import STATS_FILE
-from insula.errors import CheckpointError, FileError
+from insula.errors import CheckpointError, FileError, InputError
 from insula.files import read_json
 from insula.model.config import PI05, ModelConfig, config_from_dict, preset
 from insula.model.lora import merge
 from insula.model.params import abstract_params
 from insula.runs.assets import Assets, read_assets, write_config
-from insula.runs.folder import CHECKPOINTS_FOLDER, MODEL_FILE, TOKENIZER_FOLDER
+from insula.runs.folder import CHECKPOINTS_FOLDER, MODEL_FILE, ROBOTS_FOLDER, TOKENIZER_FOLDER
 from insula.runs.loading import refuse_leaking
+from insula.tokens.huggingface import save_huggingface
+from insula.tokens.text import TextTokenizer, load_text_tokenizer
 
 log = logging.getLogger(__name__)
 Target = Literal["insula", "lerobot", "openpi"]
@@ -44,6 +47,9 @@ class Model:
     report: LoadReport
     stats: Stats | None = None
     assets: Assets | None = None
+    text: TextTokenizer | None = None
+    relative: tuple[int, ...] = ()
+    """Action dimensions that count from the state."""
 
 
 def convert_checkpoint(
@@ -55,35 +61,40 @@ def convert_checkpoint(
     ignore: Sequence[str] = (),
     norm_stats: Path | None = None,
     robot: str | None = None,
+    text_tokenizer: Path | None = None,
 ) -> LoadReport:
     """Write `source` to the new directory `destination`, one array at a time.
 
     `preset_name` says what a source without a config is; `robot` whose statistics LeRobot or openpi get, where the
-    model knows several. Raises CheckpointError where the source is damaged, does not
-    fit, or the format cannot be this model; FileExistsError where `destination` holds something.
+    model knows several; `text_tokenizer` what travels to LeRobot from a source that holds none. Raises CheckpointError
+    where the source is damaged, does not fit, or the format cannot be this model; FileError where `destination` holds
+    something.
     """
     if destination.exists() and any(destination.iterdir() if destination.is_dir() else [destination]):
         raise FileError(f"{destination} is not empty; choose a new directory")
+
     model = open_model(source, preset_name, ignore)
     if norm_stats is not None:
-        model = dataclasses.replace(model, stats=normalize.load_stats(norm_stats))
+        model = dataclasses.replace(model, stats=_read_stats(norm_stats, model.config))
+
     if to == "insula":
         _write_insula(destination, model, dtype)
+        return model.report
+
+    model = _for_robot(model, robot)
+    if text_tokenizer is not None:
+        if model.text is not None:
+            raise InputError(
+                f"--text-tokenizer: {source} was trained with its own, which travels with it; leave it out"
+            )
+        model = dataclasses.replace(model, text=load_text_tokenizer(text_tokenizer))
+    _refuse_other_text(model, to)
+    stats = _checked_stats(model, source, to)
+    if to == "lerobot":
+        _write_lerobot(destination, model, stats, dtype)
     else:
-        format = lerobot.LEROBOT if to == "lerobot" else OPENPI
-        require_names(format, model.config)
-        model = _for_robot(model, robot, to)
-        _refuse_other_text(model, to)
-        stats = _checked_stats(model, source, to)
-        if to == "lerobot":
-            bounds = (stats["state"].bounds(), stats["actions"].bounds())
-            lerobot.write_policy_files(destination, model.config, *bounds, dtype)
-            write_safetensors(destination / lerobot.MODEL, format, model.config, model.read, dtype)
-        else:
-            write_orbax(destination / "params", format, model.config, model.read, dtype)
-            folder = destination / "assets" / "insula"
-            folder.mkdir(parents=True)
-            normalize.save_stats(folder / STATS_FILE, _openpi_stats(stats))
+        _write_openpi(destination, model, stats, dtype)
+
     return model.report
 
 
@@ -93,10 +104,16 @@ def open_model(source: Path, preset_name: str, ignore: Sequence[str] = ()) -> Mo
     if (source / CHECKPOINTS_FOLDER).is_dir():
         return _open_run(source)
     config, assets = _config(source, preset_name), None
-    if (source / TOKENIZER_FOLDER).is_dir():
+    if (source / ROBOTS_FOLDER).is_dir():
         assets = read_assets(source)
     reader = open_weights(source, config)
-    stats = None if assets else _find_stats(source)
+    stats = None if assets else _find_stats(source, config)
+    if assets is None and lerobot_steps.counts_from_state(source):
+        log.warning(
+            "%s: its actions count from the state, which weights and statistics do not say; name the dimensions "
+            "under `delta` in the mapping of your data",
+            source,
+        )
     return Model(config, reader.read, settle(reader, ignore=ignore), stats, assets)
 
 
@@ -112,44 +129,58 @@ def _open_run(run: Path) -> Model:
     return Model(assets.config, from_params(params), report, assets=assets)
 
 
-def _for_robot(model: Model, name: str | None, to: Target) -> Model:
-    """With that robot's statistics, unless others were given."""
+def _for_robot(model: Model, name: str | None) -> Model:
+    """With that robot's statistics, unless others were given, and its relative dimensions."""
     if model.assets is None:
         return model
+
     robot = model.assets.robot(name)
-    if robot.delta:
-        log.warning(
-            "the actions %s are relative to the state, which %s's files cannot say: add the state on the robot",
-            robot.delta,
-            to,
-        )
-    return model if model.stats is not None else dataclasses.replace(model, stats=robot.stats)
+    stats = robot.stats if model.stats is None else model.stats
+    return dataclasses.replace(model, stats=stats, text=model.assets.tokenizer.text, relative=robot.delta)
 
 
 def _config(source: Path, preset_name: str) -> ModelConfig:
+    """What the source says it is. A config of another tool that says nothing of sizes leaves it to the preset."""
     path = source / MODEL_FILE
-    if not path.is_file():
+    if not path.exists():
         return preset(preset_name)
-    raw = read_json(path)
+
+    raw = read_settings(path)
     if "insula" in raw:
-        return config_from_dict(raw["model"], str(path))
+        return config_from_dict(read_json(path, "model")["model"], str(path))
     return lerobot.read_policy_config(source) if raw.get("type") == "pi05" else preset(preset_name)
 
 
-def _find_stats(source: Path) -> Stats | None:
+def _find_stats(source: Path, config: ModelConfig) -> Stats | None:
     """Ours, openpi's `assets/<name>/norm_stats.json`, or LeRobot's normalizer."""
     found = [source / STATS_FILE, *sorted((source / "assets").glob(f"*/{STATS_FILE}"))]
-    files = [path for path in found if path.is_file()]
+    files = [path for path in found if path.exists()]
     if len(files) > 1:
         raise CheckpointError(
-            f"{source} holds statistics of {len(files)} robots; choose one with --norm-stats: {files}"
+            f"{source} holds statistics of {len(files)} robots; choose one with --norm-stats: "
+            f"{', '.join(map(str, files))}"
         )
     if files:
-        return normalize.load_stats(files[0])
-    bounds = lerobot.read_bounds(source)
-    if bounds is None:
-        return None
-    return {name: NormStats((low + high) / 2, (high - low) / 2, low, high) for name, (low, high) in bounds.items()}
+        return _read_stats(files[0], config)
+
+    bounds = lerobot_steps.read_bounds(source)
+    return None if bounds is None else {name: _between(low, high) for name, (low, high) in bounds.items()}
+
+
+def _read_stats(path: Path, config: ModelConfig) -> Stats:
+    """A file of statistics. openpi's does not say how to normalize, since there it belongs to the model: π0, whose
+    state is a token, by mean and std, π0.5 by quantiles."""
+    raw = read_json(path)
+    usual: normalize.Kind = "mean_std" if config.state_input == "token" else "quantiles"
+    stats = normalize.stats_from_json(raw, str(path))
+    said = {name: entry.get("kind") for name, entry in raw["norm_stats"].items()}
+
+    return {name: dataclasses.replace(part, kind=said[name] or usual) for name, part in stats.items()}
+
+
+def _between(low: np.ndarray, high: np.ndarray) -> NormStats:
+    """Statistics that map low to −1 and high to 1, whether they are read as quantiles or as mean and std."""
+    return NormStats((low + high) / 2, (high - low) / 2, low, high)
 
 
 def _checked_stats(model: Model, source: Path, to: Target) -> Stats:
@@ -163,20 +194,57 @@ def _checked_stats(model: Model, source: Path, to: Target) -> Stats:
 
 
 def _refuse_other_text(model: Model, to: Target) -> None:
-    if model.assets is None:
-        return
-    text, dialect = model.assets.tokenizer.text, model.assets.tokenizer.dialect.name
-    if text.vocab_size != PI05.vocab_size or dialect != "pi05":
+    """Raises CheckpointError where the target would write another prompt than this model was trained on."""
+    dialect = "pi0" if model.config.state_input == "token" else "pi05"  # what openpi's two models write
+    own = dialect if model.assets is None else model.assets.tokenizer.dialect.name
+    entries = PI05.vocab_size if model.text is None else model.text.vocab_size
+    if entries != PI05.vocab_size or own != dialect:
         raise CheckpointError(
-            f"{to} tokenizes with PaliGemma's {PI05.vocab_size:,} entries in the dialect 'pi05'; this policy was "
-            f"trained with {text.vocab_size:,} in {dialect!r}, so its prompts would mean something else there"
+            f"{to} writes the prompts of a {model.config.name!r} in the dialect {dialect!r}, with PaliGemma's "
+            f"{PI05.vocab_size:,} tokens; this policy has {entries:,} in {own!r}, so its prompts would mean something "
+            "else there. Train with --text-tokenizer and the preset's own dialect"
         )
 
 
-def _openpi_stats(stats: Stats) -> Stats:
-    spreads = {"state": lerobot.STATE_SPREAD, "actions": lerobot.ACTION_SPREAD}
-    bounds = {name: lerobot.with_range(stats[name].bounds(), spread) for name, spread in spreads.items()}
-    return {name: NormStats(stats[name].mean, stats[name].std, *bounds[name]) for name in spreads}
+def _write_lerobot(destination: Path, model: Model, stats: Stats, dtype: str) -> None:
+    """A PI05 directory that loads with the network off, once it holds a tokenizer."""
+    lerobot.refuse_other_sizes(model.config)
+    require_names(lerobot.LEROBOT, model.config)
+
+    tokenizer = lerobot_steps.HUB_TOKENIZER
+    if model.text is not None:
+        save_huggingface(model.text, destination / TOKENIZER_FOLDER)
+        # LeRobot takes a relative path from where its process runs, and not from the file that names it.
+        tokenizer = str((destination / TOKENIZER_FOLDER).resolve())
+    else:
+        log.warning(
+            "%s holds no tokenizer, so LeRobot will fetch %s; to load it offline, give --text-tokenizer",
+            model.report.source,
+            tokenizer,
+        )
+
+    bounds = stats["state"].bounds(), stats["actions"].bounds()
+    lerobot.write_policy_files(destination, model.config, *bounds, dtype, model.relative, tokenizer)
+    write_safetensors(destination / lerobot.MODEL, lerobot.LEROBOT, model.config, model.read, dtype)
+
+
+def _write_openpi(destination: Path, model: Model, stats: Stats, dtype: str) -> None:
+    """`params` and `assets/insula/norm_stats.json`, by which openpi's π0 and π0.5 alike normalize as this model."""
+    require_names(OPENPI, model.config)
+    if model.relative:
+        log.warning(
+            "actions %s count from the state; openpi's files cannot say so: add its DeltaActions and AbsoluteActions "
+            "to the data config",
+            list(model.relative),
+        )
+
+    write_orbax(destination / "params", OPENPI, model.config, model.read, dtype)
+    centered = lerobot_steps.HALF_BIN if model.config.state_input == "prompt" else 0.0
+    state = lerobot_steps.with_range(stats["state"].bounds(), lerobot_steps.STATE_SPREAD, centered)
+    actions = lerobot_steps.with_range(stats["actions"].bounds(), lerobot_steps.ACTION_SPREAD)
+    folder = destination / "assets" / "insula"
+    folder.mkdir(parents=True)
+    normalize.save_stats(folder / STATS_FILE, {"state": _between(*state), "actions": _between(*actions)})
 
 
 def _write_insula(destination: Path, model: Model, dtype: str) -> None:
@@ -210,10 +278,12 @@ class ConvertConfig:
     """openpi's norm_stats.json, where the source has no statistics."""
     robot: str | None = None
     """Whose statistics to write, where the run was trained on several."""
+    text_tokenizer: Path | None = None
+    """PaliGemma's tokenizer, to travel to LeRobot from a source that holds none."""
 
 
 def run_convert(config: ConvertConfig) -> None:
-    """Convert, and print what was read. Raises as `convert`."""
+    """Convert, and print what was read. Raises as `convert_checkpoint`."""
     report = convert_checkpoint(
         config.source,
         config.destination,
@@ -223,5 +293,6 @@ def run_convert(config: ConvertConfig) -> None:
         config.ignore,
         config.norm_stats,
         config.robot,
+        config.text_tokenizer,
     )
     print(report.summary())

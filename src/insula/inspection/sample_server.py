@@ -54,7 +54,11 @@ def _whole(text: str) -> int:
 
 
 def listen(port: int) -> socket.socket:
-    """A socket of this machine; port 0 takes a free one. Raises FileError where it is taken."""
+    """A socket of this machine; port 0 takes a free one. Raises InputError for a number that is no port, FileError
+    where it is taken."""
+    if not 0 <= port <= 65535:
+        raise InputError(f"--port {port}: expected 0 to 65535; 0 takes a free one")
+
     # Made here and not by uvicorn, which would exit the process where the port is taken.
     try:
         return socket.create_server((HOST, port))

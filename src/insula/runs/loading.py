@@ -12,7 +12,7 @@ from insula.errors import CheckpointError, InsulationError
 from insula.files import read_json
 from insula.model.params import Params, abstract_params
 from insula.runs.assets import Assets, read_assets
-from insula.runs.folder import CERTIFICATE_FILE, CHECKPOINTS_FOLDER, TOKENIZER_FOLDER
+from insula.runs.folder import CERTIFICATE_FILE, CHECKPOINTS_FOLDER, ROBOTS_FOLDER
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +33,12 @@ def load_model(run: str | Path, step: int | None = None, *, even_leaking: bool =
                 log.warning("%s: no certificate, the insulation of this checkpoint was not measured", folder)
             assets = read_assets(folder)
             return store.restore("params", abstract_params(assets.config), step), assets
-    if (run / SAFETENSORS).is_file() and (run / TOKENIZER_FOLDER).is_dir():
+    if (run / SAFETENSORS).is_file() and (run / ROBOTS_FOLDER).is_dir():
         assets = read_assets(run)
         return load_params(run, assets.config, jax.random.key(0))[0], assets
     raise CheckpointError(
         f"{run}: no checkpoints here; expected what `insula train --run` wrote (checkpoints/), or a trained "
-        f"policy from `insula convert --to insula` ({SAFETENSORS}, {TOKENIZER_FOLDER}/)"
+        f"policy from `insula convert --to insula` ({SAFETENSORS}, {ROBOTS_FOLDER}/)"
     )
 
 

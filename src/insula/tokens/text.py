@@ -93,7 +93,7 @@ class JSONText:
         if tokenizer.token_to_id(PALIGEMMA_TOKENS[0]) is None:
             tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in PALIGEMMA_TOKENS])
 
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         found = {key: _first_id(tokenizer, names, source) for key, names in CONTROL_NAMES.items()}
         self.bos_id, self.eos_id, self.pad_id = found["bos_id"], found["eos_id"], found["pad_id"]
 
@@ -105,18 +105,18 @@ class JSONText:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy sent to a worker: the library forgets this one setting on the way."""
         self.__dict__.update(state)
-        self._tokenizer.encode_special_tokens = True
+        self.tokenizer.encode_special_tokens = True
 
     def encode(self, text: str) -> list[int]:
         # BOS and EOS are the sequence's to place: the library would add its own in front of every piece.
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        return self._tokenizer.decode(_inside(ids, self.vocab_size), skip_special_tokens=True)
+        return self.tokenizer.decode(_inside(ids, self.vocab_size), skip_special_tokens=True)
 
     def save(self, path: str | Path) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
-        (Path(path) / TOKENIZER_FILE).write_text(self._tokenizer.to_str() + "\n", encoding="utf-8")
+        (Path(path) / TOKENIZER_FILE).write_text(self.tokenizer.to_str() + "\n", encoding="utf-8")
 
 
 class SentencePieceText:
@@ -124,7 +124,8 @@ class SentencePieceText:
 
     def __init__(self, model: bytes, source: str) -> None:
         """`source` names it in errors. Raises ValueError where `model` is none or lacks BOS, EOS or padding."""
-        self._model, self._pieces = model, _sentencepiece(model, source)
+        self.model = model
+        self._pieces = _sentencepiece(model, source)
         self.bos_id, self.eos_id, self.pad_id = self._pieces.bos_id(), self._pieces.eos_id(), self._pieces.pad_id()
         for name in CONTROL_NAMES:
             if getattr(self, name) < 0:
@@ -162,7 +163,7 @@ class SentencePieceText:
 
     def save(self, path: str | Path) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
-        (Path(path) / SENTENCEPIECE_FILE).write_bytes(self._model)
+        (Path(path) / SENTENCEPIECE_FILE).write_bytes(self.model)
 
 
 def _first_id(tokenizer: Tokenizer, names: tuple[str, ...], source: str) -> int:

@@ -75,19 +75,27 @@ def read_columns(
     if fixed > limit:
         raise DatasetError(_too_large(path, part, columns, fixed, limit), "file damaged")
 
+    taken = 0
     try:
         if fixed + texts <= limit:
+            taken = fixed + texts
             return file.read_row_groups(groups, columns=list(columns), use_threads=False)
 
         # A dictionary holds a text once for any number of rows: decode some at a time, and stop at the limit.
         at_once = max(1, min(65_536, limit // (8 * max(largest_text, 1))))
-        batches, taken = [], 0
+        batches = []
         for batch in file.iter_batches(at_once, row_groups=groups, columns=list(columns), use_threads=False):
             taken += batch.nbytes
             if taken > limit:
                 raise DatasetError(_too_large(path, part, columns, taken, limit), "file damaged")
             batches.append(batch)
         return pa.Table.from_batches(batches)
+    except pa.ArrowMemoryError:  # below the limit, and still more than this machine has to spare: nothing is damaged
+        raise DatasetError(
+            f"{path}{part}: {', '.join(columns)} would take {(taken + largest_text) / MIB:,.0f} MiB or more in memory, "
+            "more than is free here; close other programs, or write it in smaller files",
+            "file damaged",
+        ) from None
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(f"{path}{part}: damaged ({_first_line(error)}); restore the file", "file damaged") from None
 

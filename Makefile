@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help demo test setup lint format types examples figures bench slow constraints clean gl chromium
+.PHONY: help demo test setup lint format types examples figures lerobot bench slow constraints clean gl chromium
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -48,6 +48,10 @@ figures: $(VENV)/.test  ## comments, blank lines, docstrings and more, counted; 
 
 slow: $(VENV)/.test gl  ## the slow tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lerobot:  ## LeRobot's own PI05 runs what we export; PYTHON is a 3.12 that has lerobot, transformers and torch
+	$(PYTHON) -m pip install -q -e . pytest beartype
+	$(PYTHON) -m pytest -q -p no:cacheprovider tests/test_lerobot_policy.py
 
 bench: $(VENV)/.test gl  ## time and memory of a train step, and how fast data is read
 	$(BIN)/python benchmarks/step.py

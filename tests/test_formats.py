@@ -261,7 +261,7 @@ def test_tied_tensors_are_compared_over_rows_that_tokens_use(tmp_path: Path) -> 
 def test_a_damaged_index_of_shards_is_one_line(content: str, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(content, encoding="utf-8", errors="surrogateescape")
-    with pytest.raises(CheckpointError, match=r"index\.json.*anew") as caught:
+    with pytest.raises(CheckpointError, match=r"index\.json.*again") as caught:
         load(tmp_path, SMALL)
     assert "\n" not in str(caught.value)
 

@@ -412,7 +412,7 @@ def test_pictures_need_no_clock_but_a_wrong_rate_is_said(old: Path, caplog: Any)
     put(old, "timestamp", jittered)
     made = convert_dataset(old, old.parent / "made")
     np.testing.assert_allclose(made.column("timestamp")[:7], np.arange(7) / 10, atol=1e-6)
-    assert "timestamps are written anew" in caplog.text
+    assert "timestamps are written again" in caplog.text
     edit_info(old, fps=30)
     with pytest.raises(DatasetError, match=r'frames are 0\.\d+ s apart, but fps is 30: write "fps": '):
         convert_dataset(old, old.parent / "again")

@@ -251,7 +251,7 @@ def test_lora_is_added_once() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rank": 0}, "rank is 0, expected ≥ 1"),
+        ({"rank": 0}, "rank is 0, expected an integer ≥ 1"),
         ({"alpha": 0.0}, "alpha is 0.0"),
         ({"alpha": float("nan")}, "alpha is nan"),
         ({"parts": ("backbon",)}, "'backbon'.*did you mean 'backbone'"),

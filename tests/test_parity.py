@@ -96,7 +96,7 @@ def gemma(c: TransformerConfig) -> dict[str, Any]:
 
 
 def randomized(model: Any) -> Any:
-    """Every parameter drawn anew, norms and offsets too."""
+    """Every parameter drawn again, norms and offsets too."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

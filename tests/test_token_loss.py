@@ -38,7 +38,7 @@ def test_fast_tokens_are_causal() -> None:
 
 
 def test_random_strings_cannot_be_learned() -> None:
-    """K = 4 symbols drawn anew for each sample: no loss below ln K, but for a model that sees what it is to predict."""
+    """K = 4 symbols, drawn again for each sample: no loss below ln K, but for a model that sees what it predicts."""
     symbols, batch_size, steps = 4, 16, 250
     config = dataclasses.replace(
         SMALL, backbone=transformer(16, 2), vocab_size=8, max_prompt_len=1, max_fast_len=6, cameras=("front",)

@@ -1,7 +1,10 @@
 """Bounds of settings: one message for all of them, which names the setting, what was got and what is expected."""
 
+import dataclasses
 import math
+import types
 from collections.abc import Callable
+from typing import Any, Literal, Union, get_args, get_origin
 
 from insula.errors import InputError
 
@@ -31,3 +34,33 @@ def check_number(name: str, value: object, expected: str, good: Callable[[float]
 def check_seed(name: str, value: object) -> None:
     """Raises InputError unless `value` can seed every generator we use."""
     check_integer(name, value, 0, SEED_LIMIT)
+
+
+def is_a(value: object, kind: Any) -> bool:
+    """Whether a value is of the annotation of a field: plain types, `X | None`, `tuple[X, ...]`, `Literal`."""
+    origin, inside = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(is_a(value, one) for one in inside)
+    if origin is Literal:
+        return isinstance(value, str) and value in inside
+    if origin is tuple:
+        return isinstance(value, tuple) and all(is_a(part, inside[0]) for part in value)
+    if kind in (int, float) and isinstance(value, bool):  # True is an int, and JSON has both
+        return False
+    if kind is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+
+    return isinstance(value, kind)
+
+
+def name_of(kind: Any) -> str:
+    """An annotation in the words of an error: "int", "tuple[str, ...]", "'prompt' or 'token'"."""
+    inside = get_args(kind)
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, inside))
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join("none" if one is types.NoneType else name_of(one) for one in inside)
+    if dataclasses.is_dataclass(kind):
+        return "an object"
+
+    return str(kind) if inside else str(kind.__name__)

@@ -22,7 +22,7 @@ from insula.data import normalize as normalize
 from insula.data.normalize import NormStats
 from insula.data.robot import STATS_FILE
 from insula.errors import CheckpointError, FileError, InputError
-from insula.files import read_json
+from insula.files import is_named, read_json
 from insula.model.config import PI05, ModelConfig, config_from_dict, preset
 from insula.model.lora import merge
 from insula.model.params import abstract_params
@@ -142,7 +142,7 @@ def _for_robot(model: Model, name: str | None) -> Model:
 def _config(source: Path, preset_name: str) -> ModelConfig:
     """What the source says it is. A config of another tool that says nothing of sizes leaves it to the preset."""
     path = source / MODEL_FILE
-    if not path.exists():
+    if not is_named(path):
         return preset(preset_name)
 
     raw = read_settings(path)
@@ -153,8 +153,8 @@ def _config(source: Path, preset_name: str) -> ModelConfig:
 
 def _find_stats(source: Path, config: ModelConfig) -> Stats | None:
     """Ours, openpi's `assets/<name>/norm_stats.json`, or LeRobot's normalizer."""
-    found = [source / STATS_FILE, *sorted((source / "assets").glob(f"*/{STATS_FILE}"))]
-    files = [path for path in found if path.exists()]
+    folders = [source, *sorted((source / "assets").glob("*"))]
+    files = [folder / STATS_FILE for folder in folders if is_named(folder / STATS_FILE)]
     if len(files) > 1:
         raise CheckpointError(
             f"{source} holds statistics of {len(files)} robots; choose one with --norm-stats: "

@@ -77,6 +77,17 @@ class GLError(InsulaError, RuntimeError):
     """No off-screen OpenGL backend works here."""
 
 
+def brief(error: BaseException) -> str:
+    """Another library's error in one short line: some print whole specifications."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+
+    first = (str(error).strip().splitlines() or [""])[0].strip()
+    said = f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+    return said if len(said) <= 160 else f"{said[:157]}..."
+
+
 def did_you_mean(got: str, known: Iterable[str]) -> str:
     """The nearest known name as " (did you mean 'x'?)", or "" where none is near."""
     # 0.6 is difflib's own measure of near: one or two letters of a short name. Farther ones would be guesses.

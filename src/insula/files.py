@@ -21,6 +21,12 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
 
 
+def is_named(path: Path) -> bool:
+    """Whether a folder has an entry of that name, even a link that leads nowhere: what is there and cannot be read is
+    an error, and never the same as nothing."""
+    return os.path.lexists(path)
+
+
 def regular_size(path: Path) -> int:
     """The size of a file in bytes. Raises MissingFileError, or FileError for anything that is no regular file: reading
     a pipe would wait forever, reading a device would never end."""
@@ -113,6 +119,14 @@ def write_json(path: Path, content: Any) -> None:
     partial = path.with_name(f"{path.name}.partial")  # beside it: a file cannot be renamed to another file system
     partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def as_path(text: object, where: str) -> Path:
+    """Text of a settings file as a path. Raises InputError for what no file system takes."""
+    if not isinstance(text, str) or "\0" in text or not text.isprintable():
+        raise InputError(f"{where} is {text!r:.80}, expected the path of a file or folder")
+
+    return Path(text)
 
 
 def check_output_file(path: Path, endings: Sequence[str], setting: str) -> None:

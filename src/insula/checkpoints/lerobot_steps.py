@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from insula.checkpoints.sources import open_source, read_settings
 from insula.errors import CheckpointError
-from insula.files import write_json
+from insula.files import is_named, write_json
 
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor", "policy_postprocessor"
 STATE, ACTION = "observation.state", "action"
@@ -127,7 +127,7 @@ def read_bounds(folder: Path) -> dict[str, Bounds] | None:
     Raises CheckpointError where they are damaged, or normalize otherwise than by quantiles.
     """
     path = folder / f"{PREPROCESSOR}.json"
-    step = _steps(path).get("normalizer_processor") if path.exists() else None
+    step = _steps(path).get("normalizer_processor") if is_named(path) else None
     if step is None or "state_file" not in step:
         return None
 
@@ -152,7 +152,7 @@ def read_bounds(folder: Path) -> dict[str, Bounds] | None:
 def counts_from_state(folder: Path) -> bool:
     """Whether the policy's actions are relative to the state."""
     path = folder / f"{PREPROCESSOR}.json"
-    step = _steps(path).get(RELATIVE) if path.exists() else None
+    step = _steps(path).get(RELATIVE) if is_named(path) else None
     return step is not None and step["config"].get("enabled") is True
 
 

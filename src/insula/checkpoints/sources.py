@@ -14,9 +14,9 @@ import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from insula.errors import CheckpointError, InsulaError
+from insula.errors import CheckpointError, InsulaError, brief
 from insula.files import read_json
 
 SAFETENSORS, SHARDS = "model.safetensors", "model.safetensors.index.json"
@@ -131,37 +131,37 @@ class OrbaxSource:
             return jax.tree.leaves(checkpointer.restore(self.path.absolute(), wanted))[0]
 
 
-_DAMAGE = (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile, EOFError, TypeError, NotImplementedError)
-
-
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Libraries raise dozens of kinds for a damaged file; each means the same to the caller."""
+    """Libraries raise dozens of kinds for a damaged file; each means the same to the caller. Nothing but their calls
+    belongs inside."""
     try:
         yield
     except CheckpointError:
         raise
-    except _DAMAGE as error:
-        raise CheckpointError(f"{path} cannot be read, it is damaged or truncated: {error}; fetch it anew") from error
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} cannot be read, it is damaged or truncated ({brief(error)}); fetch it again"
+        ) from error
 
 
 def read_settings(path: Path, *needed: str) -> dict[str, Any]:
     """The JSON object in a file of a checkpoint. Raises CheckpointError naming the file and what is wrong in it."""
     if not path.is_file():
-        raise CheckpointError(f"{path}: {'is no regular file' if path.exists() else 'is not there'}; fetch it anew")
+        raise CheckpointError(f"{path}: {'is no regular file' if path.exists() else 'is not there'}; fetch it again")
     try:
         return read_json(path, *needed)
     except InsulaError as error:
-        raise CheckpointError(f"{error}; fetch the file anew") from None
+        raise CheckpointError(f"{error}; fetch the file again") from None
     except (OSError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); fetch the file anew") from None
+        raise CheckpointError(f"{path}: cannot be read ({error}); fetch the file again") from None
 
 
 def _shards(index: Path) -> list[Path]:
     """The files that an index of shards names."""
     shards = read_settings(index, "weight_map")["weight_map"]
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise CheckpointError(f"{index}: weight_map is no table of tensors and their files; fetch the file anew")
+        raise CheckpointError(f"{index}: weight_map is no table of tensors and their files; fetch the file again")
     names = sorted(set(shards.values()))
     for name in names:
         if Path(name).name != name or not (index.parent / name).is_file():

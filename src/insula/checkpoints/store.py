@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from insula.errors import CheckpointError
+from insula.errors import CheckpointError, brief
 
 logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every phase of every save
 
@@ -111,8 +111,8 @@ class CheckpointStore:
             restored = self._manager.restore(step, args=wanted)
         except Exception as error:  # Orbax raises dozens of kinds; each means the same to the caller
             raise CheckpointError(
-                f"{where} cannot be read ({type(error).__name__}: {error}); it is damaged or of another model. "
-                f"Remove {self._manager.directory}/{step} to fall back to an earlier step."
+                f"{where} cannot be read ({brief(error)}); it is damaged or of another model. "
+                f"Remove {self._manager.directory}/{step} to fall back to an earlier step"
             ) from error
         self._verify(where, restored[item], like, restored["manifest"][item])
         return restored[item]
@@ -149,7 +149,7 @@ class CheckpointStore:
 
     def _unwritten(self, step: object, error: Exception) -> CheckpointError:
         return CheckpointError(
-            f"{self._manager.directory}: step {step} cannot be written ({type(error).__name__}: {error}); "
+            f"{self._manager.directory}: step {step} cannot be written ({brief(error)}); "
             "earlier steps are whole. Make room, or mend the folder, and resume"
         )
 

@@ -107,7 +107,7 @@ def decode_image(data: bytes, size: tuple[int, int], where: str) -> np.ndarray:
         if (height, width) != size:
             raise DatasetError(
                 f"{where}: the image is {height}×{width} (height×width), info.json says {size[0]}×{size[1]}; correct "
-                "the feature's shape or record the frame anew",
+                "the feature's shape or record the frame again",
                 "picture size",
             )
 

@@ -23,6 +23,7 @@ from typing import Any, get_args
 from insula.batch import LossName
 from insula.data.normalize import Kind
 from insula.errors import DatasetError, did_you_mean
+from insula.files import as_path
 
 STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
 
@@ -213,7 +214,7 @@ def _value(key: str, value: Any, folder: Path, where: str) -> Any:
     if isinstance(value, dict) and not all(isinstance(item, str) for item in value.values()):
         raise DatasetError(f"{where} is {value!r}, expected texts")
     if isinstance(value, str) and key in ("path", "statistics"):
-        return folder / Path(value).expanduser()
+        return folder / as_path(value, where).expanduser()
     return tuple(value) if isinstance(value, list) else value
 
 

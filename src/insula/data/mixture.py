@@ -36,7 +36,7 @@ class SampleSource(Protocol):
 class Order:
     """`order[step]` -> (source [B], row [B]): which sample of which source, a pure function of (seed, step).
 
-    Each source is shuffled anew every time it has been seen whole. Sources are interleaved evenly by weight, so that
+    Each source is shuffled again every time it has been seen whole. Sources are interleaved evenly by weight, so that
     any stretch of samples holds each one's share to within one. Any step costs the same; there is no state.
     """
 

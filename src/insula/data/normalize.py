@@ -250,7 +250,7 @@ def _mapped(stats: NormStats, raw: Mapping[str, Any], kind: Kind, size: int, whe
         able = [f'"{other}"' for other, needed in NEEDED.items() if needed and set(needed) <= set(have)]
         raise InputError(
             f"{where} has no {' and '.join(missing)}, which normalization {kind!r} is made of; it has "
-            f"{', '.join(have)}: write normalization = {' or '.join(able)}, or fit it anew (insula data stats --out)"
+            f"{', '.join(have)}: write normalization = {' or '.join(able)}, or fit it again (insula data stats --out)"
         )
     return dataclasses.replace(stats, kind=kind)
 

@@ -7,17 +7,16 @@ robots/NAME/robot.json         cameras, horizon, delta, units
 robots/NAME/norm_stats.json    normalization, openpi's format
 """
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from insula.checks import check_integer
 from insula.data import normalize as normalize
 from insula.data.normalize import NormStats
 from insula.errors import InputError
-from insula.files import write_json
+from insula.files import read_json, write_json
 from insula.shapes import Float
 
 ROBOT_FILE, STATS_FILE = "robot.json", "norm_stats.json"
@@ -84,12 +83,25 @@ def relative(actions: np.ndarray, state: np.ndarray, delta: tuple[int, ...]) -> 
 
 
 def read_robot(directory: Path) -> Robot:
-    """Raises FileNotFoundError, or ValueError naming the file and what is wrong in it."""
+    """Raises MissingFileError, FileError, or InputError naming the file and what is wrong in it."""
     path = directory / ROBOT_FILE
-    try:
-        raw: Any = json.loads(path.read_text(encoding="utf-8"))
-        cameras, delta = tuple(map(str, raw["cameras"])), tuple(map(int, raw["delta"]))
-        horizon, units = int(raw["horizon"]), dict(raw["units"])
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: expected cameras, horizon, delta and units ({error!r})") from None
-    return Robot(normalize.load_stats(directory / STATS_FILE), cameras, horizon, delta, units)
+    raw = read_json(path, "cameras", "horizon", "delta", "units")
+    stats = normalize.load_stats(directory / STATS_FILE)
+    if missing := [part for part in ("state", "actions") if part not in stats]:
+        raise InputError(f"{directory / STATS_FILE}: no {' and '.join(missing)}; it was not written by insula")
+
+    cameras, delta, units = raw["cameras"], raw["delta"], raw["units"]
+    if not isinstance(cameras, list) or not all(isinstance(camera, str) for camera in cameras):
+        raise InputError(f"{path}: cameras is {cameras!r:.80}, expected a list of names")
+    check_integer(f"{path}: horizon", raw["horizon"], 1)
+
+    dims = min(stats["state"].dim, stats["actions"].dim)
+    if not isinstance(delta, list):
+        raise InputError(f"{path}: delta is {delta!r:.80}, expected a list of action dimensions")
+    for dim in delta:
+        check_integer(f"{path}: delta has a dimension that", dim, 0, dims - 1)
+
+    if not isinstance(units, dict) or not all(isinstance(unit, str) for unit in units.values()):
+        raise InputError(f"{path}: units is {units!r:.80}, expected names of units by part")
+
+    return Robot(stats, tuple(cameras), raw["horizon"], tuple(delta), units)

@@ -2,9 +2,18 @@
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
+from insula.checks import check_integer, check_number, is_a, name_of
 from insula.errors import InputError, did_you_mean
+
+LARGEST = 2**24
+"""Of any size: far beyond every model there is, and small enough that no product of three overflows."""
+
+
+def _check_sizes(what: str, config: Any, *names: str, least: int = 1) -> None:
+    for name in names:
+        check_integer(f"{what}{name}", getattr(config, name), least, LARGEST)
 
 
 def _check_choice(what: str, value: object, known: tuple[str, ...]) -> None:
@@ -24,6 +33,14 @@ class VisionConfig:
     depth: int
     mlp_dim: int
     num_heads: int
+
+    def __post_init__(self) -> None:
+        _check_sizes("vision: ", self, "image_size", "width", "depth", "mlp_dim", "num_heads")
+        for name in ("patch_sizes", "stem_widths"):
+            for size in getattr(self, name):
+                check_integer(f"vision: {name} has one that", size, 1, LARGEST)
+        if not self.patch_sizes:
+            raise InputError("vision: patch_sizes is empty, expected at least one, such as (14,)")
 
     @property
     def grid(self) -> int:
@@ -47,6 +64,9 @@ class TransformerConfig:
     num_kv_heads: int
     head_dim: int
 
+    def __post_init__(self) -> None:
+        _check_sizes("transformer: ", self, *(field.name for field in dataclasses.fields(self)))
+
 
 LORA_PARTS = ("backbone", "expert")
 
@@ -62,10 +82,8 @@ class LoraConfig:
     parts: tuple[Literal["backbone", "expert"], ...] = ("backbone",)
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"lora: rank is {self.rank}, expected ≥ 1; for no LoRA at all set lora=None")
-        if self.alpha <= 0 or not math.isfinite(self.alpha):
-            raise InputError(f"lora: alpha is {self.alpha}, expected > 0")
+        check_integer("lora: rank", self.rank, 1)  # for no LoRA at all: lora=None
+        check_number("lora: alpha", self.alpha, "> 0", lambda alpha: alpha > 0)
         for part in self.parts:
             if part not in LORA_PARTS:
                 near = did_you_mean(str(part), LORA_PARTS)
@@ -93,12 +111,11 @@ class ObjectiveConfig:
         return not (self.knowledge_insulation or self.freeze_backbone)
 
     def __post_init__(self) -> None:
-        if self.ki_fast_loss_weight < 0 or not math.isfinite(self.ki_fast_loss_weight):
-            raise InputError(f"objective: ki_fast_loss_weight is {self.ki_fast_loss_weight}, expected ≥ 0")
+        weight = self.ki_fast_loss_weight
+        check_number("objective: ki_fast_loss_weight", weight, "≥ 0", lambda value: value >= 0)
 
         # With none the flow loss would be a mean over nothing, and the expert would silently never learn.
-        if self.flow_samples < 1:
-            raise InputError(f"objective: flow_samples is {self.flow_samples}, expected ≥ 1")
+        check_integer("objective: flow_samples", self.flow_samples, 1)
 
         # Insulated from the flow loss and without a token loss, the backbone would silently never change.
         if self.knowledge_insulation and self.ki_fast_loss_weight == 0 and not self.freeze_backbone:
@@ -121,8 +138,8 @@ class ComputeConfig:
 
     def __post_init__(self) -> None:
         _check_choice("compute: dtype", self.dtype, ("float32", "bfloat16"))
-        if self.vocab_chunk is not None and self.vocab_chunk < 1:
-            raise InputError(f"compute: vocab_chunk is {self.vocab_chunk}, expected ≥ 1, or None for all at once")
+        if self.vocab_chunk is not None:  # None: all at once
+            check_integer("compute: vocab_chunk", self.vocab_chunk, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +198,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         where = f"config {self.name!r}"
+        _check_sizes(f"{where}: ", self, "vocab_size", "max_prompt_len", "max_fast_len", "horizon", "action_dim")
+        _check_sizes(f"{where}: ", self, "state_dim", least=0)
 
         # The expert reads the backbone's keys and values layer by layer, head by head.
         for field in ("depth", "num_heads", "num_kv_heads", "head_dim"):
@@ -285,7 +304,7 @@ def preset(name: str) -> ModelConfig:
 
 def config_from_dict(raw: Any, where: str = "config") -> ModelConfig:
     """The inverse of `dataclasses.asdict`. Raises InputError for a missing or unknown field, naming the nearest."""
-    _check_object(raw, where)
+    check_object(raw, where)
     _refuse_old_fields(raw, where)
 
     parts = {
@@ -306,14 +325,15 @@ def _refuse_old_fields(raw: dict[str, Any], where: str) -> None:
     """Runs written before `objective` and `compute` existed are named as such, rather than as a misspelled field."""
     if "knowledge_insulation" in raw and "objective" not in raw:
         raise InputError(
-            f"{where}: written by an insula before 0.2, whose settings had other names; read it with that version "
-            "(its `insula convert RUN OUT --to openpi` makes a checkpoint that this one reads), or train again"
+            f"{where}: written by an insula before 0.2, whose settings had other names. Read it with that version: of "
+            "openpi's sizes, its `insula convert RUN OUT --to openpi` makes a checkpoint that this one reads; any other "
+            "is trained again"
         )
 
 
 def build(kind: type, raw: Any, where: str) -> Any:
     """A dataclass from plain values, strictly. Raises InputError for a missing or unknown field."""
-    _check_object(raw, where)
+    check_object(raw, where)
 
     # A field that is not known may be one that a newer version reads: to ignore it would be to build another model.
     known = {field.name for field in dataclasses.fields(kind)}
@@ -326,9 +346,19 @@ def build(kind: type, raw: Any, where: str) -> Any:
         raise InputError(f"{where}: no {', '.join(missing)}; expected the fields of {kind.__name__}")
 
     # JSON has no tuples, and a list in a frozen config could not be hashed.
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()})
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if not is_a(value, hints[name]):
+            raise InputError(f"{where}: {name} is {raw[name]!r:.80}, expected {name_of(hints[name])}")
+
+    try:
+        return kind(**values)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
-def _check_object(raw: Any, where: str) -> None:
+def check_object(raw: Any, where: str) -> None:
+    """Raises InputError unless `raw` is what JSON calls an object."""
     if not isinstance(raw, dict):
-        raise InputError(f"{where}: got {raw!r}, expected an object of fields and values")
+        raise InputError(f"{where}: got {raw!r:.80}, expected an object of fields and values")

@@ -9,7 +9,7 @@ from insula.checkpoints.loading import load_params
 from insula.checkpoints.sources import SAFETENSORS
 from insula.checkpoints.store import CheckpointStore
 from insula.errors import CheckpointError, InsulationError
-from insula.files import read_json
+from insula.files import is_named, read_json
 from insula.model.params import Params, abstract_params
 from insula.runs.assets import Assets, read_assets
 from insula.runs.folder import CERTIFICATE_FILE, CHECKPOINTS_FOLDER, ROBOTS_FOLDER
@@ -43,10 +43,19 @@ def load_model(run: str | Path, step: int | None = None, *, even_leaking: bool =
 
 
 def refuse_leaking(folder: Path) -> None:
-    """Raises InsulationError where the certificate among a checkpoint's files says that its insulation leaks."""
+    """Raises InsulationError where the certificate among a checkpoint's files says that its insulation leaks,
+    CheckpointError where it is damaged."""
     path = folder / CERTIFICATE_FILE
-    if path.is_file():
-        found = read_json(path, "outcome", "findings")
-        if found["outcome"] == "leaks":
-            findings = "; ".join(map(str, found["findings"]))
-            raise InsulationError(f"{path}: this model's insulation leaks: {findings}; look at it with insula inspect")
+    if not is_named(path):
+        return
+
+    found = read_json(path, "outcome", "findings")
+    outcome, findings = found["outcome"], found["findings"]
+    if not isinstance(outcome, str) or not isinstance(findings, list):  # never a pass
+        raise CheckpointError(
+            f"{path}: damaged, outcome is {outcome!r:.80} and findings {findings!r:.80}; measure it again: "
+            "insula inspect --run RUN --certificate FILE.json"
+        )
+    if outcome == "leaks":
+        said = "; ".join(map(str, findings))
+        raise InsulationError(f"{path}: this model's insulation leaks: {said}; look at it with insula inspect")

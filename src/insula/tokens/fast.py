@@ -21,7 +21,7 @@ from scipy.fft import dct, idct
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from insula.errors import FASTRangeError, InputError
-from insula.files import read_json, write_json
+from insula.files import read_bytes, read_json, write_json
 
 CONFIG_FILE = "processor_config.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -281,9 +281,9 @@ _BYTE_OF = _byte_symbols()
 def read_tokenizer(path: Path) -> Tokenizer:
     """A `tokenizer.json`, without its padding and truncation, and with special tokens never read out of plain text.
 
-    Raises FileNotFoundError, or ValueError naming the file where it is none.
+    Raises MissingFileError, FileError, or InputError naming the file where it is none.
     """
-    source = path.read_bytes()
+    source = read_bytes(path)
     try:
         tokenizer = Tokenizer.from_buffer(source)
     except Exception as error:  # the library raises bare Exception

@@ -15,6 +15,7 @@ from typing import Any, Protocol, SupportsIndex, runtime_checkable
 from tokenizers import AddedToken, Tokenizer
 
 from insula.errors import InputError, MissingFileError
+from insula.files import read_bytes
 from insula.tokens.fast import TOKENIZER_FILE, read_tokenizer
 
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -80,7 +81,7 @@ def load_text_tokenizer(path: str | Path) -> TextTokenizer:
         raise MissingFileError(f"{path}: no such text tokenizer; expected a tokenizer.json or a SentencePiece .model")
 
     if path.suffix == ".model":
-        return SentencePieceText(path.read_bytes(), str(path))
+        return SentencePieceText(read_bytes(path), str(path))
     return JSONText(read_tokenizer(path), str(path))
 
 

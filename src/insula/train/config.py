@@ -9,8 +9,8 @@ import tyro
 from insula.checks import check_integer, check_number, check_seed
 from insula.data.config import DEFAULT_READING, DataConfig
 from insula.errors import InputError, did_you_mean
-from insula.files import read_json
-from insula.model.config import PI0, PI05, TINY_BFLOAT16, ModelConfig, build, config_from_dict
+from insula.files import as_path, read_json
+from insula.model.config import PI0, PI05, TINY_BFLOAT16, ModelConfig, build, check_object, config_from_dict
 from insula.train.optimizer import DEFAULT, PI0_OPTIMIZER, PI05_OPTIMIZER, OptimizerConfig
 
 
@@ -105,11 +105,13 @@ def read_config(path: Path) -> TrainConfig:
     model = config_from_dict(raw["model"], f"{path}: model")  # first: it knows settings of old versions by name
     raw = read_json(path, "reading", "optimizer")
 
-    reading = build(DataConfig, raw["reading"] | _as_paths(raw["reading"], _READING_PATHS), f"{path}: reading")
+    reading = build(DataConfig, _with_paths(raw["reading"], _READING_PATHS, f"{path}: reading"), f"{path}: reading")
     optimizer = build(OptimizerConfig, raw["optimizer"], f"{path}: optimizer")
     nested = {"model": model, "optimizer": optimizer, "reading": reading}
-    return build(TrainConfig, raw | _as_paths(raw, _PATHS) | nested, str(path))
+    return build(TrainConfig, _with_paths(raw, _PATHS, str(path)) | nested, str(path))
 
 
-def _as_paths(raw: dict[str, Any], names: tuple[str, ...]) -> dict[str, Path]:
-    return {name: Path(raw[name]) for name in names if raw.get(name) is not None}
+def _with_paths(raw: Any, names: tuple[str, ...], where: str) -> dict[str, Any]:
+    check_object(raw, where)
+    found = {name: raw[name] for name in names if raw.get(name) is not None}
+    return raw | {name: as_path(text, f"{where}: {name}") for name, text in found.items()}

@@ -65,6 +65,7 @@ def open_data(config: TrainConfig, moved: Path | None = None) -> RunData:
     """
     stored = read_json(config.run / MAPPING_FILE, "mapping", "split") if config.resume else None
     mapping = _stored_mapping(config, stored["mapping"], moved) if stored else _new_mapping(config)
+    split = _stored_split(config.run / MAPPING_FILE, mapping, stored["split"]) if stored else {}
     datasets = _open_datasets(config, mapping)
 
     parts, units = {}, {}
@@ -72,7 +73,7 @@ def open_data(config: TrainConfig, moved: Path | None = None) -> RunData:
         where = f"data set {robot.path}"
         units[name] = episode_checksums(datasets[name], robot)
         if stored:
-            parts[name] = split_again(stored["split"][name], units[name], where, "episodes")
+            parts[name] = split_again(split[name], units[name], where, "episodes")
         else:
             shown = instructions_of(datasets[name], robot)
             parts[name] = split_episodes(shown, config.held_out_fraction, config.seed, where)
@@ -80,7 +81,7 @@ def open_data(config: TrainConfig, moved: Path | None = None) -> RunData:
         where = f"questions {questions.path}"
         units[name] = pictures(questions)
         if stored:
-            parts[name] = split_again(stored["split"][name], units[name], where, "rows")
+            parts[name] = split_again(split[name], units[name], where, "rows")
         else:
             parts[name] = split_rows(units[name], config.held_out_fraction, config.seed, where)
     return RunData(mapping, datasets, parts, units)
@@ -107,6 +108,15 @@ def _new_mapping(config: TrainConfig) -> Mapping:
     if config.data is None:
         raise InputError("no data set; give --data, a LeRobot folder (insula collect makes one) or a .toml mapping")
     return read_mapping(config.data, config.model.cameras)
+
+
+def _stored_split(path: Path, mapping: Mapping, split: Any) -> dict[str, Any]:
+    names = [*mapping.robots, *mapping.questions]
+    missing = [name for name in names if not isinstance(split, dict) or name not in split]
+    if missing:
+        raise DatasetError(f"{path}: no split of {', '.join(missing)}; the file is damaged, start a new run")
+
+    return split
 
 
 def _stored_mapping(config: TrainConfig, stored: Any, moved: Path | None) -> Mapping:

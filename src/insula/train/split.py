@@ -21,6 +21,7 @@ from insula.data.instructions import read_instructions, warn_of_blanks
 from insula.data.lerobot import LeRobotDataset
 from insula.data.mapping import RobotData
 from insula.errors import DatasetError, InputError
+from insula.runs.folder import MAPPING_FILE
 
 log = logging.getLogger(__name__)
 INSTRUCTIONS_LISTED = 5
@@ -96,8 +97,9 @@ def split_again(stored: Any, units: np.ndarray, where: str, what: str) -> Part:
     """The part that `to_json` wrote when the run was started. What was added since is left out, with a warning: the run
     goes on with the same samples in the same order.
 
-    Raises DatasetError where the data set is no longer the one the run was started with.
+    Raises DatasetError where the data set is no longer the one the run was started with, or `stored` is damaged.
     """
+    held_out = _stored_units(stored, where)
     before = Fingerprint(stored["count"], stored["crc32"])
     remedy = "point --data to the data it was started with, or start a new run"
     if len(units) < before.count:
@@ -115,7 +117,23 @@ def split_again(stored: Any, units: np.ndarray, where: str, what: str) -> Part:
             more,
             what,
         )
-    return _part(before.count, np.array(stored["held_out"], np.int64))
+    return _part(before.count, np.array(held_out, np.int64))
+
+
+def _stored_units(stored: Any, where: str) -> list[int]:
+    """The numbers held out, once all of `stored` is what `split_to_json` writes."""
+    damaged = f"{where}: its split, as {MAPPING_FILE} of the run has it, is damaged"
+    if not isinstance(stored, dict) or not {"count", "crc32", "held_out"} <= stored.keys():
+        raise DatasetError(f"{damaged}: {stored!r:.80}, expected count, crc32 and held_out; start a new run")
+
+    held_out: list[Any] = stored["held_out"] if isinstance(stored["held_out"], list) else [None]
+    numbers = [stored["count"], stored["crc32"], *held_out]
+    if not all(type(number) is int and 0 <= number < 2**32 for number in numbers):
+        raise DatasetError(f"{damaged}: expected whole numbers, got {numbers!r:.80}; start a new run")
+    if any(number >= stored["count"] for number in held_out):
+        raise DatasetError(f"{damaged}: it holds out one beyond the {stored['count']} there were; start a new run")
+
+    return held_out
 
 
 def split_to_json(part: Part, units: np.ndarray) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`insula data convert`: any LeRobot data set we read, written anew as v3.0 with true global statistics.
+"""`insula data convert`: any LeRobot data set we read, written again as v3.0 with true global statistics.
 
 Images keep their bytes and videos their files, so no picture is coded twice. Episodes, frames and tasks are numbered
 from 0 without gaps, and what the format cannot hold is left out; both are said.
@@ -152,18 +152,18 @@ def _check_timestamps(dataset: LeRobotDataset, features: Mapping[str, Feature], 
         )
 
     if off.max() > EXACT:
-        log.warning("data set %s: timestamps are written anew, as frame_index / fps", dataset.root)
+        log.warning("data set %s: timestamps are written again, as frame_index / fps", dataset.root)
 
 
 def _check_rate(dataset: LeRobotDataset) -> None:
-    """Pictures need no clock: their timestamps are written anew, unless they say that fps is wrong."""
+    """Pictures need no clock: their timestamps are written again, unless they say that fps is wrong."""
     try:
         times = dataset.column("timestamp").astype(np.float64)
     except DatasetError as error:
         # A clock that was never set is no matter for pictures; a file that cannot be read is.
         if error.fault not in ("null", "wrong dtype", "wrong shape"):
             raise
-        log.warning("%s; timestamps are written anew, as frame_index / fps", error)
+        log.warning("%s; timestamps are written again, as frame_index / fps", error)
         return
 
     episode = dataset.episodes.of_frame(np.arange(len(dataset)))
@@ -177,4 +177,4 @@ def _check_rate(dataset: LeRobotDataset) -> None:
     step = np.arange(len(dataset)) - dataset.episodes.start[episode]
     off = bookkeeping.off_the_grid(times, step, dataset.fps)
     if not (off <= EXACT).all():
-        log.warning("data set %s: timestamps are written anew, as frame_index / fps", dataset.root)
+        log.warning("data set %s: timestamps are written again, as frame_index / fps", dataset.root)

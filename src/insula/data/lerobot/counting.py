@@ -1,7 +1,7 @@
 """What the data files really hold, against what the tables say.
 
 Of v2.1, which has a file per episode, the footers are enough; of v3.0 the column is read that says which episode a row
-belongs to. Totals are counted anew, and features that no file holds get a problem.
+belongs to. Totals are counted again, and features that no file holds get a problem.
 """
 
 from concurrent.futures import ThreadPoolExecutor

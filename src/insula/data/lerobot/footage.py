@@ -1,7 +1,7 @@
 """A video file and all episodes it shows: whether its frames are as many as their rows.
 
 Where one is lost or left over, every later picture may be another row's, and no time says so: recorders write the
-times anew. A file of one episode is read from its start, as LeRobot does; a file of several is not read at all until
+times again. A file of one episode is read from its start, as LeRobot does; a file of several is not read at all until
 somebody has looked.
 """
 

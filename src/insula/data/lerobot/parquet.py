@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +10,7 @@ import pyarrow.parquet as pq
 
 from insula.data.lerobot.metadata import MANY, is_web_page, lfs_message, shown
 from insula.data.lerobot.pages import count_pages
-from insula.errors import DatasetError, FileError, did_you_mean
+from insula.errors import DatasetError, FileError, brief, did_you_mean
 from insula.files import MIB, lfs_size
 
 COLUMN_LIMIT = 512 * MIB
@@ -50,7 +49,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         file = pq.ParquetFile(path, memory_map=True)
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(
-            f"{path}: not a readable parquet file ({size} bytes; {_first_line(error)}); "
+            f"{path}: not a readable parquet file ({size} bytes; {brief(error)}); "
             "it was probably cut short while copying or recording: restore it",
             "file damaged",
         ) from None
@@ -97,7 +96,7 @@ def read_columns(
             "file damaged",
         ) from None
     except (pa.ArrowException, OSError) as error:
-        raise DatasetError(f"{path}{part}: damaged ({_first_line(error)}); restore the file", "file damaged") from None
+        raise DatasetError(f"{path}{part}: damaged ({brief(error)}); restore the file", "file damaged") from None
 
 
 def _claims(file: pq.ParquetFile, columns: Sequence[str], path: Path, groups: list[int]) -> tuple[int, int, int]:
@@ -182,8 +181,3 @@ def plain(column: pa.ChunkedArray) -> pa.Array:
     # to_numpy of chunks with dictionaries of their own would mix up their codes.
     whole = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     return pc.cast(whole, whole.type.value_type) if pa.types.is_dictionary(whole.type) else whole
-
-
-def _first_line(error: Exception) -> Any:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

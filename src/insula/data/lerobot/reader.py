@@ -36,7 +36,7 @@ class LeRobotDataset:
     Episodes, frames and tasks are numbered from 0 without gaps here, whatever the files call them (`episodes.number`,
     `task_table.number`). Where tables and rows contradict each other, the rows are believed, and `contradictions` says
     so. Decoded frames are kept while all frames of a camera fit under `cache_bytes` (cameras count together); a camera
-    that does not fit is decoded anew each time. Of a video, the frame nearest to its timestamp is shown, where that is
+    that does not fit is decoded again each time. Of a video, the frame nearest to its timestamp is shown, where that is
     beyond doubt (`insula.data.lerobot.timing`). Raises DatasetError for whatever is missing, damaged or inconsistent
     beyond that. `tasks_from`: whom to believe where the rows mean another task than the episode table says; an error
     unless given.
@@ -72,7 +72,7 @@ class LeRobotDataset:
             _warn_once(f"data set {self.root}: the rows are believed: {self.contradictions[0]}{more}")
 
     def __reduce__(self) -> tuple:
-        """Another process opens it anew."""
+        """Another process opens it again."""
         return type(self), (self.root, self._cache_bytes, self._tasks_from)
 
     def __len__(self) -> int:
@@ -148,7 +148,7 @@ class LeRobotDataset:
         return self._shards.frames_of(file)
 
     def read_column(self, name: str, file: int) -> np.ndarray:
-        """A numeric feature as one data file holds it, read anew: for passes over more than fits into memory."""
+        """A numeric feature as one data file holds it, read again: for passes over more than fits into memory."""
         self.numeric(name)
         if name in BOOKKEEPING:
             start, stop = self.frames_of(file)

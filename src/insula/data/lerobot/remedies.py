@@ -26,7 +26,7 @@ REMEDIES = METADATA | {
     "file missing": f"copy the file again, or leave its episodes out: {DROP}",
     "file damaged": "copy the file again; v2.1: or take its episode's line out of meta/ and the file away",
     "column missing": "remove the feature from meta/info.json, or restore the column",
-    "wrong dtype": "correct dtype in meta/info.json, or write the column anew as it says there",
+    "wrong dtype": "correct dtype in meta/info.json, or write the column again as it says there",
     "wrong shape": "where all rows have that length, write it into meta/info.json; otherwise record again, or, where "
     "nobody needs the column, insula data convert --leave-out COLUMN",
     "row count": "write the length above into the episode table (insula data convert does), or restore file and table "
@@ -49,13 +49,13 @@ REMEDIES = METADATA | {
     "video overlap": "correct from_timestamp in the episode table",
     "frames left over": "where the camera only went on filming, nothing is shifted: cut its end off; where it "
     "began earlier, or rows were lost, cut the frames that have no row",
-    "statistics": "compute them anew: insula data convert writes true ones",
+    "statistics": "compute them again: insula data convert writes true ones",
     "duplicate episode": f"it counts double in training; {DROP}",
     "cannot be read": "nothing needs to be done unless a mapping names it; insula data convert leaves it out",
     "names": "nothing needs to be done: dimensions are called by number; or correct the names in meta/info.json",
     "totals": "nothing needs to be done: they are counted; or write the number above, as insula data convert does",
     "numbering": "nothing needs to be done; insula data convert renumbers",
-    "clock": "nothing needs to be done; insula data convert writes timestamps and starts of clips anew",
+    "clock": "nothing needs to be done; insula data convert writes timestamps and starts of clips again",
     "frames unused": "nothing needs to be done: no row asks for them",
     "no statistics": "nothing needs to be done here, which fits its own; insula data convert writes them for LeRobot",
     "constant": "nothing needs to be done: training maps it to 0; if it should move, check that it was recorded",

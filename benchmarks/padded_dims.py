@@ -1,5 +1,5 @@
 """What padded action dimensions do while sampling, on a trained run: ours are held on their way to 0 (t · noise), as
-the expert saw them in training; LeRobot and openpi let them follow a velocity that was never scored.
+the expert saw them in training; LeRobot lets them follow the expert's velocity there, which no loss ever scored.
 
     insula train --data DATA --run runs/padded --model.action-dim 32     # a robot of fewer dimensions
     python benchmarks/padded_dims.py runs/padded --episodes 100

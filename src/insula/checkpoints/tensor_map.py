@@ -106,7 +106,7 @@ def paths(tree: Any) -> dict[str, Any]:
 def resolve(lines: list[Line], config: ModelConfig) -> dict[str, Tensor]:
     """Every foreign tensor of a model of this size, by name. No memory is used.
 
-    Raises ValueError where a line names no weight of this config.
+    Raises InputError where a line names no weight of this config.
     """
     weights, patch = paths(weight_table(config)), config.vision.patch_sizes[0]
     found: dict[str, list[tuple[Line, TensorPart]]] = defaultdict(list)

@@ -88,7 +88,7 @@ def fit_stats(
     `data.delta` are measured as they are learned: over all real steps of all chunks, relative to the state. A state
     without columns has no "state" dimension.
 
-    Raises DatasetError; ValueError for NaN or infinity, naming where, unless they are to be skipped.
+    Raises DatasetError; InputError for NaN or infinity, naming where, unless they are to be skipped.
     """
     dataset = LeRobotDataset(data.path, cache_bytes=0)
     work = _prepared(dataset, data, horizon, episodes, skip_non_finite)
@@ -189,7 +189,7 @@ def _blocks(work: _Pass, name: str, file: int) -> Iterator[np.ndarray]:
 
 
 def refuse_non_finite_frames(dataset: LeRobotDataset, values: np.ndarray, first: int, names: list[str]) -> None:
-    """Raises ValueError naming episode, frame and dimension of the first value that is NaN or infinite."""
+    """Raises InputError naming episode, frame and dimension of the first value that is NaN or infinite."""
     if np.isfinite(values).all():
         return
     row, dim = np.argwhere(~np.isfinite(values))[0].tolist()

@@ -82,7 +82,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def encode_pngs(images: Sequence[np.ndarray] | np.ndarray) -> EncodedImages:
-    """uint8 [T, h, w, 3] to PNG. Raises ValueError for another shape or dtype."""
+    """uint8 [T, h, w, 3] to PNG. Raises InputError for another shape or dtype."""
     # Frames come as a list from a simulator, as one array from files.
     stack = np.stack(images) if not isinstance(images, np.ndarray) else images
     if stack.dtype != np.uint8 or stack.ndim != 4 or stack.shape[-1] != 3:

@@ -42,7 +42,8 @@ class Loader:
         number, shards = shard
         if not 0 <= number < shards or batch_size % shards:
             raise InputError(f"loader: batch size {batch_size} does not fall into {shards} equal parts, or no {number}")
-        self.mixture, self.order = mixture, mixture.order(batch_size, seed)
+        self.mixture = mixture
+        self.order = mixture.order(batch_size, seed)
         make = _Make(mixture, self.order, number, shards)
         read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)
         batches = grain.MapDataset.range(start_step, LAST_STEP).map(make).to_iter_dataset(read)
@@ -88,7 +89,10 @@ class _Make(grain.transforms.Map):
     """A step's batch, or this host's part of it."""
 
     def __init__(self, mixture: Mixture, order: Order, number: int, shards: int):
-        self.mixture, self.order, self.number, self.shards = mixture, order, number, shards
+        self.mixture = mixture
+        self.order = order
+        self.number = number
+        self.shards = shards
 
     def map(self, element: int) -> Batch:
         source, rows = self.order[element]

@@ -41,7 +41,7 @@ class Order:
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], batch_size: int, seed: int):
-        """Raises ValueError for no samples, weights that are not positive, or of another number than the sources."""
+        """Raises InputError for no samples, weights that are not positive, or of another number than the sources."""
         if min(sizes, default=0) < 1 or batch_size < 1:
             raise InputError(f"loader: got {list(sizes)} samples and batch size {batch_size}, expected at least 1 each")
         if len(weights) != len(sizes) or not all(weight > 0 for weight in weights):
@@ -85,7 +85,8 @@ class Mixture:
     ):
         self.sources = dict(sources)
         self.weights = list(weights) if weights is not None else [1.0] * len(self.sources)
-        self.on_bad, self.quarantine = on_bad, quarantine
+        self.on_bad = on_bad
+        self.quarantine = quarantine
         self._bad: dict[tuple[str, int], str] = {}
 
     def order(self, batch_size: int, seed: int) -> Order:

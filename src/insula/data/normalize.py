@@ -116,7 +116,7 @@ class NormStats:
         return self._rests() & ~self.constant
 
     def normalize(self, values: np.ndarray) -> np.ndarray:
-        """[..., D] in the data's units to float32 [..., D], about [-1, 1]. Raises ValueError on NaN or infinity."""
+        """[..., D] in the data's units to float32 [..., D], about [-1, 1]. Raises InputError on NaN or infinity."""
         low, high = self.bounds()
         array = self._checked(values)
         span = np.where(high > low, high - low, 1.0)
@@ -141,7 +141,7 @@ def fit_stats_of(
 ) -> NormStats:
     """Statistics of [N, D]. Warns by name of every dimension the guard changes.
 
-    Raises ValueError for another shape, no rows, and for NaN or infinity, naming the dimension and the first row.
+    Raises InputError for another shape, no rows, and for NaN or infinity, naming the dimension and the first row.
     """
     array = np.asarray(values, np.float64)
     if array.ndim != 2 or not len(array):
@@ -171,7 +171,7 @@ def warn_of_constants(stats: NormStats, names: Sequence[str] | None, what: str) 
 
 
 def refuse_non_finite(values: np.ndarray, names: Sequence[str] | None = None, what: str = "normalization") -> None:
-    """Raises ValueError naming the first row and dimension of [..., D] that is NaN or infinite."""
+    """Raises InputError naming the first row and dimension of [..., D] that is NaN or infinite."""
     if np.isfinite(values).all():
         return
     rows = values.reshape(-1, values.shape[-1])

@@ -55,7 +55,9 @@ class QuestionSamples:
         sizes: Sizes,
         rows: Iterable[SupportsIndex] | None = None,
     ):
-        self.data, self.tokenizer, self.sizes = data, tokenizer, sizes
+        self.data = data
+        self.tokenizer = tokenizer
+        self.sizes = sizes
         self._rebuild = functools.partial(QuestionSamples, data, tokenizer, sizes, rows)
         self.path = _file(data.path)
         self._all = _rows(self.path)

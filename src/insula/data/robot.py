@@ -53,7 +53,7 @@ class Robot:
     def normalize_actions(
         self, actions: Float[np.ndarray, "*b H D"], state: Float[np.ndarray, "*b S"]
     ) -> Float[np.ndarray, "*b H D"]:
-        """What the model learns, not yet clipped. Raises ValueError on NaN or infinity."""
+        """What the model learns, not yet clipped. Raises InputError on NaN or infinity."""
         return self.stats["actions"].normalize(relative(actions, state, self.delta))
 
     def unnormalize_actions(

@@ -325,9 +325,9 @@ def _refuse_old_fields(raw: dict[str, Any], where: str) -> None:
     """Runs written before `objective` and `compute` existed are named as such, rather than as a misspelled field."""
     if "knowledge_insulation" in raw and "objective" not in raw:
         raise InputError(
-            f"{where}: written by an insula before 0.2, whose settings had other names. Read it with that version: of "
-            "openpi's sizes, its `insula convert RUN OUT --to openpi` makes a checkpoint that this one reads; any other "
-            "is trained again"
+            f"{where}: written by an insula before 0.2, whose settings had other names. Read it with that version: if "
+            "it has openpi's sizes, its `insula convert RUN OUT --to openpi` makes a checkpoint that this one reads; "
+            "any other is trained again"
         )
 
 

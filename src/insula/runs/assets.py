@@ -26,7 +26,7 @@ class Assets:
     robots: dict[str, Robot]
 
     def robot(self, name: str | None = None) -> Robot:
-        """The named one, or the only one. Raises ValueError where it is not known or there are several."""
+        """The named one, or the only one. Raises InputError where it is not known or there are several."""
         if name is None and len(self.robots) > 1:
             raise InputError(f"this model knows several robots; choose one with robot=: {', '.join(self.robots)}")
         if name is not None and name not in self.robots:
@@ -47,7 +47,7 @@ def write_config(directory: Path, config: ModelConfig) -> None:
 
 
 def read_assets(directory: Path) -> Assets:
-    """Raises FileNotFoundError, or ValueError naming the file and what is wrong in it."""
+    """Raises MissingFileError, or InputError naming the file and what is wrong in it."""
     path = directory / MODEL_FILE
     written = read_json(path, "model")
     robots = sorted(path for path in (directory / ROBOTS_FOLDER).glob("*") if path.is_dir())

@@ -70,7 +70,7 @@ DIALECTS = {dialect.name: dialect for dialect in _ALL}
 
 
 def dialect(name: str) -> Dialect:
-    """The named dialect. Raises ValueError with the nearest name where there is none."""
+    """The named dialect. Raises InputError with the nearest name where there is none."""
     if name not in DIALECTS:
         raise InputError(f"no prompt dialect {name!r}{did_you_mean(name, DIALECTS)}; known: {', '.join(DIALECTS)}")
     return DIALECTS[name]

@@ -63,7 +63,7 @@ class FASTCodec:
         """Learn which runs of coefficients deserve a token. `chunks`: [n, H, D], or a sequence of [H, D].
 
         `min_token` is at least twice as low as the lowest coefficient, and no higher than FAST+'s. Deterministic.
-        Raises ValueError for no chunks, NaN or infinity, a wrong rank, or a vocabulary smaller than the 256 bytes.
+        Raises InputError for no chunks, NaN or infinity, a wrong rank, or a vocabulary smaller than the 256 bytes.
         """
         if vocab_size < 256:
             raise InputError(f"FASTCodec.fit: vocab_size is {vocab_size}, expected ≥ 256, the bytes every codec knows")
@@ -102,7 +102,7 @@ class FASTCodec:
     def load(cls, path: str | Path) -> "FASTCodec":
         """Read `processor_config.json` and `tokenizer.json` of a directory, and nothing else there.
 
-        Raises FileNotFoundError where one is missing, ValueError where one is malformed.
+        Raises MissingFileError where one is missing, InputError where one is malformed.
         """
         # The released FAST+ comes with Python of its own. It is never run: the two files say all there is to know.
         config_path, tokenizer_path = Path(path) / CONFIG_FILE, Path(path) / TOKENIZER_FILE
@@ -138,7 +138,7 @@ class FASTCodec:
     def encode(self, actions: np.ndarray) -> list[int]:
         """Ids of a chunk [H, D].
 
-        Raises ValueError for a wrong rank, NaN or infinity, naming where; FASTRangeError (a ValueError) for a
+        Raises InputError for a wrong rank, NaN or infinity, naming where; FASTRangeError for a
         coefficient this codec has no symbol for, naming it and the limit.
         """
         text = _symbols(_quantize(_checked(actions, "actions"), self.scale), self.min_token)
@@ -160,7 +160,7 @@ class FASTCodec:
     def decode(self, ids: Iterable[SupportsIndex], horizon: int, action_dim: int) -> Decoded:
         """The chunk [horizon, action_dim] that `ids` stand for, or `invalid`: a model may generate anything.
 
-        Raises ValueError where `horizon` or `action_dim` is not positive, TypeError where an id is no integer.
+        Raises InputError where `horizon` or `action_dim` is not positive, TypeError where an id is no integer.
         """
         if horizon < 1 or action_dim < 1:
             raise InputError(f"FASTCodec.decode: horizon {horizon}, action_dim {action_dim}; expected both ≥ 1")
@@ -189,12 +189,12 @@ class FASTCodec:
         return Decoded(idct(coefficients.reshape(horizon, action_dim) / self.scale, axis=0, norm="ortho"))
 
     def coefficients(self, actions: np.ndarray) -> np.ndarray:
-        """The rounded DCT coefficients [H, D] int64 that `encode` writes. Raises ValueError as `encode` does."""
+        """The rounded DCT coefficients [H, D] int64 that `encode` writes. Raises InputError as `encode` does."""
         return _quantize(_checked(actions, "actions"), self.scale).astype(np.int64)
 
     def spans(self, ids: Sequence[int]) -> list[tuple[int, int]]:
         """Which coefficients [start, stop) each id carries, counted as they are written: all D of the lowest frequency
-        first. An id may end within a coefficient, which then belongs to its neighbor as well. Raises ValueError for an
+        first. An id may end within a coefficient, which then belongs to its neighbor as well. Raises InputError for an
         id outside the vocabulary."""
         if outside := [i for i in ids if not 0 <= i < len(self._token_bytes)]:
             raise InputError(f"id {outside[0]} is outside the codec's {len(self._token_bytes)} entries")

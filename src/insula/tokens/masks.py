@@ -27,7 +27,7 @@ from insula.shapes import AnyArray, Array, Bool, Int
 def make_attn_mask(token_mask: Bool[Array, "B T"], ar_mask: Bool[Array, "B T"]) -> Bool[Array, "B T T"]:
     """`mask[b, q, k]`: may query q attend to key k? Padding (`token_mask` False) neither sees nor is seen.
 
-    Raises ValueError where the two masks differ in shape.
+    Raises InputError where the two masks differ in shape.
     """
     if token_mask.shape != ar_mask.shape:
         raise InputError(

@@ -61,7 +61,7 @@ class FASTTokenizer:
         fast_last_id: int | None = None,
         score_eos: bool = False,
     ) -> None:
-        """Raises ValueError for an unknown dialect, limits that contradict each other, a `fast_last_id` that puts FAST
+        """Raises InputError for an unknown dialect, limits that contradict each other, a `fast_last_id` that puts FAST
         ids over a control token, or a text tokenizer in which "|" is not one token."""
         prompt_limit = max_token_len if max_prompt_len is None else max_prompt_len
         if not 0 < prompt_limit <= max_token_len:
@@ -74,8 +74,12 @@ class FASTTokenizer:
         if len(stop) != 1:
             raise InputError(f"the text tokenizer gives {len(stop)} tokens for {STOP!r}, expected 1: it ends an action")
 
-        self.text, self.fast, self.dialect = text, fast, named_dialect(dialect)
-        self.max_token_len, self.max_prompt_len, self.score_eos = max_token_len, max_prompt_len, score_eos
+        self.text = text
+        self.fast = fast
+        self.dialect = named_dialect(dialect)
+        self.max_token_len = max_token_len
+        self.max_prompt_len = max_prompt_len
+        self.score_eos = score_eos
         self.stop_id = stop[0]
 
         # After the text by default: over text entries, as in π0-FAST, saves embedding rows and costs those words.
@@ -101,7 +105,7 @@ class FASTTokenizer:
         """One sample. `state` [S] normalized to [−1, 1], or None where the model takes it as a projected token;
         `actions` [H, D] normalized, or None when serving: then exactly the training sequence's bidirectional part.
 
-        Raises TokenBudgetError where a part is too long, ValueError for NaN or infinity and wrong ranks.
+        Raises TokenBudgetError where a part is too long, InputError for NaN or infinity and wrong ranks.
         """
         # Prefix and suffix are encoded apart: in one string a token could lie across the border, and serving, which has
         # the prefix alone, would get other tokens than training did.
@@ -156,7 +160,7 @@ class FASTTokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "FASTTokenizer":
-        """Read what `save` wrote. Raises FileNotFoundError, or ValueError naming what is malformed."""
+        """Read what `save` wrote. Raises MissingFileError, or InputError naming what is malformed."""
         path = Path(path)
         settings = read_json(path / SEQUENCE_FILE)
 
@@ -211,7 +215,7 @@ _SETTINGS: dict[str, tuple[type, ...]] = {
 def state_bins(state: np.ndarray) -> list[int]:
     """Each value of a normalized state [S] as one of 256 bins over [−1, 1]; beyond it, the outermost.
 
-    Raises ValueError for a wrong rank, NaN or infinity, naming the entry.
+    Raises InputError for a wrong rank, NaN or infinity, naming the entry.
     """
     # Clipped at the ends, unlike actions, which must encode exactly: a state a little out of range is still the nearest
     # thing that the model has seen.

@@ -47,7 +47,7 @@ class TextTokenizer(Protocol):
         """Ids of the text alone: no BOS, no EOS."""
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """The text, without BOS, EOS and padding. Raises ValueError for an id outside the vocabulary."""
+        """The text, without BOS, EOS and padding. Raises InputError for an id outside the vocabulary."""
 
     def save(self, path: str | Path) -> None:
         """Write into a directory what `load` of that directory reads."""
@@ -65,7 +65,7 @@ def load_text_tokenizer(path: str | Path) -> TextTokenizer:
     """Read a `tokenizer.json`, a SentencePiece `.model`, or a directory holding `tokenizer.json` or `tokenizer.model`.
 
     A file without location tokens (Gemma's 256,000 pieces) gets PaliGemma's 1,024 location and 128 segmentation tokens
-    appended. Raises FileNotFoundError, ValueError for a malformed file, ImportError without sentencepiece for a
+    appended. Raises MissingFileError, InputError for a malformed file, InputError without sentencepiece for a
     `.model`.
     """
     path = Path(path)
@@ -89,19 +89,22 @@ class JSONText:
     """A text tokenizer of the `tokenizers` library."""
 
     def __init__(self, tokenizer: Tokenizer, source: str) -> None:
-        """Takes the tokenizer over; `source` names it in errors. Raises ValueError where it lacks BOS, EOS, padding."""
+        """Takes the tokenizer over; `source` names it in errors. Raises InputError where it lacks BOS, EOS, padding."""
         # Gemma's own file stops where PaliGemma's additions start. Appended in order they get PaliGemma's ids.
         if tokenizer.token_to_id(PALIGEMMA_TOKENS[0]) is None:
             tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in PALIGEMMA_TOKENS])
 
         self.tokenizer = tokenizer
-        found = {key: _first_id(tokenizer, names, source) for key, names in CONTROL_NAMES.items()}
-        self.bos_id, self.eos_id, self.pad_id = found["bos_id"], found["eos_id"], found["pad_id"]
+        self.bos_id = _first_id(tokenizer, CONTROL_NAMES["bos_id"], source)
+        self.eos_id = _first_id(tokenizer, CONTROL_NAMES["eos_id"], source)
+        self.pad_id = _first_id(tokenizer, CONTROL_NAMES["pad_id"], source)
 
         special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         plain = {i for i in tokenizer.get_vocab().values() if i not in special}
         # By the largest id and not by the count: a file may have gaps.
-        self.vocab_size = 1 + max(plain | set(found.values()))  # PaliGemma's file ends in an <image> no text gives
+        self.vocab_size = 1 + max(
+            plain | {self.bos_id, self.eos_id, self.pad_id}
+        )  # PaliGemma's file ends in an <image> no text gives
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy sent to a worker: the library forgets this one setting on the way."""
@@ -124,10 +127,12 @@ class SentencePieceText:
     """A SentencePiece model (Gemma's, or PaliGemma's)."""
 
     def __init__(self, model: bytes, source: str) -> None:
-        """`source` names it in errors. Raises ValueError where `model` is none or lacks BOS, EOS or padding."""
+        """`source` names it in errors. Raises InputError where `model` is none or lacks BOS, EOS or padding."""
         self.model = model
         self._pieces = _sentencepiece(model, source)
-        self.bos_id, self.eos_id, self.pad_id = self._pieces.bos_id(), self._pieces.eos_id(), self._pieces.pad_id()
+        self.bos_id = self._pieces.bos_id()
+        self.eos_id = self._pieces.eos_id()
+        self.pad_id = self._pieces.pad_id()
         for name in CONTROL_NAMES:
             if getattr(self, name) < 0:
                 raise InputError(f"{source}: this SentencePiece model has no {name}")

@@ -27,7 +27,7 @@ MANY = 2**21
 
 
 def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
-    """A text file in UTF-8, with or without a byte order mark. Raises FileNotFoundError, or DatasetError with a fault
+    """A text file in UTF-8, with or without a byte order mark. Raises MissingFileError, or DatasetError with a fault
     and what to do about it."""
     try:
         raw = read_bytes(path, limit)
@@ -103,7 +103,7 @@ def _is_json_in(raw: bytes, encoding: str) -> bool:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises FileNotFoundError or DatasetError."""
+    """A JSON object. Raises MissingFileError or DatasetError."""
     try:
         raw = parse_json(read_text(path, JSON_LIMIT), str(path))
         # Now, rather than when a message is printed in the middle of training.

@@ -81,7 +81,7 @@ class LeRobotWriter:
 
         `frames[name]` is [T, *shape] of that feature; cameras are uint8 [T, h, w, 3] or EncodedImages, those of dtype
         "video" EncodedVideo, whose file is copied. `task` is one text, or one for each frame.
-        Raises ValueError naming feature, shapes, and the frame and dimension of any NaN or infinity.
+        Raises InputError naming feature, shapes, and the frame and dimension of any NaN or infinity.
         """
         if not self._open:
             raise RuntimeError(f"{self.root}: add_episode() after close()")

@@ -101,11 +101,16 @@ def convert_checkpoint(
 def open_model(source: Path, preset_name: str, ignore: Sequence[str] = ()) -> Model:
     """A run, our own weights, or a foreign checkpoint. Nothing may be missing; what is left over must be named."""
     source = local(source)
+
+    # The newest checkpoint of a run; its weights are Orbax, and all that must travel is beside them.
     if (source / CHECKPOINTS_FOLDER).is_dir():
         return _open_run(source)
+
     config, assets = _config(source, preset_name), None
     if (source / ROBOTS_FOLDER).is_dir():
         assets = read_assets(source)
+
+    # What `source` says about its robot only counts where it is no policy of ours: that one knows better.
     reader = open_weights(source, config)
     stats = None if assets else _find_stats(source, config)
     if assets is None and lerobot_steps.counts_from_state(source):
@@ -114,6 +119,7 @@ def open_model(source: Path, preset_name: str, ignore: Sequence[str] = ()) -> Mo
             "under `delta` in the mapping of your data",
             source,
         )
+
     return Model(config, reader.read, settle(reader, ignore=ignore), stats, assets)
 
 
@@ -122,9 +128,12 @@ def _open_run(run: Path) -> Model:
         refuse_leaking(store.assets())
         assets = read_assets(store.assets())
         params = store.restore("params", abstract_params(assets.config))
+
+    # No other format knows low-rank updates: they become part of the matrices.
     if assets.config.lora is not None:
         params = merge(params)
         assets = dataclasses.replace(assets, config=dataclasses.replace(assets.config, lora=None))
+
     report = LoadReport(str(run), "a run", {path: [path] for path in paths(params)}, [], [])
     return Model(assets.config, from_params(params), report, assets=assets)
 

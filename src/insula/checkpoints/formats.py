@@ -37,6 +37,8 @@ def recognize(source: WeightSource, config: ModelConfig, ignore: Sequence[str] =
     prefixes fit equally well, such as those of the weights and of their running average.
     """
     names = [name for name in source.entries if not any(fnmatch.fnmatchcase(name, p) for p in ignore)]
+
+    # By counting names rather than by one telltale tensor: a file may lack any single one.
     found: dict[tuple[Format, str], set[str]] = defaultdict(set)
     for format in FORMATS:
         table = resolve(format.table(config), config).keys() | {second for second, _ in format.tied}
@@ -44,12 +46,15 @@ def recognize(source: WeightSource, config: ModelConfig, ignore: Sequence[str] =
             for prefix in _prefixes(name):
                 if format.canonical(name.removeprefix(prefix)) in table:
                     found[format, prefix].add(name)
+
     if not found:
         first = ", ".join(sorted(source.entries)[:3]) or "none at all"
         known = "; ".join(format.name for format in FORMATS)
         raise CheckpointError(f"{source.path}: names like {first} belong to no known format; known: {known}")
 
     best = max(found, key=lambda key: (len(found[key]), -len(key[1])))
+
+    # As many names again that the best does not cover: weights and their average, a policy and its teacher.
     for rival, covered in found.items():
         if len(covered) == len(found[best]) and not covered & found[best]:
             prefix = max(best[1], rival[1])
@@ -57,6 +62,7 @@ def recognize(source: WeightSource, config: ModelConfig, ignore: Sequence[str] =
                 f"{source.path} holds this model twice, under names like {min(found[best])} and {min(covered)}; "
                 f"say which to leave over, such as --ignore '{prefix}*'"
             )
+
     return best
 
 

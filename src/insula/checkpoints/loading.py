@@ -38,6 +38,8 @@ class Reader:
     def __init__(self, source: WeightSource, format: Format, config: ModelConfig, prefix: str = "") -> None:
         self.source = source
         self.format = format
+
+        # What a format carries without use is neither loaded nor left over.
         tensors = resolve(format.table(config), config)
         actual = self._by_canonical_name(prefix)
         self._tied = self._merge_tied(actual)
@@ -73,9 +75,12 @@ class Reader:
         actual: dict[str, str] = {}
         for name in self.source.entries:
             canonical = self.format.canonical(name.removeprefix(prefix)) if name.startswith(prefix) else name
+
+            # Two layouts in one file, perhaps merged by hand: taking either would be a guess.
             if canonical in actual:
                 raise CheckpointError(f"{self.source.path}: {name} and {actual[canonical]} are the same weight")
             actual[canonical] = name
+
         return actual
 
     def _merge_tied(self, actual: dict[str, str]) -> list[tuple[str, str]]:
@@ -89,6 +94,7 @@ class Reader:
                 pairs.append((name, actual[first]))
             else:
                 actual[first] = name
+
         return pairs
 
     def _has(self, part: TensorPart) -> bool:
@@ -96,9 +102,14 @@ class Reader:
 
     def _misfit(self, name: str, tensor: Tensor, config: ModelConfig) -> str | None:
         """What is wrong with a tensor's shape or kind, or None."""
-        entry, expected, where = self.source.entries[name], tensor.shape, f"config {config.name!r} expects"
+        entry = self.source.entries[name]
+        expected = tensor.shape
+        where = f"config {config.name!r} expects"
+
+        # An integer tensor under a weight's name is a quantized model, whose scales we would not apply.
         if entry.dtype not in FLOATS:
             return f"{name} holds {entry.dtype}, {where} one of {', '.join(FLOATS)}"
+
         padded = (expected[0] + PADDED_ROWS, *expected[1:])
         if entry.shape == expected or (tensor.parts[0].ours == EMBEDDING and entry.shape == padded):
             return None
@@ -112,6 +123,8 @@ class Reader:
         for second, first in self._tied:
             if _matches(second, ignore):
                 continue
+
+            # One of them may have been rounded when the model was saved in two dtypes.
             kinds = [self.source.entries[name].dtype for name in (second, first)]
             coarser = min(kinds, key=lambda kind: np.dtype(kind).itemsize if kind in FLOATS else 0)
             if coarser not in FLOATS or self._digest(second, rows, coarser) != self._digest(first, rows, coarser):
@@ -128,13 +141,18 @@ class Reader:
     def read(self, path: str, layer: int | None = None) -> np.ndarray:
         """One weight, or one layer of it, in the dtype it is stored in."""
         parts = self._parts[path]
+
+        # The whole weight lies in one tensor, all layers stacked: big_vision's and our own way.
         if parts[0][1].layer is None:
             (name, part), *_ = parts
             whole = part.cut(self._tensor(name, part))
             return whole if layer is None else whole[layer]
+
+        # A tensor for each layer: PyTorch's way.
         if layer is not None:
             name, part = next(p for p in parts if p[1].layer == layer)
             return part.cut(self._tensor(name, part))
+
         out = np.empty(self.shapes[path], self.source.entries[parts[0][0]].dtype)
         for name, part in parts:
             out[part.layer] = part.cut(self._tensor(name, part))
@@ -146,6 +164,8 @@ class Reader:
             self._last = None  # not two at a time
             self._last = name, self.source.read(name)
             self._refuse_non_finite(*self._last)
+
+        # Rows that no token uses are cut off where a file pads its embedding.
         tensor = self._last[1]
         rows = part.spread[0]
         return tensor[:rows] if part.ours == EMBEDDING else tensor
@@ -195,6 +215,7 @@ def settle(reader: Reader, fresh: Sequence[str] = (), ignore: Sequence[str] = ()
     """
     path = str(reader.source.path)
     known = {"fresh": list(reader.shapes), "ignore": list(reader.source.entries)}
+    # A pattern that matches nothing is a misspelling, and what it was meant for would fail in other words below.
     for option, patterns in (("fresh", fresh), ("ignore", ignore)):
         names = known[option]
         for pattern in patterns:
@@ -213,6 +234,8 @@ def settle(reader: Reader, fresh: Sequence[str] = (), ignore: Sequence[str] = ()
             + _listed("missing", missing, _remedy(missing))
             + _listed("left over", leftover, "to leave them: --ignore PATTERN")
         )
+
+    # Last, since it reads values: two tensors of half a gigabyte.
     if EMBEDDING not in started:
         reader.compare_tied(ignore)
     loaded = {name: theirs for name, theirs in reader.loaded.items() if name not in started}
@@ -255,14 +278,19 @@ def load_params(
     """
     reader = open_weights(path, config, ignore)
     report = settle(reader, fresh, ignore)
+
     table = weight_table(config)
-    names, tree = list(paths(table)), jax.tree.structure(table, is_leaf=is_weight)
+    names = list(paths(table))
+    tree = jax.tree.structure(table, is_leaf=is_weight)
     places = [None] * len(names) if shardings is None else jax.tree.leaves(shardings)
     started = _draw(table, report.fresh, rng) if report.fresh else {}
+
+    # One by one onto the device: the host never holds the model.
     leaves = []
     for name, place in zip(names, places, strict=True):
         value = started[name] if name in started else reader.read(name)
         leaves.append(jax.device_put(value.astype(dtype), place))
+
     return jax.tree.unflatten(tree, leaves), report
 
 

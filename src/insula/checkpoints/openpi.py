@@ -41,6 +41,8 @@ def openpi_jax_table(config: ModelConfig) -> list[Line]:
             Line(f"expert.{ours}.kernel", f"{theirs}/kernel", axes),
             Line(f"expert.{ours}.bias", f"{theirs}/bias", axes[-1]),
         ]
+
+    # adaRMS makes each norm's scale from the time, by a matrix of its own; a plain norm is a scale alone.
     norms = {"layers.attention_norm": "layers/pre_attention_norm_1", "layers.mlp_norm": "layers/pre_ffw_norm_1"}
     for ours, theirs in (norms | {"norm": "final_norm_1"}).items():
         depth = "X" if ours.startswith("layers") else ""
@@ -51,6 +53,7 @@ def openpi_jax_table(config: ModelConfig) -> list[Line]:
             ]
         else:
             lines.append(Line(f"expert.{ours}", f"{llm}/{theirs}/scale", f"{depth}W"))
+
     return lines
 
 
@@ -65,6 +68,7 @@ def openpi_torch_table(config: ModelConfig) -> list[Line]:
             Line(f"expert.{ours}.kernel", f"{theirs}.weight", axes[::-1]),
             Line(f"expert.{ours}.bias", f"{theirs}.bias", axes[-1]),
         ]
+
     norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     norms = {f"layers.{ours}": f"layers.{{}}.{theirs}" for ours, theirs in norms.items()}
     for ours, theirs in (norms | {"norm": "norm"}).items():
@@ -75,6 +79,7 @@ def openpi_torch_table(config: ModelConfig) -> list[Line]:
             ]
         else:
             lines.append(Line(f"expert.{ours}", f"{EXPERT}model.{theirs}.weight", "W"))
+
     return lines
 
 

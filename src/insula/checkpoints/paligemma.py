@@ -60,9 +60,9 @@ def jax_layers(ours: str, config: ModelConfig, theirs: str = "llm", suffix: str 
 
     Where there are as many key heads as query heads, query, key and value are one tensor.
     """
-    c = config.backbone
     attention, mlp = f"{theirs}/layers/attn", f"{theirs}/layers/mlp{suffix}"
-    if c.num_heads == c.num_kv_heads:
+
+    if config.backbone.num_heads == config.backbone.num_kv_heads:
         names = {"query": "X0NWE", "key": "X1GWE", "value": "X2GWE"}
         lines = [Line(f"{ours}.layers.{n}", f"{attention}/qkv_einsum{suffix}/w", a) for n, a in names.items()]
     else:
@@ -71,6 +71,7 @@ def jax_layers(ours: str, config: ModelConfig, theirs: str = "llm", suffix: str 
             Line(f"{ours}.layers.key", f"{attention}/kv_einsum{suffix}/w", "X0GWE"),
             Line(f"{ours}.layers.value", f"{attention}/kv_einsum{suffix}/w", "X1GWE"),
         ]
+
     return [
         *lines,
         Line(f"{ours}.layers.out", f"{attention}/attn_vec_einsum{suffix}/w", "XNEW"),

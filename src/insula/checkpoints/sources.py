@@ -57,9 +57,12 @@ def open_source(path: Path) -> WeightSource:
         return SafetensorsSource(path, [path / SAFETENSORS])
     if (path / SHARDS).is_file():
         return SafetensorsSource(path, _shards(path / SHARDS))
+
+    # openpi's folders hold the tree as `params`; a path may name either.
     for folder in (path, path / "params"):
         if (folder / "_METADATA").is_file():
             return OrbaxSource(folder)
+
     what = "no weights of a known kind" if path.exists() else "no such file or directory"
     raise CheckpointError(
         f"{path}: {what}; expected a .safetensors or .npz file, or a directory with {SAFETENSORS}, {SHARDS} "
@@ -122,9 +125,11 @@ class OrbaxSource:
                 self._keys["/".join(names)] = names
 
     def read(self, name: str) -> np.ndarray:
+        # Orbax restores what a tree of the same form asks for: here, one leaf.
         item: Any = 0
         for key in reversed(self._keys[name]):
             item = {key: item}
+
         how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         with _reading(self.path), ocp.PyTreeCheckpointer() as checkpointer:
             wanted = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
@@ -162,14 +167,18 @@ def _shards(index: Path) -> list[Path]:
     shards = read_settings(index, "weight_map")["weight_map"]
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise CheckpointError(f"{index}: weight_map is no table of tensors and their files; fetch the file again")
+
+    # A name with a folder in it could lead anywhere on this machine.
     names = sorted(set(shards.values()))
     for name in names:
         if Path(name).name != name or not (index.parent / name).is_file():
             raise CheckpointError(f"{index} names {name!r}, which is not a file beside it; fetch all shards")
+
     return [index.parent / name for name in names]
 
 
 def _npy_entry(file: Any) -> Entry:
+    # The header alone, in NumPy's own words: the values stay where they are.
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)

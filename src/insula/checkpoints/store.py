@@ -65,6 +65,8 @@ class CheckpointStore:
         """Write step `step`; a step that is already there is left alone."""
         if self.has(step):
             return
+
+        # Checksums of what is in memory now: of the file they would vouch for whatever the disk made of it.
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             train_state=ocp.args.StandardSave(train_state),
@@ -101,10 +103,13 @@ class CheckpointStore:
         Raises CheckpointError where there is none, a shape differs, or a leaf is damaged.
         """
         step = self._manager.latest_step() if step is None else step
+
         where = f"{self._manager.directory}/{step}/{item}"
         if step is None or step not in self._manager.all_steps():
             known = ", ".join(map(str, self._manager.all_steps())) or "none"
             raise CheckpointError(f"{self._manager.directory}: no checkpoint at step {step}; there are: {known}")
+
+        # Shapes and dtypes alone, so that Orbax checks them before it reads.
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
         try:
             wanted = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)}, manifest=ocp.args.JsonRestore())
@@ -114,17 +119,21 @@ class CheckpointStore:
                 f"{where} cannot be read ({brief(error)}); it is damaged or of another model. "
                 f"Remove {self._manager.directory}/{step} to fall back to an earlier step"
             ) from error
+
         self._verify(where, restored[item], like, restored["manifest"][item])
         return restored[item]
 
     @staticmethod
     def _verify(where: str, tree: Any, like: Any, expected: dict[str, int]) -> None:
         wanted = _named_leaves(like)
+
+        # Orbax cuts or pads a leaf of another shape where it can.
         for name, leaf in _named_leaves(tree).items():
             if leaf.shape != wanted[name].shape:
                 raise CheckpointError(
                     f"{where}: {name} has shape {leaf.shape}, the config expects {wanted[name].shape}"
                 )
+
         for name, value in checksums(tree).items():
             if value != expected.get(name):
                 raise CheckpointError(

@@ -108,11 +108,16 @@ def resolve(lines: list[Line], config: ModelConfig) -> dict[str, Tensor]:
 
     Raises InputError where a line names no weight of this config.
     """
-    weights, patch = paths(weight_table(config)), config.vision.patch_sizes[0]
-    found: dict[str, list[tuple[Line, TensorPart]]] = defaultdict(list)
-    picks: dict[str, int] = defaultdict(lambda: 1)  # entries along the digit axis of a tensor
+    weights = paths(weight_table(config))
+    patch = config.vision.patch_sizes[0]
+
+    # How long the digit axis of a tensor is, nobody says: as long as the largest digit of its lines asks for.
+    picks: dict[str, int] = defaultdict(lambda: 1)
     for line in lines:
         picks[line.theirs] = max([picks[line.theirs], *(int(d) + 1 for d in re.findall(r"\d", line.axes))])
+
+    # By name, since several lines may share a tensor, and a line with "{}" stands for a tensor of each layer.
+    found: dict[str, list[tuple[Line, TensorPart]]] = defaultdict(list)
     for line in lines:
         if line.ours not in weights:
             raise InputError(f"config {config.name!r} has no weight {line.ours}, which the format stores")
@@ -121,6 +126,7 @@ def resolve(lines: list[Line], config: ModelConfig) -> dict[str, Tensor]:
         for layer in layers:
             name = line.theirs if layer is None else line.theirs.format(layer)
             found[name].append((line, _part(line, weight, layer, patch, picks[line.theirs])))
+
     return {name: _tensor(name, entries) for name, entries in found.items()}
 
 
@@ -128,11 +134,15 @@ def _part(line: Line, weight: Weight, layer: int | None, patch: int, picks: int)
     axes, shape = weight.axes, weight.shape
     if layer is not None:
         axes, shape = axes[1:], shape[1:]
+
+    # A patch is one axis here, Z, and a small picture there.
     sizes = dict(zip(axes, shape, strict=True)) | {"h": patch, "w": patch, "c": 3}
     flat = line.axes.replace("(", "").replace(")", "")
-    ours = axes.replace("Z", "hwc") if "h" in flat else axes  # the values of one patch, row by row
+    ours = axes.replace("Z", "hwc") if "h" in flat else axes  # row by row
+
     letters = re.sub(r"\d", "", flat)
     assert sorted(letters) == sorted(ours), f"{line}: axes {line.axes} are not those of ours, {ours}"
+
     return TensorPart(
         ours=line.ours,
         layer=layer,
@@ -145,10 +155,12 @@ def _part(line: Line, weight: Weight, layer: int | None, patch: int, picks: int)
 
 
 def _tensor(name: str, entries: list[tuple[Line, TensorPart]]) -> Tensor:
+    # Every line that shares a tensor tells its shape, which is a check of the table as a whole.
     shapes = set()
     for line, part in entries:
         groups = [group.strip("()") for group in re.findall(r"\(\w+\)|\w", line.axes)]
         spread = iter(part.spread)
         shapes.add(tuple(math.prod(next(spread) for _ in group) for group in groups))
+
     assert len(shapes) == 1, f"{name}: its parts disagree about its shape, {shapes}"
     return Tensor(shapes.pop(), tuple(part for _, part in entries))

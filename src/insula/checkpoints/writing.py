@@ -52,11 +52,14 @@ def foreign_shapes(format: Format, config: ModelConfig) -> dict[str, tuple[int, 
 def foreign_tensors(format: Format, config: ModelConfig, read: Read, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of `foreign_shapes`, in its order."""
     tensors = resolve(format.table(config), config)
+    second_names = dict(format.tied)
+
     for name in foreign_shapes(format, config):
-        tensor = tensors.get(dict(format.tied).get(name, name))
-        if tensor is None:
+        tensor = tensors.get(second_names.get(name, name))
+        if tensor is None:  # what a strict loader wants and never reads
             yield name, np.zeros(format.unused(config)[name], dtype)
             continue
+
         out = np.empty(tensor.shape, dtype)
         for part in tensor.parts:
             place = part.place(out)
@@ -72,6 +75,7 @@ def write_safetensors(path: Path, format: Format, config: ModelConfig, read: Rea
 
     Layout: the header's length (8 bytes, little endian), the header (JSON, padded with blanks to 8 bytes), the data.
     """
+    # The header comes first and names the place of every byte, so all shapes must be known before any value is.
     shapes = foreign_shapes(format, config)
     size = np.dtype(dtype).itemsize
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -80,8 +84,10 @@ def write_safetensors(path: Path, format: Format, config: ModelConfig, read: Rea
         stop = start + size * int(np.prod(shape, dtype=np.int64))
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
         start = stop
+
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+
     unfinished = path.with_name(path.name + ".unfinished")
     path.parent.mkdir(parents=True, exist_ok=True)
     with unfinished.open("wb") as file:
@@ -90,6 +96,8 @@ def write_safetensors(path: Path, format: Format, config: ModelConfig, read: Rea
             assert tensor.shape == shapes[name]
             file.write(tensor.reshape(-1).view(np.uint8).data)
             del tensor
+
+        # Renamed only once it is on the disk: a crash must not leave a whole name on half a file.
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
@@ -99,6 +107,7 @@ def write_orbax(path: Path, format: Format, config: ModelConfig, read: Read, dty
     """An Orbax tree under the item "params", names split at slashes. Values wait on disk until Orbax takes them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        # Mapped files in place of arrays: Orbax takes the tree as a whole, and memory holds one leaf.
         tree: dict[str, Any] = {}
         for number, (name, tensor) in enumerate(foreign_tensors(format, config, read, dtype)):
             waiting = Path(folder) / str(number)
@@ -110,6 +119,7 @@ def write_orbax(path: Path, format: Format, config: ModelConfig, read: Read, dty
             for key in above:
                 branch = branch.setdefault(key, {})
             branch[last] = np.memmap(waiting, kind, "r", shape=shape)
+
         leaves = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)  # else all are in memory at once
         registry = ocp.type_handlers.create_type_handler_registry(
             (np.ndarray, leaves), (jax.Array, ocp.type_handlers.ArrayHandler())

@@ -31,9 +31,11 @@ class Assets:
             raise InputError(f"this model knows several robots; choose one with robot=: {', '.join(self.robots)}")
         if name is not None and name not in self.robots:
             raise InputError(f"no robot {name!r}{did_you_mean(name, self.robots)}; known: {', '.join(self.robots)}")
+
         return self.robots[name or next(iter(self.robots))]
 
     def write(self, directory: Path) -> None:
+        """All of it, as `read_assets` reads it."""
         write_config(directory, self.config)
         for name, robot in self.robots.items():
             robot.write(directory / ROBOTS_FOLDER / name)
@@ -41,6 +43,7 @@ class Assets:
 
 
 def write_config(directory: Path, config: ModelConfig) -> None:
+    """The model's settings, and the version that wrote them."""
     directory.mkdir(parents=True, exist_ok=True)
     written = {"insula": version("insula"), "model": dataclasses.asdict(config)}
     write_json(directory / MODEL_FILE, written)
@@ -50,9 +53,12 @@ def read_assets(directory: Path) -> Assets:
     """Raises MissingFileError, or InputError naming the file and what is wrong in it."""
     path = directory / MODEL_FILE
     written = read_json(path, "model")
+
+    # A robot's name is its folder's: nothing could contradict it.
     robots = sorted(path for path in (directory / ROBOTS_FOLDER).glob("*") if path.is_dir())
     if not robots:
         raise MissingFileError(f"{directory / ROBOTS_FOLDER}: no robot; a checkpoint holds what serves at least one")
+
     return Assets(
         config=config_from_dict(written["model"], str(path)),
         tokenizer=FASTTokenizer.load(directory / TOKENIZER_FOLDER),

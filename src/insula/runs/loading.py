@@ -24,18 +24,23 @@ def load_model(run: str | Path, step: int | None = None, *, even_leaking: bool =
     insulation leaks, unless it is to be looked at `even_leaking`.
     """
     run = Path(run)
+
     if (run / CHECKPOINTS_FOLDER).is_dir():
         with CheckpointStore(run / CHECKPOINTS_FOLDER) as store:
             folder = store.assets(step)
+
+            # Before the weights, which may be gigabytes.
             if not even_leaking:
                 refuse_leaking(folder)
             if not (folder / CERTIFICATE_FILE).is_file():
                 log.warning("%s: no certificate, the insulation of this checkpoint was not measured", folder)
+
             assets = read_assets(folder)
             return store.restore("params", abstract_params(assets.config), step), assets
     if (run / SAFETENSORS).is_file() and (run / ROBOTS_FOLDER).is_dir():
         assets = read_assets(run)
-        return load_params(run, assets.config, jax.random.key(0))[0], assets
+        return load_params(run, assets.config, jax.random.key(0))[0], assets  # no weight is drawn: all are there
+
     raise CheckpointError(
         f"{run}: no checkpoints here; expected what `insula train --run` wrote (checkpoints/), or a trained "
         f"policy from `insula convert --to insula` ({SAFETENSORS}, {ROBOTS_FOLDER}/)"

@@ -11,6 +11,7 @@ import pytest
 from small import SMALL, by_leaf
 
 from insula.checkpoints.loading import load_params
+from insula.errors import InputError
 from insula.model.config import TINY
 from insula.pretrain import run as pretraining
 from insula.pretrain.run import PretrainConfig, pretrain, question_tokenizer
@@ -77,6 +78,9 @@ def test_interrupted_and_started_again_equals_uninterrupted(
         with pytest.raises(KeyboardInterrupt, match="goes on where it stopped"):
             pretrain(settings(tmp_path), question_tokenizer(MODEL))
     assert not (tmp_path / "backbone.safetensors").exists()
+    other = dataclasses.replace(settings(tmp_path), batch_size=3, seed=1)
+    with pytest.raises(InputError, match=r"was begun with other settings \(batch_size, seed differ"):
+        pretrain(other, question_tokenizer(MODEL))
     pretrain(settings(tmp_path), question_tokenizer(MODEL))
 
     whole, resumed = learned(finished), learned(tmp_path)

@@ -17,7 +17,6 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-import insula.worlds.tabletop  # noqa: F401 - registers the environment
 from insula.collect.scenes import render_scenes
 from insula.data.images import EncodedImages, encode_png, encode_pngs
 from insula.data.lerobot.info import Feature, image_feature
@@ -25,6 +24,7 @@ from insula.data.lerobot.writer import LeRobotWriter
 from insula.errors import DatasetError, InputError
 from insula.files import write_json
 from insula.worlds.seeds import DEMONSTRATIONS, PRETRAINING
+from insula.worlds.tabletop import TABLETOP
 from insula.worlds.tabletop.demonstrator import rollout
 from insula.worlds.tabletop.environment import ACTION_DIM, ACTION_NAMES, STATE_DIM, STATE_NAMES
 from insula.worlds.tabletop.scene import CAMERAS
@@ -163,9 +163,7 @@ _environments: dict[int, gymnasium.Env] = {}  # of this process, by image size; 
 
 def _demonstrate(seeds: range, noise: float | int, image_size: int) -> list[_Demonstration]:
     if image_size not in _environments:
-        _environments[image_size] = gymnasium.make(
-            "insula/Tabletop-v0", image_size=image_size, disable_env_checker=True
-        )
+        _environments[image_size] = gymnasium.make(TABLETOP, image_size=image_size, disable_env_checker=True)
     return [_demonstration(_environments[image_size], seed, noise) for seed in seeds]
 
 

@@ -54,10 +54,10 @@ class Backbone:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BackboneOutput:
-    """One backbone pass: final hidden states (of the positions asked for), keys and values of every layer, and
-    what is real."""
+    """One backbone pass: final hidden states (of the n positions asked for, or of all T), keys and values of every
+    layer, and what is real."""
 
-    hidden: Float[Array, "B U W"]
+    hidden: Float[Array, "B n W"]
     keys: Float[Array, "X B T G E"]
     values: Float[Array, "X B T G E"]
     token_mask: Bool[Array, "B T"]

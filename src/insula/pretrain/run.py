@@ -16,6 +16,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +30,14 @@ from insula.checkpoints.writing import from_params, write_safetensors
 from insula.checks import check_integer, check_number, check_seed
 from insula.collect.demonstrations import HELD_OUT_SCENES
 from insula.collect.scenes import KIND_WEIGHTS, Scenes, question_batch, render_scenes, tokenize
+from insula.errors import InputError
 from insula.evaluate.knowledge import Knowledge, measure_knowledge
-from insula.files import check_output_folder
+from insula.files import check_output_folder, read_json, write_json
 from insula.losses import language_loss
 from insula.model.config import TINY_BFLOAT16, ModelConfig
 from insula.model.params import Params, init_params
 from insula.pretrain.grounding import Head, grounding_loss, name_tokens
-from insula.runs.folder import CHECKPOINTS_FOLDER, METRICS_FILE
+from insula.runs.folder import CHECKPOINTS_FOLDER, METRICS_FILE, PRETRAIN_FILE
 from insula.shapes import Array, Float
 from insula.tokens.fast import FASTCodec
 from insula.tokens.sequence import FASTTokenizer
@@ -92,7 +94,7 @@ def pretrain(config: PretrainConfig, tokenizer: FASTTokenizer) -> Knowledge:
     """Train vision and backbone, measure on held-out scenes, write the weights.
 
     Raises KeyboardInterrupt where it was interrupted: it writes weights only when complete. NonFiniteError and
-    CheckpointError as in training.
+    CheckpointError as in training. InputError where the folder holds a pretraining with other settings.
     """
     model, started = config.model, time.time()
     size = model.vision.image_size
@@ -120,10 +122,12 @@ def pretrain(config: PretrainConfig, tokenizer: FASTTokenizer) -> Knowledge:
         # Grounding takes a few minutes and has no checkpoint of its own: interrupted, it begins again.
         params = start_locations(init_params(model, init_key), tokenizer.text)
         if store.latest() is None:
+            write_json(config.out / PRETRAIN_FILE, _settings(config))
             params = ground(params, config, tokenizer.text, scenes, log)
 
         state = make_train_state(params, optimizer)
         if store.latest() is not None:
+            _refuse_other_settings(config)
             state = store.restore("train_state", state)
 
         def save_state(state: TrainState) -> None:
@@ -140,6 +144,24 @@ def pretrain(config: PretrainConfig, tokenizer: FASTTokenizer) -> Knowledge:
     known = measure_knowledge(state.ema_params, model, tokenizer, held_out)
     save_backbone(config, state.ema_params, known, time.time() - started)
     return known
+
+
+def _settings(config: PretrainConfig) -> dict[str, Any]:
+    """All that decides what is learned, as JSON holds it."""
+    settings = dataclasses.asdict(config)
+    del settings["out"], settings["checkpoint_every"]
+    return json.loads(json.dumps(settings))
+
+
+def _refuse_other_settings(config: PretrainConfig) -> None:
+    """Raises InputError where the checkpoint in the folder was begun with others: half of each would be neither."""
+    stored = read_json(config.out / PRETRAIN_FILE)
+    settings = _settings(config)
+    if changed := [name for name in settings if stored.get(name) != settings[name]]:
+        raise InputError(
+            f"{config.out} was begun with other settings ({', '.join(changed)} differ, see {PRETRAIN_FILE}); give the "
+            "same again to go on, or choose a new folder"
+        )
 
 
 def question_tokenizer(model: ModelConfig) -> FASTTokenizer:

@@ -20,6 +20,8 @@ METRICS_FILE = "metrics.jsonl"
 INIT_FILE = "init.json"
 QUARANTINE_FILE = "quarantine.jsonl"
 LOCK_FILE = "lock"
+PRETRAIN_FILE = "pretrain.json"
+"""The settings of a pretraining, in a folder of its own."""
 TENSORBOARD_FOLDER = "tensorboard"
 CHECKPOINTS_FOLDER = "checkpoints"
 

@@ -196,7 +196,8 @@ def refuse_non_finite_frames(dataset: LeRobotDataset, values: np.ndarray, first:
     episode, frame = dataset.episodes.locate(first + row)
     raise InputError(
         f"data set {dataset.root}, episode {episode}, frame {frame}: {names[dim]} is {values[row, dim]}; "
-        "expected finite numbers. insula data doctor lists all of them; insula train --on-bad-sample quarantine leaves them out"
+        "expected finite numbers. insula data doctor lists all of them; insula train --on-bad-sample quarantine leaves "
+        "them out"
     )
 
 

@@ -68,6 +68,7 @@ def open_data(config: TrainConfig, moved: Path | None = None) -> RunData:
     split = _stored_split(config.run / MAPPING_FILE, mapping, stored["split"]) if stored else {}
     datasets = _open_datasets(config, mapping)
 
+    # A run that goes on keeps its split: drawn again, a data set that grew would train on episodes held out so far.
     parts, units = {}, {}
     for name, robot in mapping.robots.items():
         where = f"data set {robot.path}"
@@ -77,6 +78,8 @@ def open_data(config: TrainConfig, moved: Path | None = None) -> RunData:
         else:
             shown = instructions_of(datasets[name], robot)
             parts[name] = split_episodes(shown, config.held_out_fraction, config.seed, where)
+
+    # Questions are split by picture: one about a picture that was trained on is no unseen one.
     for name, questions in mapping.questions.items():
         where = f"questions {questions.path}"
         units[name] = pictures(questions)
@@ -84,6 +87,7 @@ def open_data(config: TrainConfig, moved: Path | None = None) -> RunData:
             parts[name] = split_again(split[name], units[name], where, "rows")
         else:
             parts[name] = split_rows(units[name], config.held_out_fraction, config.seed, where)
+
     return RunData(mapping, datasets, parts, units)
 
 
@@ -94,19 +98,23 @@ def write_data(config: TrainConfig, data: RunData) -> None:
 
 
 def _open_datasets(config: TrainConfig, mapping: Mapping) -> dict[str, LeRobotDataset]:
+    # Each worker process has a cache of its own for each data set: together they stay within the limit.
     cache = FRAME_CACHE // (len(mapping.robots) * max(1, config.workers))
+
     datasets = {}
     for name, robot in mapping.robots.items():
         if config.resume and not robot.path.exists():
             raise DatasetError(f"no directory {robot.path}; if the data moved, say where it is now: --data PATH")
         datasets[name] = LeRobotDataset(robot.path, cache)
-        named_cameras(datasets[name], robot)
+        named_cameras(datasets[name], robot)  # now, rather than at the first batch
+
     return datasets
 
 
 def _new_mapping(config: TrainConfig) -> Mapping:
     if config.data is None:
         raise InputError("no data set; give --data, a LeRobot folder (insula collect makes one) or a .toml mapping")
+
     return read_mapping(config.data, config.model.cameras)
 
 
@@ -122,20 +130,23 @@ def _stored_split(path: Path, mapping: Mapping, split: Any) -> dict[str, Any]:
 def _stored_mapping(config: TrainConfig, stored: Any, moved: Path | None) -> Mapping:
     """What the run was started with: the file may have changed since, which is said."""
     mapping = parse_mapping(stored, config.run, str(config.run / MAPPING_FILE))
+
     if moved is not None:
         return moved_mapping(mapping, moved, config.model.cameras)
 
     if config.data is not None and config.data.is_file():
         try:
             changed = mapping_to_json(read_mapping(config.data, config.model.cameras)) != mapping_to_json(mapping)
-        except DatasetError:
+        except DatasetError:  # unreadable by now, which is no reason to stop: it is not needed
             changed = True
+
         if changed:
             log.warning(
                 "%s has changed since the run was started, which goes on with what it was started with (%s)",
                 config.data,
                 config.run / MAPPING_FILE,
             )
+
     return mapping
 
 
@@ -148,14 +159,17 @@ def moved_mapping(stored: Mapping, moved: Path, cameras: tuple[str, ...]) -> Map
         if len(stored.robots) != 1 or stored.questions:
             names = ", ".join([*stored.robots, *stored.questions])
             raise InputError(f"--data {moved}: a single folder, but the run learns from {names}; give a .toml mapping")
+
         ((name, robot),) = stored.robots.items()
         return Mapping({name: dataclasses.replace(robot, path=moved)})
 
+    # Compared as plain values, so that the error can show what the file says.
     given = read_mapping(moved, cameras)
     before, after = mapping_to_json(stored), mapping_to_json(given)
     for kind in ("robots", "questions"):
         if list(before[kind]) != list(after[kind]):
             raise InputError(f"--data {moved}: {kind} are {list(after[kind])}, the run has {list(before[kind])}")
+
         for name, entry in before[kind].items():
             for key in sorted(entry.keys() | after[kind][name].keys()):
                 old, new = entry.get(key), after[kind][name].get(key)
@@ -164,16 +178,21 @@ def moved_mapping(stored: Mapping, moved: Path, cameras: tuple[str, ...]) -> Map
                         f"--data {moved}: {kind}.{name}.{key} is {new!r}, the run was started with {old!r}; "
                         "only paths can change while a run goes on"
                     )
+
     return given
 
 
 def fit_assets(config: TrainConfig, data: RunData) -> Assets:
     """Normalization of each robot and FAST, fitted on the training episodes, and the tokenizer made of them."""
     model = config.model
+
+    # Held-out episodes are not looked at, not even for their range: their losses would flatter the model.
     robots = {name: _robot(config, data, name, robot) for name, robot in data.mapping.robots.items()}
+
     if config.reading.fast:
         codec = FASTCodec.load(config.reading.fast)
     else:
+        # The same number from each robot, whatever its size: the merges are for all of them.
         limit = FAST_FIT_CHUNKS // len(robots)
         chunks = [
             chunk
@@ -184,6 +203,7 @@ def fit_assets(config: TrainConfig, data: RunData) -> Assets:
         if not chunks:
             raise InputError("FAST: no robot of the mapping has the loss 'fast', so nothing teaches the backbone")
         codec = FASTCodec.fit(chunks, config.reading.fast_vocab, config.reading.fast_scale)
+
     tokenizer = FASTTokenizer(
         text.load_text_tokenizer(config.reading.text_tokenizer) if config.reading.text_tokenizer else text.embedded(),
         codec,
@@ -192,17 +212,22 @@ def fit_assets(config: TrainConfig, data: RunData) -> Assets:
         max_prompt_len=model.max_prompt_len,
         fast_last_id=config.reading.fast_last_id,
     )
+
+    # An embedding looks up the nearest row for an id beyond its end, without a word.
     if tokenizer.vocab_size > model.vocab_size:
         raise InputError(
             f"text and FAST tokens need {tokenizer.vocab_size} entries, config {model.name!r} has "
             f"vocab_size {model.vocab_size}; raise it, or lower fast_vocab"
         )
+
     return Assets(model, tokenizer, robots)
 
 
 def _robot(config: TrainConfig, data: RunData, name: str, robot: RobotData) -> Robot:
     model = config.model
     horizon = chunk_horizon(robot, name, model.horizon)
+
+    # Of chunks rather than frames, where actions count from the state: how far they reach depends on the horizon.
     stats = robot_stats(
         robot,
         horizon,
@@ -210,12 +235,15 @@ def _robot(config: TrainConfig, data: RunData, name: str, robot: RobotData) -> R
         processes=(os.cpu_count() or 1) if len(data.datasets[name]) >= LARGE else 1,
         skip_non_finite=config.reading.on_bad_sample == "quarantine",
     )
+
     for part, width in (("state", model.state_dim), ("actions", model.action_dim)):
         if stats[part].dim > width:
             raise DatasetError(
                 f"data set {robot.path}: {part} has {stats[part].dim} dimensions, config {model.name!r} "
                 f"expects at most {width}; set {'state_dim' if part == 'state' else 'action_dim'}={stats[part].dim}"
             )
+
+    # In the model's order: it is the order of image tokens.
     cameras = tuple(camera for camera in model.cameras if camera in robot.cameras)
     return Robot(stats, cameras, horizon, robot.delta, robot.units)
 
@@ -223,6 +251,7 @@ def _robot(config: TrainConfig, data: RunData, name: str, robot: RobotData) -> R
 def sizes(model: ModelConfig, data: RunData) -> Sizes:
     """A camera whose pictures have one size in all robot data sets keeps it, and is resized on the device. Of several
     sizes, and where no robot has it, the model's own is made while reading."""
+    # One size in a batch is one program on the device, and pictures travel no larger than they were recorded.
     square = (model.vision.image_size, model.vision.image_size)
     cameras = {}
     for camera in model.cameras:
@@ -232,14 +261,18 @@ def sizes(model: ModelConfig, data: RunData) -> Sizes:
             if camera in robot.cameras
         }
         cameras[camera] = found.pop() if len(found) == 1 else square
+
     return Sizes(model.horizon, model.state_dim, model.action_dim, cameras)
 
 
 def training_mixture(config: TrainConfig, assets: Assets, data: RunData) -> Mixture:
     """All sources by their weights, tokenized ahead so that what does not fit is an error now."""
     sources = _sources(config, assets, data, {name: part.train for name, part in data.parts.items()})
+
+    # A minute now rather than an error after hours, at the first chunk that takes too many tokens.
     for source in sources.values():
         source.tokenize_ahead()
+
     return Mixture(sources, data.mapping.weights, config.reading.on_bad_sample, config.run / QUARANTINE_FILE)
 
 

@@ -41,18 +41,23 @@ def stored_settings(run: Path) -> TrainConfig:
     """The settings a run was started with, as those of its resumption. Raises CheckpointError where there are none, or
     no checkpoint to go on from."""
     path = run / SETTINGS_FILE
+
+    # Two different things: a folder that is no run, and a run that was ended before its first checkpoint.
     if not path.is_file():
         raise CheckpointError(f"{run}: nothing to resume, {path.name} is not there; start without --resume")
     if newest_step(run) is None:
         raise CheckpointError(f"{run}: nothing to resume, no checkpoint yet; start without --resume")
+
+    # Where the run is now, not where it was started: folders move.
     return dataclasses.replace(read_config(path), run=run, resume=True)
 
 
 def newest_step(run: Path) -> int | None:
     """The newest checkpoint of a run, None where there is none."""
     folder = run / CHECKPOINTS_FOLDER
-    if not folder.is_dir():
+    if not folder.is_dir():  # the store would make one
         return None
+
     with CheckpointStore(folder) as store:
         return store.latest()
 
@@ -65,8 +70,11 @@ def resumed_settings(asked: TrainConfig, base: TrainConfig | None = None) -> tup
     change, CheckpointError where there is nothing to resume.
     """
     stored = stored_settings(asked.run)
+
+    # What was not asked for stays as it is stored, whatever the defaults are by now.
     settings = merge_settings(stored, asked, TrainConfig(run=asked.run) if base is None else base)
     settings = dataclasses.replace(settings, run=asked.run, resume=True)
+
     changes = differences(stored, settings)
     refused = {name: values for name, values in changes.items() if name not in MAY_CHANGE}
     if refused:
@@ -89,6 +97,7 @@ def merge_settings(stored: Any, asked: Any, base: Any) -> Any:
             changes[field.name] = merge_settings(*values)
         elif values[1] != values[2]:
             changes[field.name] = values[1]
+
     return dataclasses.replace(stored, **changes)
 
 
@@ -101,6 +110,7 @@ def differences(before: Any, after: Any, prefix: str = "") -> Changes:
             found |= differences(old, new, f"{prefix}{field.name}.")
         elif old != new:
             found[prefix + field.name] = (old, new)
+
     return found
 
 
@@ -114,9 +124,11 @@ def tell_changes(before: TrainConfig, after: TrainConfig, step: int) -> None:
     changes = differences(before, after)
     if not changes:
         return
+
     told = ", ".join(f"{flag(name)} {_shown(new)} (was {_shown(old)})" for name, (old, new) in changes.items())
     log.warning("%s goes on at step %d with %s", after.run, step, told)
 
+    # The schedule is a function of the step and of all steps, so more of them move the rate of this very step.
     rates = []
     for part in PARTS:
         old, new = (
@@ -125,6 +137,7 @@ def tell_changes(before: TrainConfig, after: TrainConfig, step: int) -> None:
         )
         if old != new:
             rates.append(f"{part} {old:.2g} → {new:.2g}")
+
     if rates:
         log.warning(
             "the learning rates follow the schedule of %d steps from here on: %s", after.steps, ", ".join(rates)

@@ -57,22 +57,27 @@ def split_episodes(instructions: Sequence[set[str]], fraction: float, seed: int,
     other is left to hold out, and a warning then names the instruction. Raises InputError when none is left to train.
     """
     count = len(instructions)
+
     wanted = _held_out_count(count, fraction, where, "episodes")
+    # By instruction, because held-out losses of one that was never trained on tell nothing of generalization.
     shown = Counter(instruction for some in instructions for instruction in some)
     chosen: list[int] = []
     needed: list[int] = []
     for episode in np.random.default_rng(seed).permutation(count).tolist():
         if len(chosen) == wanted:
             break
+
         if any(shown[instruction] == 1 for instruction in instructions[episode]):
             needed.append(episode)
         else:
             chosen.append(episode)
             shown.subtract(instructions[episode])
 
+    # Still not enough: a share was asked for, so the last ones of their instruction go as well, and are named.
     for episode in needed[: wanted - len(chosen)]:
         chosen.append(episode)
         shown.subtract(instructions[episode])
+
     if unseen := sorted(instruction for instruction, episodes in shown.items() if episodes == 0):
         more = f" and {len(unseen) - INSTRUCTIONS_LISTED} more" if len(unseen) > INSTRUCTIONS_LISTED else ""
         log.warning(
@@ -82,6 +87,7 @@ def split_episodes(instructions: Sequence[set[str]], fraction: float, seed: int,
             ", ".join(map(repr, unseen[:INSTRUCTIONS_LISTED])),
             more,
         )
+
     return _part(count, np.array(chosen, np.int64))
 
 
@@ -89,6 +95,7 @@ def split_rows(pictures: np.ndarray, fraction: float, seed: int, where: str) -> 
     """Hold out a share of pictures with all questions about them. `pictures` [n]: which one each row is about."""
     count = int(pictures.max()) + 1 if len(pictures) else 0
     wanted = _held_out_count(count, fraction, where, "pictures")
+
     held_out = np.random.default_rng(seed).permutation(count)[:wanted]
     return _part(len(pictures), np.flatnonzero(np.isin(pictures, held_out)))
 
@@ -101,6 +108,8 @@ def split_again(stored: Any, units: np.ndarray, where: str, what: str) -> Part:
     """
     held_out = _stored_units(stored, where)
     before = Fingerprint(stored["count"], stored["crc32"])
+
+    # Episodes are known by what they hold: a folder of the same name and size may be another recording.
     remedy = "point --data to the data it was started with, or start a new run"
     if len(units) < before.count:
         raise DatasetError(f"{where}: has {len(units)} {what}, this run was started with {before.count}; {remedy}")
@@ -109,6 +118,7 @@ def split_again(stored: Any, units: np.ndarray, where: str, what: str) -> Part:
             f"{where}: its first {before.count} {what} are not those this run was started with (other lengths, "
             f"actions or order); {remedy}"
         )
+
     if more := len(units) - before.count:
         log.warning(
             "%s: %d %s were added since this run was started. They are left out, so that it goes on with the same "
@@ -117,6 +127,7 @@ def split_again(stored: Any, units: np.ndarray, where: str, what: str) -> Part:
             more,
             what,
         )
+
     return _part(before.count, np.array(held_out, np.int64))
 
 
@@ -146,6 +157,7 @@ def instructions_of(dataset: LeRobotDataset, robot: RobotData) -> list[set[str]]
     """The instructions that each episode shows. Warns where some are empty; raises as `read_instructions`."""
     found = read_instructions(dataset, robot)
     warn_of_blanks(dataset, found)
+
     spans = zip(dataset.episodes.start, dataset.episodes.stop, strict=True)
     return [{found.texts[number] for number in np.unique(found.number[start:stop])} for start, stop in spans]
 
@@ -158,7 +170,7 @@ def episode_checksums(dataset: LeRobotDataset, robot: RobotData) -> np.ndarray:
 
 
 def _held_out_count(count: int, fraction: float, where: str, what: str) -> int:
-    wanted = int(np.ceil(count * fraction))
+    wanted = int(np.ceil(count * fraction))  # up: a share above 0 holds out at least one
     if count - wanted < 1:
         raise InputError(
             f"{where}: held_out_fraction is {fraction}, and of {count} {what} none would be left to train on; "

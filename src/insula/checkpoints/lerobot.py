@@ -127,7 +127,7 @@ def write_policy_files(
 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG, policy)
-    write_processors(folder, config.max_prompt_len, inputs, outputs, state, action, relative, tokenizer)
+    write_processors(folder, policy, state, action, relative, tokenizer)
 
 
 def refuse_other_sizes(config: ModelConfig) -> None:

@@ -59,27 +59,30 @@ def relative_names(relative: tuple[int, ...], state_dim: int, action_dim: int) -
 
 def write_processors(
     folder: Path,
-    prompt_len: int,
-    inputs: Mapping[str, Any],
-    outputs: Mapping[str, Any],
+    policy: Mapping[str, Any],
     state: Bounds,
     action: Bounds,
     relative: tuple[int, ...],
     tokenizer: str,
 ) -> None:
-    """Both processors and the statistics they load. Raises CheckpointError as `relative_names`."""
-    normalizer = {"eps": 1e-8, "features": {**inputs, **outputs}, "norm_map": NORMALIZATION}
+    """Both processors and the statistics they load, for the policy that `policy`, its config.json, describes. Raises
+    CheckpointError as `relative_names`."""
+    inputs, outputs = policy["input_features"], policy["output_features"]
+    normalizer = {"eps": 1e-8, "features": inputs | outputs, "norm_map": NORMALIZATION}
     device = {"device": "cpu", "float_dtype": None}
+
     # Without a number the prompt step of 0.4 pads the state to 32, and writes a bin for each of them.
     prompt = {"max_state_dim": len(state[0])}
     ids = {
-        "max_length": prompt_len,
+        "max_length": policy["tokenizer_max_length"],
         "task_key": "task",
         "padding_side": "right",
         "padding": "max_length",
         "truncation": True,
         "tokenizer_name": tokenizer,
     }
+
+    # Before the normalizer, whose statistics are those of relative actions; and after its inverse.
     from_state, to_absolute = {}, {}
     if relative:
         names, absolute = relative_names(relative, len(state[0]), len(action[0]))
@@ -96,10 +99,11 @@ def write_processors(
         "device_processor": device,
     }
     after = {
-        "unnormalizer_processor": normalizer | {"features": dict(outputs)},
+        "unnormalizer_processor": normalizer | {"features": outputs},
         **to_absolute,
         "device_processor": device,
     }
+
     stats = _quantiles(STATE, with_range(state, STATE_SPREAD, HALF_BIN))
     stats |= _quantiles(ACTION, with_range(action, ACTION_SPREAD))
     _write_processor(folder, PREPROCESSOR, before, stats)
@@ -116,8 +120,9 @@ def _write_processor(folder: Path, name: str, steps: Mapping[str, Any], stats: d
         entry = {"registry_name": step, "config": settings}
         if step.endswith("normalizer_processor"):
             entry["state_file"] = f"{name}_step_{number}_{step}.safetensors"
-            save_file(stats, folder / entry["state_file"])
+            save_file(stats, folder / entry["state_file"])  # each its own copy: LeRobot looks for the step's number
         written.append(entry)
+
     write_json(folder / f"{name}.json", {"name": name, "steps": written})
 
 

@@ -297,6 +297,7 @@ def test_relative_actions_are_never_lost_in_silence(tmp_path: Path, caplog: pyte
     narrow = folder_of_run(tmp_path / "narrow", STATS, relative=(0,))
     with pytest.raises(CheckpointError, match=r"actions \[0\] count from the state.*state has 2, action 3"):
         convert_checkpoint(narrow, tmp_path / "refused", "lerobot")
+    assert not (tmp_path / "refused").exists()
 
     wide = folder_of_run(tmp_path / "wide", wide_state(), relative=(1,))
     convert_checkpoint(wide, tmp_path / "openpi", "openpi")

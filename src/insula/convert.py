@@ -217,8 +217,12 @@ def _refuse_other_text(model: Model, to: Target) -> None:
 
 def _write_lerobot(destination: Path, model: Model, stats: Stats, dtype: str) -> None:
     """A PI05 directory that loads with the network off, once it holds a tokenizer."""
+    # All that can be refused is, before anything is written.
+    bounds = stats["state"].bounds(), stats["actions"].bounds()
     lerobot.refuse_other_sizes(model.config)
     require_names(lerobot.LEROBOT, model.config)
+    if model.relative:
+        lerobot_steps.relative_names(model.relative, stats["state"].dim, stats["actions"].dim)
 
     tokenizer = lerobot_steps.HUB_TOKENIZER
     if model.text is not None:
@@ -232,7 +236,6 @@ def _write_lerobot(destination: Path, model: Model, stats: Stats, dtype: str) ->
             tokenizer,
         )
 
-    bounds = stats["state"].bounds(), stats["actions"].bounds()
     lerobot.write_policy_files(destination, model.config, *bounds, dtype, model.relative, tokenizer)
     write_safetensors(destination / lerobot.MODEL, lerobot.LEROBOT, model.config, model.read, dtype)
 

@@ -23,6 +23,7 @@ from insula.runs.assets import read_assets
 from insula.runs.folder import CERTIFICATE_FILE
 from insula.train import run as training
 from insula.train.config import TrainConfig
+from insula.train.data import open_data
 from insula.train.loop import Every
 from insula.train.optimizer import OptimizerConfig
 
@@ -190,6 +191,15 @@ def test_dropping_token_losses_is_counted(data: Path, tmp_path: Path, caplog: py
     assert training.train(config, quiet=True)
     assert "have no token loss" in caplog.text
     assert np.isfinite(rows(config.run)[0]["flow"])
+
+
+def test_training_without_a_camera_is_said(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A mapping that leaves every camera out is legal, and mostly a mistake."""
+    open_data(settings(data, tmp_path / "run"))
+    assert "learns to act without seeing" not in caplog.text  # the control
+    (tmp_path / "blind.toml").write_text(f'[robots.arm]\npath = "{data}"\ncameras = {{}}\n')
+    open_data(settings(tmp_path / "blind.toml", tmp_path / "run"))
+    assert "gives arm no camera, so the model learns to act without seeing" in caplog.text
 
 
 def test_assets_round_trip(finished: Path, tmp_path: Path) -> None:

@@ -107,6 +107,13 @@ def _open_datasets(config: TrainConfig, mapping: Mapping) -> dict[str, LeRobotDa
             raise DatasetError(f"no directory {robot.path}; if the data moved, say where it is now: --data PATH")
         datasets[name] = LeRobotDataset(robot.path, cache)
         named_cameras(datasets[name], robot)  # now, rather than at the first batch
+        if not robot.cameras:
+            log.warning(
+                "data set %s: the mapping gives %s no camera, so the model learns to act without seeing; where it has "
+                "one that cannot be read, insula data doctor says why",
+                robot.path,
+                name,
+            )
 
     return datasets
 

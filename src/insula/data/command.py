@@ -42,6 +42,7 @@ def measure(path: Path, horizon: int, limit: int, processes: int) -> dict[str, M
         names = {"state": dim_names(dataset, data.state), "actions": dim_names(dataset, data.actions)}
         chunks, clipped = action_chunks(data, robot, limit=limit, processes=processes)
         found[name] = Measured(robot, names, chunks, clipped)
+
     return found
 
 
@@ -53,6 +54,7 @@ def stats(path: Path, horizon: int, out: Path | None, limit: int, processes: int
             target = out if out.suffix == ".json" and len(found) == 1 else out / f"{name}.json"
             target.parent.mkdir(parents=True, exist_ok=True)
             normalize.save_stats(target, measured.robot.stats)
+
     return "\n".join(_tables(name, measured) for name, measured in found.items())
 
 
@@ -76,6 +78,7 @@ def fit_fast(
     }
     written = {name: report.to_json() for name, report in reports.items()}
     write_json(out / REPORT_FILE, written)
+
     return _fast_table(reports)
 
 
@@ -87,7 +90,9 @@ def _tables(name: str, measured: Measured) -> str:
             columns = (stats.min, stats.q01, stats.mean, stats.q99, stats.max, stats.std)
             figures = ["" if column is None else f"{column[dim]:.4g}" for column in columns]
             table.add_row(label, *figures, _note(stats, dim))
+
         tables.append(table)
+
     return as_text(
         *tables, f"{measured.clipped:.3%} of the normalized action values are beyond ±{measured.robot.clip:g}"
     )
@@ -96,6 +101,7 @@ def _tables(name: str, measured: Measured) -> str:
 def _note(stats: NormStats, dim: int) -> str:
     if stats.constant[dim]:
         return "constant: always 0"
+
     return "rarely moves: scaled by min and max" if stats.rarely_moves[dim] else ""
 
 
@@ -113,4 +119,5 @@ def _fast_table(reports: dict[str, FASTReport]) -> str:
     }
     for label, figure in rows.items():
         table.add_row(label, *(figure(report) for report in reports.values()))
+
     return as_text(table)

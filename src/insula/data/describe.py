@@ -71,6 +71,7 @@ def describe(root: Path, cameras: tuple[str, ...]) -> str:
         *[f"# not used: {_text(key)}: {_one_line(why)}" for key, why in unusable.items()],
         *_unreadable(info),
     ]
+
     return "\n".join(lines) + "\n"
 
 
@@ -85,6 +86,7 @@ def pair_cameras(wanted: tuple[str, ...], usable: list[str]) -> dict[str, str]:
             best = max(left, key=lambda key: _likeness(camera, key))  # the first of equals
             paired[camera] = best
             left.remove(best)
+
     return {camera: paired[camera] for camera in wanted if camera in paired}
 
 
@@ -104,7 +106,9 @@ def _guess(info: Info, usual: tuple[tuple[str, ...], ...], prefix: str, what: st
     broken = [c for columns in usual for c in columns if c in info.features and info.features[c].problem is not None]
     if broken:
         return _Guess((), f"{broken[0]!r} cannot be read ({info.features[broken[0]].problem})")
+
     alike = tuple(key for key in numeric if key.startswith(prefix) and not key.endswith("is_pad"))
+
     return _Guess(alike, "" if alike else f"no column is called {usual[0][0]!r} or like it")
 
 
@@ -112,9 +116,11 @@ def _state(info: Info, state: _Guess, actions: _Guess) -> list[str]:
     """The line of the state; where there is none, the candidates to choose from."""
     if state.columns:
         return [_line("state", _list(state.columns), _names(info, state.columns))]
+
     candidates = [key for key in _numeric(info) if key not in actions.columns]
     choose = "choose one, or give an empty list" if candidates else "nor are other numbers; give an empty list"
     lines = [f"# state: {_one_line(state.why)}; {choose} for a model that sees images and the instruction alone"]
+
     return lines + [f"# {_line('state', _list((key,)), _names(info, (key,)))}" for key in candidates]
 
 
@@ -128,9 +134,12 @@ def _instructions(dataset: LeRobotDataset) -> list[str]:
             note = "numbers of the task table, instead of the task"
         else:
             continue
+
         lines.append(f"# instruction = {_text(key)}{' ' * 10}# {note}")
+
     if missing := [text for text in dataset.tasks if says_nothing(text)]:
         lines.append(f"# some tasks are no instruction: {', '.join(map(repr, missing[:5]))}")
+
     return lines
 
 
@@ -148,6 +157,7 @@ def _cameras(info: Info, wanted: tuple[str, ...], usable: list[str]) -> list[str
             lines.append(_line(camera, _text(paired[camera]), f"{height}×{width}, {feature.dtype}"))
         else:
             lines.append(f"# {camera}: no camera is left for it; the model gets a masked one")
+
     return lines + [f"# not used: {_text(key)}" for key in usable if key not in paired.values()]
 
 

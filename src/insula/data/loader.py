@@ -39,9 +39,11 @@ class Loader:
     ):
         if start_step < 0:
             raise InputError(f"loader: got start_step {start_step}, expected 0 or more")
+
         number, shards = shard
         if not 0 <= number < shards or batch_size % shards:
             raise InputError(f"loader: batch size {batch_size} does not fall into {shards} equal parts, or no {number}")
+
         self.mixture = mixture
         self.order = mixture.order(batch_size, seed)
         make = _Make(mixture, self.order, number, shards)
@@ -50,8 +52,10 @@ class Loader:
         if workers:
             if not flags.FLAGS.is_parsed():  # Grain's workers look at its flags, and there is no command line for them
                 flags.FLAGS.mark_as_parsed()
+
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
             batches = batches.mp_prefetch(options, _leave_signals_to_the_parent)
+
         self._batches: Any = iter(batches)
         self._closed = False
 
@@ -61,6 +65,7 @@ class Loader:
     def __next__(self) -> Batch:
         if self._closed:
             raise RuntimeError("loader: next() after close() or after an error; make a new one at the same position")
+
         try:
             return next(self._batches)
         except BaseException:

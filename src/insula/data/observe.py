@@ -81,6 +81,7 @@ def resize_all(images: UInt8[np.ndarray, "B _ _ 3"], size: tuple[int, int]) -> U
     """Unchanged where they have that size already."""
     if images.shape[1:3] == size:
         return images
+
     return np.stack([resize_with_pad(image, size) for image in images])
 
 
@@ -101,6 +102,7 @@ def check_raw(observation: Mapping[str, Any], robot: Robot) -> None:
     for name in robot.cameras:
         if observation["images"].get(name) is None:
             raise InputError(f"observation has cameras {sorted(observation['images'])}, expected also {name!r}")
+
         image = np.asarray(observation["images"][name])
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
             raise InputError(f"image {name!r} is {image.dtype}{list(image.shape)}, expected uint8[h, w, 3]")
@@ -110,6 +112,7 @@ def check_raw(observation: Mapping[str, Any], robot: Robot) -> None:
         raise InputError(
             f"state is {state.dtype}{list(state.shape)}, expected {robot.state_dim} numbers, shape [{robot.state_dim}]"
         )
+
     if not np.isfinite(state).all():
         raise InputError(f"state[{int(np.argmin(np.isfinite(state)))}] is not finite: {state}")
 
@@ -126,5 +129,7 @@ def stack_images(
         images = [np.asarray(observation["images"][camera]) for observation in observations]
         if len(shapes := {image.shape for image in images}) > 1:
             raise InputError(f"images of camera {camera!r} have sizes {sorted(shapes)}; expected one size in a batch")
+
         stacked[camera] = np.stack(images)
+
     return stacked

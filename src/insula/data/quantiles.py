@@ -70,6 +70,7 @@ def wanted_bins(histogram: np.ndarray, quantiles: Sequence[float]) -> Wanted:
         for rank in {rank for q in quantiles for rank in _neighbors(q, int(below[dim, -1]))[:2]}:
             bin = int(np.searchsorted(below[dim], rank, side="right"))
             found[dim, bin] = int(below[dim, bin] - histogram[dim, bin])
+
     return found
 
 
@@ -89,6 +90,7 @@ def quantiles(
         for (d, bin), before in wanted.items():
             if d == dim and before <= rank < before + len(ordered[d, bin]):
                 return float(ordered[d, bin][rank - before])
+
         raise AssertionError("every wanted rank lies in a wanted bin")
 
     out = np.empty((len(of), len(whole.mean)))
@@ -97,6 +99,7 @@ def quantiles(
         for dim in range(out.shape[1]):
             a, b = value(dim, low), value(dim, high)
             out[row, dim] = a + (b - a) * fraction
+
     return out
 
 

@@ -63,6 +63,7 @@ class Robot:
         actions = self.stats["actions"].unnormalize(chunk)
         for dim in self.delta:
             actions[..., dim] += state[..., None, dim]
+
         return actions
 
     def write(self, directory: Path) -> None:
@@ -76,9 +77,11 @@ def relative(actions: np.ndarray, state: np.ndarray, delta: tuple[int, ...]) -> 
     """Chunks [..., H, D] with the state [..., S] at their start taken from the dimensions in `delta`."""
     if not delta:
         return actions
+
     out = np.array(actions, np.float32)
     for dim in delta:
         out[..., dim] -= state[..., None, dim]
+
     return out
 
 
@@ -93,11 +96,13 @@ def read_robot(directory: Path) -> Robot:
     cameras, delta, units = raw["cameras"], raw["delta"], raw["units"]
     if not isinstance(cameras, list) or not all(isinstance(camera, str) for camera in cameras):
         raise InputError(f"{path}: cameras is {cameras!r:.80}, expected a list of names")
+
     check_integer(f"{path}: horizon", raw["horizon"], 1)
 
     dims = min(stats["state"].dim, stats["actions"].dim)
     if not isinstance(delta, list):
         raise InputError(f"{path}: delta is {delta!r:.80}, expected a list of action dimensions")
+
     for dim in delta:
         check_integer(f"{path}: delta has a dimension that", dim, 0, dims - 1)
 

@@ -32,6 +32,7 @@ class TokenTable:
     def put(self, row: int, sample: Tokenized) -> None:
         for name in self.FIELDS:
             getattr(self, name)[row] = getattr(sample, name)
+
         self.known[row] = True
 
     def take(self, rows: np.ndarray, tokenize: Callable[[np.ndarray], None]) -> dict[str, np.ndarray]:
@@ -39,6 +40,7 @@ class TokenTable:
         unknown = np.unique(rows[~self.known[rows]])
         if len(unknown):
             tokenize(unknown)
+
         return {name: getattr(self, name)[rows] for name in self.FIELDS}
 
 

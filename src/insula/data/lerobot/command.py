@@ -64,6 +64,7 @@ def run_doctor(config: DoctorConfig) -> int:
 
     for finding in found:
         print(finding)
+
     if not faults:
         # Notes leave the exit code alone, so that scripts can ask whether a data set may be trained on.
         notes = f", with {len(found)} note{'s' if len(found) > 1 else ''}" if found else ""

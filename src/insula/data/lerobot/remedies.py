@@ -110,6 +110,7 @@ class Finding:
         place = [self.file] if self.file else []
         place += [f"episode {self.episode}"] if self.episode is not None else []
         place += [f"frame {self.frame}"] if self.frame is not None else []
+
         return ", ".join(place) or "data set"
 
     def to_json(self) -> dict[str, Any]:
@@ -123,6 +124,7 @@ class Finding:
         lines += [f"    also {other}" for other in self.others]
         if (more := self.count - 1 - len(self.others)) > 0:
             lines.append(f"    and {more:,} more such places")
+
         return "\n".join([*lines, f"    {self.remedy}"])
 
 
@@ -136,8 +138,10 @@ def grouped(found: Iterable[Finding]) -> list[Finding]:
         key = (finding.fault, finding.subject)
         if key not in kept and finding.subject is not None:
             subjects[finding.fault] = subjects.get(finding.fault, 0) + 1
+
         if key not in kept and subjects.get(finding.fault, 0) > SUBJECTS:  # a file may list a million columns
             key = (finding.fault, None)
+
         first = kept.setdefault(key, finding)
         counts[key] = counts.get(key, 0) + finding.count
         listed = others.setdefault(key, [])

@@ -42,12 +42,15 @@ def sanity_notes(root: Path) -> Iterator[Finding]:
         dataset = LeRobotDataset(root, cache_bytes=0)
     except DatasetError:
         return
+
     columns = dict(_columns(dataset))
     for name, values in columns.items():
         yield from _constant(dataset, name, values)
+
     for name, values in columns.items():
         yield from _jumps(dataset, name, values)
         yield from _spikes(dataset, name, values)
+
     yield from _copies(columns)
     for key in dataset.cameras:
         yield from _pictures(dataset, key, columns)
@@ -59,10 +62,12 @@ def _columns(dataset: LeRobotDataset) -> Iterator[tuple[str, np.ndarray]]:
         plain = feature.is_numeric and feature.dtype != "bool" and math.prod(feature.shape) <= WIDEST
         if name in BOOKKEEPING or not plain:
             continue
+
         try:
             values = dataset.column(name)
         except DatasetError:
             continue
+
         yield name, values.reshape(len(values), -1).astype(np.float64)
 
 
@@ -76,14 +81,17 @@ def _constant(dataset: LeRobotDataset, name: str, values: np.ndarray) -> Iterato
     finite = values[np.isfinite(values).all(1)]
     if not is_action(name) or not len(finite):
         return
+
     still = np.flatnonzero(np.ptp(finite, axis=0) <= SPREAD_SHARE * np.abs(finite).max(0)).tolist()
     if not still:
         return
+
     if len(still) == 1:
         message = f"{_label(dataset, name, still[0])} is {finite[0, still[0]]:g} in every frame"
     else:
         labels = ", ".join(_label(dataset, name, dim) for dim in still)
         message = f"{len(still)} of {values.shape[1]} dimensions never move: {labels}"
+
     yield Finding("constant", f"{name!r}: {message}", subject=name)
 
 
@@ -91,6 +99,7 @@ def _jumps(dataset: LeRobotDataset, name: str, values: np.ndarray) -> Iterator[F
     """Angles that jump by a whole turn from one frame to the next, in radians or degrees."""
     if len(values) < 2 or dataset.features[name].dtype.startswith(("int", "uint")):
         return
+
     inside = np.diff(dataset.episodes.of_frame(np.arange(len(values)))) == 0
     for dim in range(values.shape[1]):
         steps = np.abs(np.diff(values[:, dim]))[inside]
@@ -101,6 +110,7 @@ def _jumps(dataset: LeRobotDataset, name: str, values: np.ndarray) -> Iterator[F
             others = steps[~jumps & np.isfinite(steps)]
             if not jumps.any() or not bounded or not len(others) or np.quantile(others, 0.9) > USUAL_STEP * turn:
                 continue
+
             first = int(np.flatnonzero(inside)[np.flatnonzero(jumps)[0]]) + 1
             unit = "2π" if turn < 10 else "360°"
             message = f"{name!r}, {_label(dataset, name, dim)} jumps by {unit} in {int(jumps.sum())} frames"
@@ -116,6 +126,7 @@ def _spikes(dataset: LeRobotDataset, name: str, values: np.ndarray) -> Iterator[
         finite = column[np.isfinite(column)]
         if len(finite) < 20:
             continue
+
         low, high = np.quantile(finite, [0.05, 0.95])
         spread = high - low
         if spread <= SPREAD_SHARE * max(abs(low), abs(high)) or _has_few_values(finite):
@@ -125,6 +136,7 @@ def _spikes(dataset: LeRobotDataset, name: str, values: np.ndarray) -> Iterator[
         rows = np.flatnonzero(away)
         if not len(rows) or len(rows) > 0.01 * len(column) or _longest_run(rows, episode) > 2:
             continue
+
         message = (
             f"{name!r}, {_label(dataset, name, dim)} is {column[rows[0]]:g}, the middle 90 % of its values lie "
             f"between {low:g} and {high:g} ({len(rows)} such frames)"
@@ -149,6 +161,7 @@ def _copies(columns: dict[str, np.ndarray]) -> Iterator[Finding]:
     for action, told in columns.items():
         if not is_action(action) or len(told) < FEWEST:
             continue
+
         for state, measured in states.items():
             width = min(told.shape[1], measured.shape[1])
             moves = np.ptp(told[:, :width], axis=0) > 0
@@ -168,6 +181,7 @@ def _pictures(dataset: LeRobotDataset, key: str, columns: dict[str, np.ndarray])
         first, stop = int(dataset.episodes.start[episode]), int(dataset.episodes.stop[episode])
         if stop - first < FEWEST:
             continue
+
         try:
             pictures = dataset.images(key, sample_frames(dataset, episode, PICTURES)).astype(np.float32)
         except DatasetError:
@@ -179,6 +193,7 @@ def _pictures(dataset: LeRobotDataset, key: str, columns: dict[str, np.ndarray])
             black.append(episode)
         elif moves and np.abs(pictures - pictures[0]).mean((1, 2, 3)).max() <= STILL:
             frozen.append(episode)
+
     for fault, found, what in (("black pictures", black, "black"), ("frozen pictures", frozen, "all the same")):
         if found:
             numbers = dataset.episodes.number[found].tolist()
@@ -195,5 +210,6 @@ def _some(episodes: list[int]) -> str:
     """Episodes as a sentence names them, the first ones where there are many."""
     if len(episodes) == 1:
         return f"episode {episodes[0]}"
+
     listed = ", ".join(map(str, episodes[:8]))
     return f"{len(episodes)} episodes ({listed}{', ...' if len(episodes) > 8 else ''})"

@@ -35,11 +35,13 @@ def measure(path: Path, horizon: int, limit: int, processes: int) -> dict[str, M
     """Every robot of a mapping, or of a plain folder; at most `limit` chunks of each, spread evenly."""
     found = {}
     for name, data in read_mapping(path).robots.items():
+        # As training fits them, with the horizon too: relative actions spread wider the longer a chunk is.
         steps = chunk_horizon(data, name, horizon)
         stats = robot_stats(data, steps, processes=processes)
         robot = Robot(stats, tuple(data.cameras), steps, data.delta, data.units)
         dataset = LeRobotDataset(data.path, cache_bytes=0)
         names = {"state": dim_names(dataset, data.state), "actions": dim_names(dataset, data.actions)}
+        # With this robot's own statistics: FAST sees what is normalized and clipped.
         chunks, clipped = action_chunks(data, robot, limit=limit, processes=processes)
         found[name] = Measured(robot, names, chunks, clipped)
 
@@ -50,6 +52,7 @@ def stats(path: Path, horizon: int, out: Path | None, limit: int, processes: int
     """Write norm_stats.json of each robot below `out`, and return tables."""
     found = measure(path, horizon, limit, processes)
     for name, measured in found.items():
+        # A file's name is taken at its word where there is one robot; several need a folder.
         if out is not None:
             target = out if out.suffix == ".json" and len(found) == 1 else out / f"{name}.json"
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -70,12 +73,16 @@ def fit_fast(
 ) -> str:
     """Fit a codec on the chunks of all robots, write it and its report to `out`, and return a table."""
     found = measure(path, horizon, limit, processes)
+
+    # One codec for all robots, as the model has one vocabulary; the report is of each, for one may fit badly.
     codec = FASTCodec.fit([chunk for measured in found.values() for chunk in measured.chunks], vocab_size, scale)
     codec.save(out)
     reports = {
         name: measure_fast(codec, measured.chunks, budget, measured.clipped, processes)
         for name, measured in found.items()
     }
+
+    # Beside the codec: its errors and lengths hold for these data alone.
     written = {name: report.to_json() for name, report in reports.items()}
     write_json(out / REPORT_FILE, written)
 
@@ -88,6 +95,7 @@ def _tables(name: str, measured: Measured) -> str:
         table = Table("", "min", "q01", "mean", "q99", "max", "std", "", title=f"{name}: {what}", title_justify="left")
         for dim, label in enumerate(measured.names[what]):
             columns = (stats.min, stats.q01, stats.mean, stats.q99, stats.max, stats.std)
+            # A file that a mapping names may lack quantiles or extremes.
             figures = ["" if column is None else f"{column[dim]:.4g}" for column in columns]
             table.add_row(label, *figures, _note(stats, dim))
 
@@ -107,6 +115,8 @@ def _note(stats: NormStats, dim: int) -> str:
 
 def _fast_table(reports: dict[str, FASTReport]) -> str:
     table = Table("", *reports, title="FAST", title_justify="left")
+
+    # The budget includes "|" and EOS, which the tokens above do not count.
     rows: dict[str, Any] = {
         "chunks": lambda r: str(r.chunks),
         "tokens of a chunk: p50": lambda r: f"{r.tokens['p50']:.0f}",

@@ -72,7 +72,7 @@ class NormStats:
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """(low, high), each [D], after the guard; low == high marks a constant dimension."""
-        # As if the range were measured: the formula below then leaves values as they are.
+        # As if measured: from a range of −1 to 1 the formula makes the values themselves.
         if self.kind == "none":
             return -np.ones(self.dim), np.ones(self.dim)
 
@@ -244,7 +244,7 @@ def load_mapped_stats(path: Path, kind: Kind, sizes: Mapping[str, int]) -> dict[
     found = stats_from_json(raw, str(path))
     mapped = {}
     for part, size in sizes.items():
-        # A robot without a state needs no entry, and openpi's files have none for it.
+        # A robot without a state needs no entry in the file.
         if not size:
             mapped[part] = nothing(kind)
             continue

@@ -137,6 +137,7 @@ def _stats(over: Map, blocks: Blocks, count: int, data: RobotData, what: str, na
     wanted = quantiles.wanted_bins(histogram, RANGE_QUANTILES)
     parts = list(over(partial(_candidates, blocks, whole, wanted), files))
     q01, q99 = quantiles.quantiles(parts, wanted, whole, RANGE_QUANTILES)
+
     stats = NormStats(whole.mean, whole.std, q01, q99, whole.min, whole.max, data.normalization)
     normalize.warn_of_constants(stats, names, f"{data.path}, {what}")
 

@@ -51,8 +51,10 @@ def joined(dataset: LeRobotDataset, columns: Sequence[Columns], read: Callable[[
     parts = []
     for entry in columns:
         values = read(entry.column)
+        # A column of one number a frame comes as [frames], one of shape [2, 3] as [frames, 2, 3].
         values = values.reshape(len(values), -1).astype(np.float32, copy=False)
         parts.append(values if entry.dims is None else values[:, _checked_dims(dataset, entry, values.shape[1])])
+
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
@@ -67,9 +69,12 @@ def _named(dataset: LeRobotDataset, columns: Sequence[Columns]) -> list[tuple[st
     for entry in columns:
         feature = dataset.numeric(entry.column)
         size = int(np.prod(feature.shape))
+
+        # Names of another number than the dimensions would name the wrong ones.
         given = feature.names if feature.names and len(feature.names) == size else None
         dims = range(size) if entry.dims is None else _checked_dims(dataset, entry, size)
         names += [(given[d] if given else None, entry.column if size == 1 else f"{entry.column}[{d}]") for d in dims]
+
     return names
 
 
@@ -79,6 +84,7 @@ def _checked_dims(dataset: LeRobotDataset, entry: Columns, size: int) -> list[in
         raise DatasetError(
             f"data set {dataset.root}: {entry.column!r} has dimensions 0 to {size - 1}, the mapping asks for {outside}"
         )
+
     return list(entry.dims)
 
 
@@ -87,7 +93,10 @@ def check_delta(dataset: LeRobotDataset, data: RobotData) -> None:
     state from an action: its own is at another place. Warns where the two merely have different names."""
     if not data.delta:
         return
+
     state, actions = _named(dataset, data.state), _named(dataset, data.actions)
+
+    # Not below 0, which numpy would count from the end.
     if outside := [d for d in data.delta if not 0 <= d < min(len(state), len(actions))]:
         raise DatasetError(
             f"data set {data.path}: delta names dimension {outside[0]}, but there are {len(state)} of the state and "
@@ -98,7 +107,11 @@ def check_delta(dataset: LeRobotDataset, data: RobotData) -> None:
     pairs = [(d, actions[d][0], state[d][0]) for d in data.delta]
     different = [(d, a, s) for d, a, s in pairs if a is not None and s is not None and _joint(a) != _joint(s)]
     told = ", ".join(f"{d}: action {a!r}, state {s!r}" for d, a, s in different)
+
+    # Backwards, so that the first of several alike is what the message names.
     at = {_joint(name): d for d, (name, _) in reversed(list(enumerate(state))) if name is not None}
+
+    # An error only where the action's joint is elsewhere in the state: names alone prove nothing, as tools differ.
     elsewhere = [f"{a!r} is {at[_joint(a)]} of the state" for _, a, _ in different if _joint(a) in at]
     if elsewhere:
         raise DatasetError(
@@ -106,6 +119,7 @@ def check_delta(dataset: LeRobotDataset, data: RobotData) -> None:
             'state\'s dimensions in the order of the actions (state = [{ column = "...", dims = [...] }]), or leave '
             "those out of delta"
         )
+
     if different:
         _warn_once(f"data set {data.path}: delta pairs different names ({told}); are they the same joint?")
 
@@ -119,6 +133,8 @@ def _warn_once(message: str) -> None:
 def _joint(name: str) -> str:
     """A name without what tells a command from a measurement: "Shoulder_pan.pos" and "shoulder_pan.cmd" are one."""
     words = re.split(r"[^a-z0-9]+", name.lower())
+
+    # A name of such words alone, "joint_position", stays as it is: else all of them would be one joint.
     return "_".join(word for word in words if word and word not in ASPECTS) or name.lower()
 
 
@@ -129,11 +145,14 @@ def named_cameras(dataset: LeRobotDataset, data: RobotData) -> None:
             pick(key, dataset.features, f"feature for the model's camera {name!r}:", f"data set {dataset.root}")
         except DatasetError as error:
             raise DatasetError(f"{error}; insula data describe writes a mapping of what is there") from None
+
+        # Present is not enough: a column of numbers, or one without files, would fail in the middle of training.
         dataset.camera(key)
 
 
 def chunk_indices(frames: np.ndarray, stop: np.ndarray, horizon: int) -> tuple[np.ndarray, np.ndarray]:
     """Frame indices [N, H] of each chunk, clamped before `stop` [N], and where they were clamped, bool [N, H]."""
+    # Clamped at the episode's end: what follows in the file is another episode's beginning.
     steps = frames[:, None] + np.arange(horizon)
     return np.minimum(steps, stop[:, None] - 1), steps >= stop[:, None]
 
@@ -141,11 +160,14 @@ def chunk_indices(frames: np.ndarray, stop: np.ndarray, horizon: int) -> tuple[n
 def chosen_episodes(dataset: LeRobotDataset, episodes: Iterable[SupportsIndex] | None) -> np.ndarray:
     """`episodes`, or all. Raises DatasetError where one does not exist or there are none."""
     count = len(dataset.episodes)
+
+    # `episodes` may be a generator, or numbers of any integer type.
     chosen = np.arange(count) if episodes is None else np.asarray(list(episodes), np.int64)
     outside = chosen[(chosen < 0) | (chosen >= count)]
     if not len(chosen) or len(outside):
         what = f"episode {outside[0]} does not exist" if len(outside) else "no episode was chosen"
         raise DatasetError(f"data set {dataset.root}: {what}; it has episodes 0 to {count - 1}")
+
     return chosen
 
 
@@ -163,4 +185,5 @@ def chunk_horizon(data: RobotData, name: str, horizon: int) -> int:
         raise DatasetError(
             f"robots.{name}: horizon is {data.horizon}, the model's is {horizon}; shorten it, or raise --model.horizon"
         )
+
     return data.horizon or horizon

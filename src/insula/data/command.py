@@ -35,13 +35,16 @@ def measure(path: Path, horizon: int, limit: int, processes: int) -> dict[str, M
     """Every robot of a mapping, or of a plain folder; at most `limit` chunks of each, spread evenly."""
     found = {}
     for name, data in read_mapping(path).robots.items():
+        # As training fits them, with the horizon too: relative actions spread wider the longer a chunk is.
         steps = chunk_horizon(data, name, horizon)
         stats = robot_stats(data, steps, processes=processes)
         robot = Robot(stats, tuple(data.cameras), steps, data.delta, data.units)
         dataset = LeRobotDataset(data.path, cache_bytes=0)
         names = {"state": dim_names(dataset, data.state), "actions": dim_names(dataset, data.actions)}
+        # With this robot's own statistics: FAST sees what is normalized and clipped.
         chunks, clipped = action_chunks(data, robot, limit=limit, processes=processes)
         found[name] = Measured(robot, names, chunks, clipped)
+
     return found
 
 
@@ -49,10 +52,12 @@ def stats(path: Path, horizon: int, out: Path | None, limit: int, processes: int
     """Write norm_stats.json of each robot below `out`, and return tables."""
     found = measure(path, horizon, limit, processes)
     for name, measured in found.items():
+        # A file's name is taken at its word where there is one robot; several need a folder.
         if out is not None:
             target = out if out.suffix == ".json" and len(found) == 1 else out / f"{name}.json"
             target.parent.mkdir(parents=True, exist_ok=True)
             normalize.save_stats(target, measured.robot.stats)
+
     return "\n".join(_tables(name, measured) for name, measured in found.items())
 
 
@@ -68,14 +73,19 @@ def fit_fast(
 ) -> str:
     """Fit a codec on the chunks of all robots, write it and its report to `out`, and return a table."""
     found = measure(path, horizon, limit, processes)
+
+    # One codec for all robots, as the model has one vocabulary; the report is of each, for one may fit badly.
     codec = FASTCodec.fit([chunk for measured in found.values() for chunk in measured.chunks], vocab_size, scale)
     codec.save(out)
     reports = {
         name: measure_fast(codec, measured.chunks, budget, measured.clipped, processes)
         for name, measured in found.items()
     }
+
+    # Beside the codec: its errors and lengths hold for these data alone.
     written = {name: report.to_json() for name, report in reports.items()}
     write_json(out / REPORT_FILE, written)
+
     return _fast_table(reports)
 
 
@@ -85,9 +95,12 @@ def _tables(name: str, measured: Measured) -> str:
         table = Table("", "min", "q01", "mean", "q99", "max", "std", "", title=f"{name}: {what}", title_justify="left")
         for dim, label in enumerate(measured.names[what]):
             columns = (stats.min, stats.q01, stats.mean, stats.q99, stats.max, stats.std)
+            # A file that a mapping names may lack quantiles or extremes.
             figures = ["" if column is None else f"{column[dim]:.4g}" for column in columns]
             table.add_row(label, *figures, _note(stats, dim))
+
         tables.append(table)
+
     return as_text(
         *tables, f"{measured.clipped:.3%} of the normalized action values are beyond ±{measured.robot.clip:g}"
     )
@@ -96,11 +109,14 @@ def _tables(name: str, measured: Measured) -> str:
 def _note(stats: NormStats, dim: int) -> str:
     if stats.constant[dim]:
         return "constant: always 0"
+
     return "rarely moves: scaled by min and max" if stats.rarely_moves[dim] else ""
 
 
 def _fast_table(reports: dict[str, FASTReport]) -> str:
     table = Table("", *reports, title="FAST", title_justify="left")
+
+    # The budget includes "|" and EOS, which the tokens above do not count.
     rows: dict[str, Any] = {
         "chunks": lambda r: str(r.chunks),
         "tokens of a chunk: p50": lambda r: f"{r.tokens['p50']:.0f}",
@@ -113,4 +129,5 @@ def _fast_table(reports: dict[str, FASTReport]) -> str:
     }
     for label, figure in rows.items():
         table.add_row(label, *(figure(report) for report in reports.values()))
+
     return as_text(table)

@@ -37,17 +37,23 @@ class _Guess:
 def describe(root: Path, cameras: tuple[str, ...]) -> str:
     """TOML that `read_mapping` reads, for a model with `cameras`. Raises DatasetError where nothing looks like
     actions."""
+    # Pictures are looked at once, to leave out black cameras: none is kept.
     dataset = LeRobotDataset(root, cache_bytes=0)
     info = dataset.info
     state = _guess(info, STATES, "observation.", "a state")
     actions = _guess(info, ACTIONS, "action", "actions")
+
+    # Without a state a model still sees; without actions there is nothing to learn.
     if not actions.columns:
         numbers = ", ".join(_numeric(info)) or "none"
         raise DatasetError(f"data set {root}: {actions.why}; its columns of numbers: {numbers}")
 
+    # A depth map or a dead camera would train without a word, so none is paired.
     unusable = unusable_cameras(dataset)
     usable = [key for key, feature in info.features.items() if feature.is_camera and key not in unusable]
     dims = {"state": _dims(info, state.columns), "action": _dims(info, actions.columns)}
+
+    # The mapping alone does not train: the model must be as wide as this robot.
     sizes = " ".join(f"--model.{part}-dim {dim}" for part, dim in dims.items() if dim)
     kind = info.robot_type or "unknown robot"
     name = plain_name(root.resolve().name)
@@ -71,11 +77,13 @@ def describe(root: Path, cameras: tuple[str, ...]) -> str:
         *[f"# not used: {_text(key)}: {_one_line(why)}" for key, why in unusable.items()],
         *_unreadable(info),
     ]
+
     return "\n".join(lines) + "\n"
 
 
 def pair_cameras(wanted: tuple[str, ...], usable: list[str]) -> dict[str, str]:
     """The feature for each of the model's cameras: its own name, else alike in wrist, left and right, else the next."""
+    # Exact names first, for all cameras: else a mere likeness could take another one's own picture.
     exact = {camera: key for camera in wanted for key in usable if key in (IMAGES + camera, camera, f"{camera}_image")}
     left = [key for key in usable if key not in exact.values()]
 
@@ -85,10 +93,12 @@ def pair_cameras(wanted: tuple[str, ...], usable: list[str]) -> dict[str, str]:
             best = max(left, key=lambda key: _likeness(camera, key))  # the first of equals
             paired[camera] = best
             left.remove(best)
+
     return {camera: paired[camera] for camera in wanted if camera in paired}
 
 
 def _likeness(camera: str, key: str) -> int:
+    # Powers of two: agreement about the wrist outweighs both sides together.
     marks = ((4, WRIST), (2, LEFT), (1, RIGHT))
     return sum(weight for weight, mark in marks if bool(re.search(mark, camera)) == bool(re.search(mark, key.lower())))
 
@@ -104,7 +114,10 @@ def _guess(info: Info, usual: tuple[tuple[str, ...], ...], prefix: str, what: st
     broken = [c for columns in usual for c in columns if c in info.features and info.features[c].problem is not None]
     if broken:
         return _Guess((), f"{broken[0]!r} cannot be read ({info.features[broken[0]].problem})")
+
+    # action_is_pad says which steps are real, and is no command.
     alike = tuple(key for key in numeric if key.startswith(prefix) and not key.endswith("is_pad"))
+
     return _Guess(alike, "" if alike else f"no column is called {usual[0][0]!r} or like it")
 
 
@@ -112,9 +125,12 @@ def _state(info: Info, state: _Guess, actions: _Guess) -> list[str]:
     """The line of the state; where there is none, the candidates to choose from."""
     if state.columns:
         return [_line("state", _list(state.columns), _names(info, state.columns))]
+
+    # As comments: which one is the state, or none, only a person knows.
     candidates = [key for key in _numeric(info) if key not in actions.columns]
     choose = "choose one, or give an empty list" if candidates else "nor are other numbers; give an empty list"
     lines = [f"# state: {_one_line(state.why)}; {choose} for a model that sees images and the instruction alone"]
+
     return lines + [f"# {_line('state', _list((key,)), _names(info, (key,)))}" for key in candidates]
 
 
@@ -125,12 +141,17 @@ def _instructions(dataset: LeRobotDataset) -> list[str]:
         if feature.is_text:
             note = "a column of text, instead of the task"
         elif _is_whole(feature.dtype) and key in _numeric(dataset.info) and INSTRUCTION.search(key):
+            # Whole numbers may be anything, so only a column that is called like an instruction is offered.
             note = "numbers of the task table, instead of the task"
         else:
             continue
+
         lines.append(f"# instruction = {_text(key)}{' ' * 10}# {note}")
+
+    # Five are enough to see what they look like.
     if missing := [text for text in dataset.tasks if says_nothing(text)]:
         lines.append(f"# some tasks are no instruction: {', '.join(map(repr, missing[:5]))}")
+
     return lines
 
 
@@ -148,6 +169,7 @@ def _cameras(info: Info, wanted: tuple[str, ...], usable: list[str]) -> list[str
             lines.append(_line(camera, _text(paired[camera]), f"{height}×{width}, {feature.dtype}"))
         else:
             lines.append(f"# {camera}: no camera is left for it; the model gets a masked one")
+
     return lines + [f"# not used: {_text(key)}" for key in usable if key not in paired.values()]
 
 

@@ -22,7 +22,9 @@ from insula.tokens.fast import FASTCodec
 log = logging.getLogger(__name__)
 
 RANGE_QUANTILES = (0.01, 0.99)
+# Rows of a block, after the steps of chunks are laid out: of 32 dimensions 16 MiB.
 ROWS_AT_ONCE = 2**17
+# Chunks of one task: enough that sending them to a process costs little beside encoding them.
 ENCODED_AT_ONCE = 2000
 LOOKED_AT = 8
 """Data files, spread evenly, that are compared with statistics made elsewhere."""
@@ -51,15 +53,20 @@ def robot_stats(
     if data.statistics is None:
         return fit_stats(data, horizon, episodes, processes, skip_non_finite)
 
+    # Numbers alone are asked for: no picture is decoded, so none need be kept.
     dataset = LeRobotDataset(data.path, cache_bytes=0)
     names = {part: dim_names(dataset, columns) for part, columns in _parts(data).items()}
     stats = normalize.load_mapped_stats(data.statistics, data.normalization, {k: len(n) for k, n in names.items()})
+
+    # A look at some files, to warn: a NaN is for whoever reads all of them.
     work = _prepared(dataset, data, horizon, episodes, skip_non_finite=True)
     some = np.unique(np.linspace(0, dataset.files - 1, LOOKED_AT).astype(int)).tolist()
     for part in names:
         if not names[part]:
             continue
+
         normalize.warn_of_constants(stats[part], names[part], f"{data.statistics}, {part}")
+        # The first block of each file is enough to tell radians from degrees.
         values = np.concatenate([next(_blocks(work, part, file)) for file in some])
         if strange := [names[part][i] for i in np.flatnonzero(normalize.strangers(stats[part], values)).tolist()]:
             log.warning(
@@ -70,6 +77,7 @@ def robot_stats(
                 ", ".join(strange),
                 data.path,
             )
+
     return stats
 
 
@@ -92,6 +100,8 @@ def fit_stats(
     """
     dataset = LeRobotDataset(data.path, cache_bytes=0)
     work = _prepared(dataset, data, horizon, episodes, skip_non_finite)
+
+    # One pool for all passes and both parts: each worker opens the data set once.
     with mapping_over(min(processes, dataset.files)) as over:
         return {
             name: _stats(over, partial(_blocks, work, name), dataset.files, data, name, dim_names(dataset, columns))
@@ -111,20 +121,26 @@ def _prepared(
     check_delta(dataset, data)
     included = np.zeros(len(dataset.episodes), bool)
     included[chosen_episodes(dataset, episodes)] = True
+
     return _Pass(data, data.horizon or horizon, included, skip_non_finite)
 
 
 def _stats(over: Map, blocks: Blocks, count: int, data: RobotData, what: str, names: list[str]) -> NormStats:
     files = range(count)
+    # Three passes over the files, each of which needs what the one before found. A file may have none of the episodes.
     whole = quantiles.merge_moments(part for part in over(partial(_moments, blocks), files) if part is not None)
     histogram = sum(
         over(partial(_counts, blocks, whole), files), np.zeros((len(names), quantiles.HISTOGRAM_BINS), np.int64)
     )
+
+    # Values are sent back for these bins alone: a thousandth of all, where they spread evenly.
     wanted = quantiles.wanted_bins(histogram, RANGE_QUANTILES)
     parts = list(over(partial(_candidates, blocks, whole, wanted), files))
     q01, q99 = quantiles.quantiles(parts, wanted, whole, RANGE_QUANTILES)
+
     stats = NormStats(whole.mean, whole.std, q01, q99, whole.min, whole.max, data.normalization)
     normalize.warn_of_constants(stats, names, f"{data.path}, {what}")
+
     return stats
 
 
@@ -145,6 +161,7 @@ def _candidates(
     return {key: np.concatenate([part[key] for part in parts]) for key in wanted}
 
 
+# The episode table is read once in each worker, and not again for each file.
 @lru_cache(maxsize=1)
 def _open(path: Path) -> LeRobotDataset:
     return LeRobotDataset(path, cache_bytes=0)
@@ -157,6 +174,7 @@ def _frames(work: _Pass, file: int) -> tuple[LeRobotDataset, np.ndarray, np.ndar
     members = np.array([e for e in dataset.episodes.between(start, stop) if work.episodes[e]], np.int64)
     if not len(members):
         return dataset, np.zeros(0, np.int64), np.zeros(0, np.int64), start
+
     return dataset, *frames_of(dataset, members), start
 
 
@@ -165,9 +183,12 @@ def _values(work: _Pass, name: str, file: int) -> np.ndarray:
     dataset = _open(work.data.path)
     columns = work.data.state if name == "state" else work.data.actions
     values = joined(dataset, columns, lambda column: dataset.read_column(column, file))
+
+    # The whole file, before any arithmetic: a message must name the frame, which a mean no longer knows.
     if not work.skip_non_finite:
         start, _ = dataset.frames_of(file)
         refuse_non_finite_frames(dataset, values, start, dim_names(dataset, columns))
+
     return values
 
 
@@ -175,6 +196,8 @@ def _blocks(work: _Pass, name: str, file: int) -> Iterator[np.ndarray]:
     """What the statistics are made of, [n, D] at a time; at least one, which may be empty."""
     _, frames, stop, start = _frames(work, file)
     values, horizon = _values(work, name, file), work.horizon
+
+    # Without delta every step of a chunk is some frame's action: frames alone give the same values, H times fewer.
     is_relative = name == "actions" and bool(work.data.delta)
     state = _values(work, "state", file) if is_relative else values
     at_once = ROWS_AT_ONCE // horizon if is_relative else ROWS_AT_ONCE
@@ -182,9 +205,11 @@ def _blocks(work: _Pass, name: str, file: int) -> Iterator[np.ndarray]:
         some = slice(first, first + at_once)
         if is_relative:
             chunks, is_pad = chunk_indices(frames[some], stop[some], horizon)
+            # Padded steps repeat the last action and are not learned, so they are not measured either.
             rows = relative(values[chunks - start], state[frames[some] - start], work.data.delta)[~is_pad]
         else:
             rows = values[frames[some] - start]
+
         yield rows[np.isfinite(rows).all(1)] if work.skip_non_finite else rows
 
 
@@ -192,6 +217,7 @@ def refuse_non_finite_frames(dataset: LeRobotDataset, values: np.ndarray, first:
     """Raises InputError naming episode, frame and dimension of the first value that is NaN or infinite."""
     if np.isfinite(values).all():
         return
+
     row, dim = np.argwhere(~np.isfinite(values))[0].tolist()
     episode, frame = dataset.episodes.locate(first + row)
     raise InputError(
@@ -217,8 +243,12 @@ def action_chunks(
     """
     dataset = LeRobotDataset(data.path, cache_bytes=0)
     work = _prepared(dataset, data, robot.horizon, episodes, skip_non_finite=True)
+
+    # Numbered over the included episodes alone: the same chunks, however many files and processes there are.
     total = int(dataset.episodes.length[work.episodes].sum())
     rows = np.arange(total) if limit is None or limit >= total else np.linspace(0, total - 1, limit).astype(np.int64)
+
+    # For each episode, how many included frames lie before it.
     included = [int(dataset.episodes.length[e]) if work.episodes[e] else 0 for e in range(len(dataset.episodes))]
     before = np.concatenate([[0], np.cumsum(included)])
     tasks = []
@@ -226,9 +256,12 @@ def action_chunks(
         members = dataset.episodes.between(*dataset.frames_of(file))
         low, high = before[members.start], before[members.stop]
         tasks.append((file, rows[(rows >= low) & (rows < high)] - low))
+
     with mapping_over(min(processes, dataset.files)) as over:
         parts = list(over(partial(_chunks, work, robot), tasks))
+
     chunks = np.concatenate([chunk for chunk, _ in parts])
+
     return chunks, sum(clipped for _, clipped in parts) / max(chunks.size, 1)
 
 
@@ -237,9 +270,14 @@ def _chunks(work: _Pass, robot: Robot, task: tuple[int, np.ndarray]) -> tuple[np
     _, frames, stop, start = _frames(work, file)
     index, _ = chunk_indices(frames[rows], stop[rows], robot.horizon)
     actions = _values(work, "actions", file)[index - start]
+    # Without delta the state does not enter, and a NaN in it must not cost a chunk.
     state = _values(work, "state", file)[frames[rows] - start] if work.data.delta else np.zeros((len(rows), 0))
+
+    # Left out whatever the setting: whether a NaN is an error is decided where samples are made.
     finite = np.isfinite(actions).all((1, 2)) & np.isfinite(state).all(1)
     chunk = robot.normalize_actions(actions[finite], state[finite])
+
+    # Clipped as in training, so that the codec is fitted to what it will have to write.
     return np.clip(chunk, -robot.clip, robot.clip), int((np.abs(chunk) > robot.clip).sum())
 
 
@@ -258,6 +296,7 @@ class FASTReport:
     clipped: float
 
     def to_json(self) -> dict[str, Any]:
+        """As report.json holds it."""
         return asdict(self)
 
 
@@ -268,15 +307,20 @@ def measure_fast(
     parts = np.array_split(chunks, max(1, -(-len(chunks) // ENCODED_AT_ONCE)))
     with mapping_over(min(processes, len(parts))) as over:
         found = list(over(partial(_encoded, codec), parts))
+
+    # Length 0 stands for a chunk that cannot be written: such have no length or error to average.
     lengths = np.concatenate([lengths for lengths, _ in found])
     written = lengths[lengths > 0]
     if not len(written):
         raise InputError(f"FAST: none of {len(chunks)} chunks can be written by this codec; fit one to this data")
+
     tokens = {"p50": np.median(written), "p99": np.quantile(written, 0.99), "max": written.max()}
+
     return FASTReport(
         chunks=len(chunks),
         tokens={name: float(value) for name, value in tokens.items()},
         budget=budget,
+        # "|" and EOS take their places in the budget too.
         over_budget=int((written + 2 > budget).sum()),
         out_of_range=int((lengths == 0).sum()),
         reconstruction_error=float(np.sqrt(sum(error for _, error in found) / (len(written) * chunks[0].size))),
@@ -292,7 +336,10 @@ def _encoded(codec: FASTCodec, chunks: np.ndarray) -> tuple[np.ndarray, float]:
             ids = codec.encode(chunk)
         except FASTRangeError:
             continue
+
         decoded = codec.decode(ids, *chunk.shape).actions
-        assert decoded is not None  # what was encoded can be decoded
+        assert decoded is not None  # what this codec has written it can read
+
         lengths[n], error = len(ids), error + float(np.square(decoded - chunk).sum())
+
     return lengths, error

@@ -34,6 +34,7 @@ class Frames:
     def chunks(self, rows: np.ndarray, robot: Robot) -> tuple[np.ndarray, np.ndarray]:
         """Normalized and clipped chunks float32 [B, H, D] of the robot's own sizes, and which steps are past the end of
         the episode, bool [B, H]."""
+        # Relative to the state at the chunk's start, also for its last step: serving knows no later state.
         steps, is_pad = chunk_indices(self.index[rows], self.stop[rows], robot.horizon)
         chunk = robot.normalize_actions(self.actions[steps], self.state[self.index[rows]])
         return np.clip(chunk, -robot.clip, robot.clip), is_pad
@@ -51,6 +52,7 @@ def read_frames(
     Raises DatasetError where columns and statistics do not fit each other, InputError for a NaN or infinity: naming
     episode, frame and dimension. With `skip_non_finite` such samples are left out, counted and logged.
     """
+    # All of it in memory: numbers are small beside pictures, and a batch looks its chunks up at random.
     actions = joined(dataset, data.actions, dataset.column)
     state = joined(dataset, data.state, dataset.column) if data.state else np.zeros((len(dataset), 0), np.float32)
     _check_statistics(dataset, data, robot, state, actions)
@@ -59,10 +61,14 @@ def read_frames(
     finite = _all_finite(index, stop, state, actions, robot.horizon)
     left_out = int((~finite).sum())
     if left_out and not skip_non_finite:
+        # Raises: the first bad number of the whole data set is as good as any to begin mending with.
         for values, columns in ((state, data.state), (actions, data.actions)):
             refuse_non_finite_frames(dataset, values, 0, dim_names(dataset, columns))
+
     if left_out:
         log.warning("data set %s: %d samples with a NaN or infinity are left out", dataset.root, left_out)
+
+    # An empty source would fail in the loader, where nobody knows why it is empty.
     if not finite.any():
         raise DatasetError(f"data set {dataset.root}: no sample has finite numbers throughout")
 
@@ -77,12 +83,15 @@ def _all_finite(
     finite_state = np.isfinite(state).all(1)
     if finite_actions.all() and finite_state.all():  # nearly always, and then no chunk need be looked up
         return np.ones(len(index), bool)
+
+    # A NaN spoils all chunks that reach it, the horizon's worth of samples before its frame.
     return finite_actions[chunk_indices(index, stop, horizon)[0]].all(1) & finite_state[index]
 
 
 def _check_statistics(
     dataset: LeRobotDataset, data: RobotData, robot: Robot, state: np.ndarray, actions: np.ndarray
 ) -> None:
+    # Again here, and not while fitting alone: statistics may come from a file.
     check_delta(dataset, data)
     for name, values in (("state", state), ("actions", actions)):
         dim = robot.stats[name].dim

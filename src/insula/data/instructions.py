@@ -36,8 +36,12 @@ def read_instructions(dataset: LeRobotDataset, data: RobotData) -> Instructions:
     """Of all frames, as `data` maps them. Raises DatasetError for one that is null, says only that it is missing, or
     names a task that does not exist: with episode, frame and count."""
     found = _read(dataset, data)
+
+    # By text, of which there are few, and not by frame.
     wrong = [number for number, text in enumerate(found.texts) if is_missing(text)]
     frames = np.flatnonzero(np.isin(found.number, wrong))
+
+    # Only those that a frame was told: a task table may hold an unused one.
     if len(frames):
         text = found.texts[found.number[frames[0]]]
         episode, frame = dataset.episodes.locate(int(frames[0]))
@@ -47,6 +51,7 @@ def read_instructions(dataset: LeRobotDataset, data: RobotData) -> Instructions:
             "episodes",
             "null",
         )
+
     return found
 
 
@@ -61,7 +66,9 @@ def warn_of_blanks(dataset: LeRobotDataset, found: Instructions) -> None:
     frames = blank_frames(found)
     if not len(frames):
         return
+
     episodes = dataset.episodes.number[np.unique(dataset.episodes.of_frame(frames))].tolist()
+    # By the files' numbers, which is what a person can look up.
     listed = ", ".join(map(str, episodes[:10])) + (", ..." if len(episodes) > 10 else "")
     log.warning(
         "data set %s: %d of %d frames have an empty instruction, so the model is told nothing there (episodes %s)",
@@ -79,14 +86,17 @@ def _read(dataset: LeRobotDataset, data: RobotData) -> Instructions:
 
     feature = dataset.readable(name)
     if feature.is_text:
+        # As objects: numpy's own texts would pad all to the longest.
         known, number = np.unique(np.array(dataset.texts(name), object), return_inverse=True)
         return Instructions(tuple(known.tolist()), number)
 
     # GR00T's annotations: numbers of the task table, beside the one that task_index names.
     if feature.is_numeric and feature.shape == (1,) and np.issubdtype(np.dtype(feature.dtype), np.integer):
         numbers = dataset.column(name)
+        # The reader has counted task_index from 0 already; others hold the table's own numbers.
         number = numbers if name == "task_index" else dataset.task_positions(numbers.astype(np.int64), name)
         return Instructions(dataset.tasks, np.asarray(number, np.int64).reshape(-1))
+
     shape = list(feature.shape)
     raise DatasetError(
         f"data set {dataset.root}: {name!r} holds {feature.dtype} values of shape {shape}; an instruction is a column "

@@ -13,6 +13,7 @@ from insula.errors import InputError
 
 AHEAD = 2
 """Batches kept ready."""
+# As good as endless, and an int: Grain wants a range that ends.
 LAST_STEP = 2**40
 
 
@@ -39,19 +40,31 @@ class Loader:
     ):
         if start_step < 0:
             raise InputError(f"loader: got start_step {start_step}, expected 0 or more")
+
+        # Parts must be equal: every host compiles for one shape.
         number, shards = shard
         if not 0 <= number < shards or batch_size % shards:
             raise InputError(f"loader: batch size {batch_size} does not fall into {shards} equal parts, or no {number}")
+
         self.mixture = mixture
         self.order = mixture.order(batch_size, seed)
+
+        # By step and nothing else: no iterator's state has to be saved with a checkpoint.
         make = _Make(mixture, self.order, number, shards)
+
+        # One thread: it is many times as fast as a step takes, and Grain's default would take the step's own cores.
         read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)
         batches = grain.MapDataset.range(start_step, LAST_STEP).map(make).to_iter_dataset(read)
+
+        # Each process opens the data sets again: worth it only where decoding is slower than the step.
         if workers:
-            if not flags.FLAGS.is_parsed():  # Grain's workers look at its flags, and there is no command line for them
+            # Grain's workers look at its flags, and there is no command line for them.
+            if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
+
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
             batches = batches.mp_prefetch(options, _leave_signals_to_the_parent)
+
         self._batches: Any = iter(batches)
         self._closed = False
 
@@ -59,11 +72,14 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
+        # Also after an error: to go on would skip that batch without a word.
         if self._closed:
             raise RuntimeError("loader: next() after close() or after an error; make a new one at the same position")
+
         try:
             return next(self._batches)
         except BaseException:
+            # Also at Ctrl-C: threads and processes left behind would keep the command from ending.
             self.close()
             raise
 
@@ -81,8 +97,10 @@ class Loader:
 
 
 def _leave_signals_to_the_parent(number: int, count: int) -> None:
+    # Ctrl-C goes to the whole group: the parent finishes its step, saves, and ends the workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes; SIGTERM is how the parent ends us
+    # A terminal that closes is the parent's to answer as well. SIGTERM stays: it is how the parent ends us.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 class _Make(grain.transforms.Map):
@@ -95,5 +113,6 @@ class _Make(grain.transforms.Map):
         self.shards = shards
 
     def map(self, element: int) -> Batch:
+        # Every host computes the whole order, which is cheap, and makes only its own rows.
         source, rows = self.order[element]
         return self.mixture.batch(source[self.number :: self.shards], rows[self.number :: self.shards])

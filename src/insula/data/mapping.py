@@ -73,6 +73,8 @@ class QuestionData:
 
 @dataclass(frozen=True)
 class Mapping:
+    """All data of a run by name: at least one robot, and no name twice."""
+
     robots: dict[str, RobotData]
     questions: dict[str, QuestionData] = field(default_factory=dict)
 
@@ -89,25 +91,33 @@ def read_mapping(path: Path, cameras: tuple[str, ...] | None = None) -> Mapping:
 
     Raises DatasetError naming the file, the entry and the nearest known name.
     """
+    # Checkpoints of this robot get a folder of its name, so the name must be plain; `resolve`, since "." has none.
     if path.suffix != ".toml":
         return Mapping(
             {plain_name(path.resolve().name): RobotData(path, {camera: IMAGES + camera for camera in cameras or ()})}
         )
+
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DatasetError(f"{path}: no such file; insula data describe DATA > {path.name} makes one") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
         raise DatasetError(f"{path}: not readable as TOML ({e})") from None
+
     mapping = parse_mapping(raw, path.parent, str(path))
+
+    # Whoever only measures a data set has no model, and so no cameras to compare with.
     if cameras is None:
         return mapping
+
     for name, robot in mapping.robots.items():
         for camera in robot.cameras:
             _known(camera, cameras, f"{path}: robots.{name}.cameras", "camera of the model")
+
     for name, questions in mapping.questions.items():
         if questions.camera is not None:
             _known(questions.camera, cameras, f"{path}: questions.{name}.camera", "camera of the model")
+
     return mapping
 
 
@@ -121,11 +131,14 @@ def parse_mapping(raw: Any, folder: Path, where: str) -> Mapping:
     table = _table(raw, where)
     for key in table:
         _known(key, ("robots", "questions"), where, "table")
+
+    # Refused and not mended: serving asks for a robot by exactly the name in the file.
     for name in (*_table(table.get("robots", {}), where), *_table(table.get("questions", {}), where)):
         if plain_name(name) != name:
             raise DatasetError(
                 f"{where}: {name!r} is no name; use letters, digits, - and _, such as {plain_name(name)!r}"
             )
+
     robots = {
         name: _robot(_table(entry, f"{where}: robots.{name}"), folder, f"{where}: robots.{name}")
         for name, entry in _table(table.get("robots", {}), where).items()
@@ -136,8 +149,11 @@ def parse_mapping(raw: Any, folder: Path, where: str) -> Mapping:
     }
     if not robots:
         raise DatasetError(f"{where}: no [robots.NAME] table; a policy needs at least one robot data set")
+
+    # Mixture, split and log know a source by its name alone, whichever table it came from.
     if twice := robots.keys() & questions.keys():
         raise DatasetError(f"{where}: {sorted(twice)[0]!r} names both a robot and questions; rename one")
+
     return Mapping(robots, questions)
 
 
@@ -146,15 +162,19 @@ def mapping_to_json(mapping: Mapping) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if isinstance(value, Path):
+            # A run resumes from any folder, with this and not with the file.
             return str(value.resolve())
         if isinstance(value, dict):
+            # JSON writes None as null, which no setting takes: left out, it is the default again.
             return {key: plain(entry) for key, entry in value.items() if entry is not None}
+
         return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
 
     return plain(dataclasses.asdict(mapping))
 
 
 def _robot(entry: Table[str, Any], folder: Path, where: str) -> RobotData:
+    # Columns first: they are tables inside a list, which no other setting has.
     columns = {key: _columns(entry[key], f"{where}.{key}") for key in ("state", "actions") if key in entry}
     robot: RobotData = _build(RobotData, {**entry, **columns}, folder, where)
     if robot.normalization not in get_args(Kind):
@@ -162,12 +182,17 @@ def _robot(entry: Table[str, Any], folder: Path, where: str) -> RobotData:
         raise DatasetError(f"{where}: normalization is {robot.normalization!r}{hint}, known: {get_args(Kind)}")
     if not robot.actions:
         raise DatasetError(f"{where}: actions is empty; expected at least one column")
+
+    # As text until here: the file's spelling is what a message must quote.
     for loss in robot.losses:
         _known(loss, [name.value for name in LossName], f"{where}.losses", "loss")
+
     if not robot.losses:
         raise DatasetError(f"{where}: losses is empty, so nothing would be learned; expected 'flow', 'fast' or both")
+
     for key in robot.units:
         _known(key, ("state", "actions"), f"{where}.units", "entry")
+
     return dataclasses.replace(robot, losses=tuple(LossName(loss) for loss in robot.losses))
 
 
@@ -175,6 +200,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "path": (str,),
     "statistics": (str,),
     "cameras": (dict,),
+    # `_columns` has made tuples of these already.
     "state": (tuple,),
     "actions": (tuple,),
     "weight": (int, float),
@@ -195,17 +221,23 @@ def _build(kind: type, entry: Table[str, Any], folder: Path, where: str) -> Any:
     for key, value in entry.items():
         _known(key, fields, where, "setting")
         values[key] = _value(key, value, folder, f"{where}.{key}")
+
+    # After the unknown names: a misspelled "path" is told as such, and not as a missing one.
     for name, f in fields.items():
         if f.default is MISSING and f.default_factory is MISSING and name not in values:
             raise DatasetError(f"{where}: {name!r} is missing{did_you_mean(name, entry)}")
+
+    # Not `<= 0`: TOML knows nan, which is neither.
     if not values.get("weight", 1.0) > 0:
         raise DatasetError(f"{where}.weight is {values['weight']}, expected a positive number; or leave the entry out")
     if values.get("horizon", 1) < 1:
         raise DatasetError(f"{where}.horizon is {values['horizon']}, expected at least 1 step")
+
     return kind(**values)
 
 
 def _value(key: str, value: Any, folder: Path, where: str) -> Any:
+    # To Python true is the number 1; in a file it is a slip.
     if not isinstance(value, _KINDS[key]) or isinstance(value, bool):
         expected = " or ".join(k.__name__ for k in _KINDS[key])
         raise DatasetError(f"{where} is {value!r}, expected {expected}")
@@ -214,30 +246,38 @@ def _value(key: str, value: Any, folder: Path, where: str) -> Any:
     if isinstance(value, dict) and not all(isinstance(item, str) for item in value.values()):
         raise DatasetError(f"{where} is {value!r}, expected texts")
     if isinstance(value, str) and key in ("path", "statistics"):
+        # Joined, an absolute path replaces the folder.
         return folder / as_path(value, where).expanduser()
+
     return tuple(value) if isinstance(value, list) else value
 
 
 def _columns(value: Any, where: str) -> tuple[Columns, ...]:
     if not isinstance(value, list):
         raise DatasetError(f"{where} is {value!r}, expected a list of columns")
+
     found = []
     for entry in value:
         raw = {"column": entry} if isinstance(entry, str) else _table(entry, where)
         for key in raw:
             _known(key, ("column", "dims"), where, "setting")
+
         dims = raw.get("dims")
         if not isinstance(raw.get("column"), str) or not (
+            # From 0: numpy would take −1 for the last dimension, and an empty list for a column of none.
             dims is None or (isinstance(dims, list) and dims and all(type(d) is int and d >= 0 for d in dims))
         ):
             raise DatasetError(f'{where}: {entry!r}, expected "COLUMN" or {{column = "COLUMN", dims = [0, 1]}}')
+
         found.append(Columns(raw["column"], None if dims is None else tuple(dims)))
+
     return tuple(found)
 
 
 def _table(value: Any, where: str) -> Table[str, Any]:
     if not isinstance(value, dict):
         raise DatasetError(f"{where}: got {value!r}, expected a table")
+
     return value
 
 

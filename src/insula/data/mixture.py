@@ -27,10 +27,19 @@ class SampleSource(Protocol):
     """What a mixture draws from: `Samples`, `QuestionSamples`."""
 
     @property
-    def quarantined(self) -> int: ...
+    def quarantined(self) -> int:
+        """How many samples were left out before any was drawn."""
+        ...
+
     def __len__(self) -> int: ...
-    def batch(self, rows: Sequence[int] | np.ndarray) -> Batch: ...
-    def where(self, row: int) -> str: ...
+
+    def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
+        """The samples `rows` [B]. Raises DatasetError where one cannot be read."""
+        ...
+
+    def where(self, row: int) -> str:
+        """Which sample it is, for a person."""
+        ...
 
 
 class Order:
@@ -46,11 +55,16 @@ class Order:
             raise InputError(f"loader: got {list(sizes)} samples and batch size {batch_size}, expected at least 1 each")
         if len(weights) != len(sizes) or not all(weight > 0 for weight in weights):
             raise InputError(f"loader: got weights {list(weights)} for {len(sizes)} sources, expected one > 0 for each")
+
         total = sum(weights)
+
+        # By number as well as seed: two sources of one size would otherwise be shuffled alike.
         sources = [
             grain.MapDataset.range(size).seed(seed + number).shuffle().repeat().map(_Tag(number))
             for number, size in enumerate(sizes)
         ]
+
+        # Repeated before they are mixed: a small source goes round while a large one is still in its first epoch.
         mixed = grain.MapDataset.mix(sources, [weight / total for weight in weights])
         self._order = mixed.batch(batch_size)
 
@@ -87,9 +101,12 @@ class Mixture:
         self.weights = list(weights) if weights is not None else [1.0] * len(self.sources)
         self.on_bad = on_bad
         self.quarantine = quarantine
+
+        # Known to this process alone: each worker finds the same ones for itself, so all replace them alike.
         self._bad: dict[tuple[str, int], str] = {}
 
     def order(self, batch_size: int, seed: int) -> Order:
+        """Which samples the batches hold, over all sources. Raises InputError as `Order`."""
         return Order([len(source) for source in self.sources.values()], self.weights, batch_size, seed)
 
     def batch(self, source: np.ndarray, rows: np.ndarray) -> Batch:
@@ -97,37 +114,49 @@ class Mixture:
         names = list(self.sources)
         present = np.unique(source).tolist()
         parts = {number: self._part(names[number], rows[source == number]) for number in present}
+
+        # Always so with one source: then a whole batch of pictures need not be copied.
         if len(present) == 1:
             return parts[present[0]]
+
+        # Sources pad to the same sizes, so one gives the shapes of all; every row is written below.
         out = jax.tree.map(lambda x: np.empty((len(rows), *x.shape[1:]), x.dtype), parts[present[0]])
         for number, part in parts.items():
             where = np.flatnonzero(source == number)
             for whole, piece in zip(jax.tree.leaves(out), jax.tree.leaves(part), strict=True):
                 whole[where] = piece
+
         return out
 
     def _part(self, name: str, rows: np.ndarray) -> Batch:
         source = self.sources[name]
         if self.on_bad == "fail":
             return source.batch(rows)
+
+        # Those known to be bad first, so that one bad sample does not cost every epoch a failed batch.
         rows = np.array([self._next_readable(name, row) if (name, row) in self._bad else row for row in rows.tolist()])
         try:
             return source.batch(rows)
         except DatasetError:
+            # Sample by sample: a batch's error names one of them, and there may be more.
             return source.batch([self._next_readable(name, row) for row in rows.tolist()])
 
     def _next_readable(self, name: str, row: int) -> int:
         """`row`, or the first after it that can be read. Raises DatasetError where there is none."""
         size = len(self.sources[name])
+
+        # The next row, and not a random one: the same replacement after a resume and in every worker.
         for candidate in range(row, row + size):
             if self._read(name, candidate % size):
                 return candidate % size
+
         raise DatasetError(f"{name}: no sample of this source can be read; one of them: {self._bad[name, row]}")
 
     def _read(self, name: str, row: int) -> bool:
         """Whether a sample can be read; one that cannot is written down."""
         if (name, row) in self._bad:
             return False
+
         source = self.sources[name]
         try:
             source.batch([row])
@@ -136,9 +165,13 @@ class Mixture:
             log.warning("quarantined: %s: %s", source.where(row), e)
             if self.quarantine is not None:
                 line = json.dumps({"source": name, "row": row, "where": source.where(row), "because": str(e)})
-                with self.quarantine.open("a", encoding="utf-8") as file:  # a short line: whole, whoever else writes
+
+                # Appended, by several workers perhaps: so short a line is written whole.
+                with self.quarantine.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")
+
             return False
+
         return True
 
 
@@ -148,5 +181,8 @@ def quarantined(mixture: Mixture) -> int:
     left_out = sum(source.quarantined for source in mixture.sources.values())
     if mixture.quarantine is None or not mixture.quarantine.is_file():
         return left_out
+
+    # Each worker writes down what it met, so a sample may stand there several times.
     rows = map(json.loads, mixture.quarantine.read_text(encoding="utf-8").splitlines())
+
     return left_out + len({(row["source"], row["row"]) for row in rows})

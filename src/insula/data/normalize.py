@@ -72,21 +72,28 @@ class NormStats:
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """(low, high), each [D], after the guard; low == high marks a constant dimension."""
+        # As if measured: from a range of −1 to 1 the formula makes the values themselves.
         if self.kind == "none":
             return -np.ones(self.dim), np.ones(self.dim)
+
         if self.kind == "mean_std":
             low, high = self.mean - self.std, self.mean + self.std
         elif self.kind == "min_max":
             low, high = self._known("min", "max")
         else:
             low, high = self._known("q01", "q99")
+            # openpi's files have no extremes, and so no guard for what rarely moves.
             if self.min is not None and self.max is not None:
                 rests = self._rests()
                 low, high = np.where(rests, self.min, low), np.where(rests, self.max, high)
 
         middle = (low + high) / 2
+
+        # At most 1, else half a unit around 10,000, a motion, would pass for noise.
         magnitude = np.minimum(np.maximum(np.abs(low), np.abs(high)), 1.0)
         constant = high - low < np.maximum(EPSILON * magnitude, ROUNDING)
+
+        # One value for both bounds, so that the inverse gives the middle and not an edge of the noise.
         return np.where(constant, middle, low), np.where(constant, middle, high)
 
     def _rests(self) -> np.ndarray:
@@ -100,6 +107,7 @@ class NormStats:
         pair = getattr(self, low), getattr(self, high)
         if pair[0] is None or pair[1] is None:
             raise InputError(f"normalization: these statistics have no {low} and {high}; fit them again on the data")
+
         return pair
 
     @property
@@ -113,13 +121,18 @@ class NormStats:
         """bool [D]: dimensions scaled by min and max because their quantiles coincide."""
         if self.kind != "quantiles" or any(getattr(self, name) is None for name in ("q01", "q99", "min", "max")):
             return np.zeros(self.dim, bool)
+
         return self._rests() & ~self.constant
 
     def normalize(self, values: np.ndarray) -> np.ndarray:
         """[..., D] in the data's units to float32 [..., D], about [-1, 1]. Raises InputError on NaN or infinity."""
+        # Computed in float64 and rounded at the end: the inverse is exact to float32, also far outside.
         low, high = self.bounds()
         array = self._checked(values)
+
+        # Not 0 for a constant dimension: `where` computes both of its sides.
         span = np.where(high > low, high - low, 1.0)
+
         return np.where(high > low, 2 * (array - low) / span - 1, 0.0).astype(np.float32)
 
     def unnormalize(self, values: np.ndarray) -> np.ndarray:
@@ -132,7 +145,10 @@ class NormStats:
         array = np.asarray(values, np.float64)
         if array.shape[-1:] != (self.dim,):
             raise InputError(f"normalization: got shape {array.shape}, expected [..., {self.dim}]")
+
+        # A NaN would go through the formula unseen, and reach the motors as one.
         refuse_non_finite(array)
+
         return array
 
 
@@ -146,10 +162,14 @@ def fit_stats_of(
     array = np.asarray(values, np.float64)
     if array.ndim != 2 or not len(array):
         raise InputError(f"statistics of {what}: got shape {array.shape}, expected [samples, dimensions] with samples")
+
     refuse_non_finite(array, names, what)
+
+    # As openpi fits them: an outlier then stretches no range.
     q01, q99 = np.quantile(array, [0.01, 0.99], axis=0)
     stats = NormStats(array.mean(0), array.std(0), q01, q99, array.min(0), array.max(0), kind)
     warn_of_constants(stats, names, what)
+
     return stats
 
 
@@ -165,6 +185,7 @@ def warn_of_constants(stats: NormStats, names: Sequence[str] | None, what: str) 
     if stats.constant.any():
         which = ", ".join(label[i] for i in np.flatnonzero(stats.constant).tolist())
         warnings.warn(f"{what}: near-constant dimensions are mapped to 0: {which}", stacklevel=3)
+
     if stats.rarely_moves.any():
         which = ", ".join(label[i] for i in np.flatnonzero(stats.rarely_moves).tolist())
         warnings.warn(f"{what}: dimensions that rarely move are scaled by min and max: {which}", stacklevel=3)
@@ -174,6 +195,8 @@ def refuse_non_finite(values: np.ndarray, names: Sequence[str] | None = None, wh
     """Raises InputError naming the first row and dimension of [..., D] that is NaN or infinite."""
     if np.isfinite(values).all():
         return
+
+    # Chunks and single frames alike: a row is whatever has one value of each dimension.
     rows = values.reshape(-1, values.shape[-1])
     bad = np.argwhere(~np.isfinite(rows))
     row, dim = bad[0].tolist()
@@ -196,6 +219,7 @@ def stats_from_json(raw: Any, where: str = "norm_stats.json") -> dict[str, NormS
             f"{where}: expected an object with the key 'norm_stats', and in it 'state' and 'actions', as openpi and "
             f"insula data stats --out write it; got {have or 'nothing'}"
         )
+
     return {key: _parse(entry, f"{where}: {key!r}") for key, entry in raw["norm_stats"].items()}
 
 
@@ -220,15 +244,19 @@ def load_mapped_stats(path: Path, kind: Kind, sizes: Mapping[str, int]) -> dict[
     found = stats_from_json(raw, str(path))
     mapped = {}
     for part, size in sizes.items():
+        # A robot without a state needs no entry in the file.
         if not size:
             mapped[part] = nothing(kind)
             continue
+
         if part not in found:
             raise InputError(
                 f"{path}: no {part!r}{did_you_mean(part, found)}; it has {', '.join(map(repr, found)) or 'nothing'}, "
                 f"expected {' and '.join(map(repr, sizes))}"
             )
+
         mapped[part] = _mapped(found[part], raw["norm_stats"][part], kind, size, f"{path}: {part!r}")
+
     return mapped
 
 
@@ -238,12 +266,16 @@ def _mapped(stats: NormStats, raw: Mapping[str, Any], kind: Kind, size: int, whe
             f"{where} has {stats.dim} dimensions, expected the {size} that the mapping takes from the data set; fit it "
             "on this data set (insula data stats --out), or correct the mapping's columns"
         )
-    said = raw.get("kind")  # openpi's files say none: the config does, as the mapping does here
+
+    # openpi's files say none: the config does, as the mapping does here.
+    said = raw.get("kind")
     if said is not None and said != kind:
         raise InputError(
             f'{where} says kind {said!r}, the mapping normalization {kind!r}; write normalization = "{said}", or take '
             '"kind" out of the file'
         )
+
+    # Filled in by another kind's figures, actions would come out in another range, and nothing would fail.
     missing = [name for name in NEEDED[kind] if getattr(stats, name) is None]
     if missing:
         have = [name for name in ARRAYS if getattr(stats, name) is not None]
@@ -252,6 +284,7 @@ def _mapped(stats: NormStats, raw: Mapping[str, Any], kind: Kind, size: int, whe
             f"{where} has no {' and '.join(missing)}, which normalization {kind!r} is made of; it has "
             f"{', '.join(have)}: write normalization = {' or '.join(able)}, or fit it again (insula data stats --out)"
         )
+
     return dataclasses.replace(stats, kind=kind)
 
 
@@ -263,10 +296,14 @@ def strangers(stats: NormStats, values: np.ndarray) -> np.ndarray:
     if not len(rows):
         return np.zeros(stats.dim, bool)
 
+    # By most values, and not by the largest: single outliers are no sign of another robot.
     normalized = stats.normalize(rows)
     outside = (np.abs(normalized) > FAR).mean(0) > 0.5
+
+    # A joint that rests in all that was looked at says nothing about its unit.
     moves = np.ptp(rows, axis=0) > 0
     tiny = np.ptp(normalized, axis=0) < NARROW
+
     return outside | (moves & tiny & ~stats.constant)
 
 
@@ -277,16 +314,19 @@ def _plain(value: np.ndarray | str | None) -> list[float] | str | None:
 def _parse(entry: Any, where: str) -> NormStats:
     if not isinstance(entry, dict):
         raise InputError(f"{where} is {_shown(entry)}, expected an object with mean, std, q01 and q99")
+
     kind: Any = entry.get("kind") or "quantiles"
     if kind not in get_args(Kind):
         raise InputError(f"{where}: kind is {kind!r}, expected one of {', '.join(get_args(Kind))}")
 
+    # null is how a file says that it does not know a figure, `save_stats` too.
     arrays = {name: _numbers(entry[name], f"{where}: {name}") for name in ARRAYS if entry.get(name) is not None}
     unknown = [key for key in entry if key not in ARRAYS]
     for name in ("mean", "std"):
         if name not in arrays:
             have = ", ".join(map(str, entry)) or "nothing"
             raise InputError(f"{where}: no {name}{did_you_mean(name, unknown)}; it has {have}, expected mean and std")
+
     for name, array in arrays.items():
         if array.shape != arrays["mean"].shape:
             raise InputError(f"{where}: {name} has {len(array)} numbers, mean has {len(arrays['mean'])}")
@@ -298,8 +338,10 @@ def _parse(entry: Any, where: str) -> NormStats:
         if len(wrong := np.flatnonzero(arrays[high] < arrays[low])):
             at = int(wrong[0])
             raise InputError(f"{where}: {low}[{at}] is {arrays[low][at]:g}, above {high}[{at}], {arrays[high][at]:g}")
+
     if len(wrong := np.flatnonzero(arrays["std"] < 0)):
         raise InputError(f"{where}: std[{wrong[0]}] is {arrays['std'][wrong[0]]:g}, expected at least 0")
+
     return NormStats(**arrays, kind=kind)
 
 
@@ -307,10 +349,13 @@ def _numbers(raw: Any, where: str) -> np.ndarray:
     """A list of finite numbers. Text is no number, even where it looks like one: whoever wrote it meant a table."""
     if not isinstance(raw, list):
         raise InputError(f"{where} is {_shown(raw)}, expected a list of numbers")
+
     for at, value in enumerate(raw):
+        # To Python true is a number; in a file of statistics it is a slip.
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not abs(value) <= LARGEST:  # NaN is not at most anything
             raise InputError(f"{where}[{at}] is {_shown(value)}, expected a finite number")
+
     return np.array(raw, np.float64)
 
 

@@ -51,6 +51,7 @@ class Observer:
 
         `state` is normalized. Raises TokenBudgetError and FASTRangeError as the tokenizer does.
         """
+        # A robot without a state gets the prompt without one, and not "State: ;" with nothing in it.
         written = state if self.state_in_prompt and self.robot.state_dim > 0 else None
         return self.tokenizer.tokenize(task, written, chunk)
 
@@ -63,6 +64,7 @@ class Observer:
         token_mask: Bool[np.ndarray, "B L"],
     ) -> Observation:
         """`images` of the cameras this robot has; `state` normalized."""
+        # Every camera of the model: what is absent is black, and masked, so that nothing attends to it.
         count = len(state)
         shown = {
             camera: resize_all(images[camera], size) if camera in images else np.zeros((count, *size, 3), np.uint8)
@@ -79,13 +81,16 @@ class Observer:
 
 def resize_all(images: UInt8[np.ndarray, "B _ _ 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "B _ _ 3"]:
     """Unchanged where they have that size already."""
+    # The usual case in training: a camera of one size is resized on the device, for all samples at once.
     if images.shape[1:3] == size:
         return images
+
     return np.stack([resize_with_pad(image, size) for image in images])
 
 
 def pad(values: Float[np.ndarray, "n _"], width: int) -> Float[np.ndarray, "n _"]:
     """Zeros behind, up to `width`."""
+    # Behind, so that a dimension has one number whatever the model's width.
     return np.pad(values, ((0, 0), (0, width - values.shape[1])))
 
 
@@ -99,20 +104,25 @@ def check_raw(observation: Mapping[str, Any], robot: Robot) -> None:
             raise InputError(f"observation has {sorted(observation)}, expected also {key!r}")
 
     for name in robot.cameras:
+        # Cameras the robot never had are left aside; one that it trained with must be there.
         if observation["images"].get(name) is None:
             raise InputError(f"observation has cameras {sorted(observation['images'])}, expected also {name!r}")
+
         image = np.asarray(observation["images"][name])
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
             raise InputError(f"image {name!r} is {image.dtype}{list(image.shape)}, expected uint8[h, w, 3]")
 
+    # Before any batch or compiled function, whose errors would not name the state.
     state = np.asarray(observation["state"])
     if state.dtype.kind not in "fiu" or state.shape != (robot.state_dim,):
         raise InputError(
             f"state is {state.dtype}{list(state.shape)}, expected {robot.state_dim} numbers, shape [{robot.state_dim}]"
         )
+
     if not np.isfinite(state).all():
         raise InputError(f"state[{int(np.argmin(np.isfinite(state)))}] is not finite: {state}")
 
+    # None would be read by the model as a word.
     if not isinstance(observation["task"], str):
         raise InputError(f"task is {type(observation['task']).__name__}, expected a string")
 
@@ -124,7 +134,10 @@ def stack_images(
     stacked = {}
     for camera in cameras:
         images = [np.asarray(observation["images"][camera]) for observation in observations]
+        # `np.stack` would refuse them too, without saying which camera it was.
         if len(shapes := {image.shape for image in images}) > 1:
             raise InputError(f"images of camera {camera!r} have sizes {sorted(shapes)}; expected one size in a batch")
+
         stacked[camera] = np.stack(images)
+
     return stacked

@@ -29,6 +29,7 @@ from insula.data.token_table import TokenTable, ahead
 from insula.errors import DatasetError, TokenBudgetError, did_you_mean
 from insula.tokens.sequence import FASTTokenizer
 
+# Bytes of resized pictures that are kept: several questions are about one picture.
 IMAGE_CACHE = 2**30
 QUESTION_FILES = ("questions.jsonl", "questions.parquet")
 
@@ -58,13 +59,19 @@ class QuestionSamples:
         self.data = data
         self.tokenizer = tokenizer
         self.sizes = sizes
+
+        # What another process is sent instead of every token and picture.
         self._rebuild = functools.partial(QuestionSamples, data, tokenizer, sizes, rows)
+
         self.path = _file(data.path)
         self._all = _rows(self.path)
         chosen = range(len(self._all)) if rows is None else rows
         self.numbers = np.array(list(chosen), np.int64)
         self.table = TokenTable(len(self.numbers), tokenizer.max_token_len)
+
+        # As `Samples` counts them; questions are refused when they do not fit, so both stay 0.
         self.dropped = self.quarantined = 0
+
         self._decoded: dict[tuple[str, Path | bytes], np.ndarray] = {}
         self._cache_left = IMAGE_CACHE
 
@@ -78,12 +85,16 @@ class QuestionSamples:
         """The samples `rows` [B] as one Batch of numpy arrays."""
         rows, sizes = np.asarray(rows, np.int64), self.sizes
         count = len(rows)
+
+        # All cameras of the model, in every batch: rows of robots and of questions lie in one array.
         images = {name: np.zeros((count, *size, 3), np.uint8) for name, size in sizes.cameras.items()}
         seen = {name: np.zeros(count, bool) for name in sizes.cameras}
         for n, row in enumerate(rows.tolist()):
             for camera, source in self._question(row).images.items():
                 images[camera][n], seen[camera][n] = self._image(row, camera, source), True
+
         tokens = self.tokens(rows)
+
         return Batch(
             Observation(
                 images,
@@ -92,6 +103,7 @@ class QuestionSamples:
                 tokens["tokens"],
                 tokens["token_mask"],
             ),
+            # No action: padding at every step and in every dimension, so that the flow loss has nothing to count.
             actions=np.zeros((count, sizes.horizon, sizes.action_dim), np.float32),
             action_is_pad=np.ones((count, sizes.horizon), bool),
             action_dim_mask=np.zeros((count, sizes.action_dim), bool),
@@ -116,6 +128,7 @@ class QuestionSamples:
                 raise DatasetError(f"{self.where(row)} ({asked.question!r}): {e}") from e
 
     def where(self, row: int) -> str:
+        """Which file and row a sample is, for a person: counted from 1, blank lines left out."""
         return f"{self.path}, row {self.numbers[row] + 1}"
 
     def _question(self, row: int) -> Question:
@@ -125,49 +138,67 @@ class QuestionSamples:
                 raw = json.loads(raw)
             except json.JSONDecodeError as e:
                 raise DatasetError(f"{self.where(row)}: not JSON ({e})") from None
+
         if not isinstance(raw, dict) or not all(isinstance(raw.get(key), str) for key in ("question", "answer")):
             raise DatasetError(f"{self.where(row)}: got {str(raw)[:80]}, expected an object with question and answer")
+
+        # An empty question is no fault, as of a caption nothing was asked; an empty answer would score EOS alone.
         if is_blank(raw["answer"]):
             raise DatasetError(f"{self.where(row)}: the answer is empty, so there is nothing to learn; leave it out")
         if is_missing(raw["question"]):
             raise DatasetError(f"{self.where(row)}: the question is {raw['question']!r}, a missing text; leave it out")
+
         return Question(raw["question"], raw["answer"], self._sources(row, raw))
 
     def _sources(self, row: int, raw: dict[str, Any]) -> dict[str, Path | bytes]:
         given = raw.get("images") or {}
         if not isinstance(given, dict):
             raise DatasetError(f"{self.where(row)}: images is {given!r}, expected an object of cameras and paths")
+
+        # Parquet gives every row all cameras of the column, null where it has none.
         named = {camera: image for camera, image in given.items() if image is not None}
         if raw.get("image") is not None:
             if self.data.camera is None:
                 raise DatasetError(f'{self.where(row)}: which camera is "image"? set camera = "..." in the mapping')
+
             named[self.data.camera] = raw["image"]
+
         for camera in named:
             if camera not in self.sizes.cameras:
                 known = ", ".join(self.sizes.cameras)
                 hint = did_you_mean(camera, self.sizes.cameras)
                 raise DatasetError(f"{self.where(row)}: the model has no camera {camera!r}{hint}; it has {known}")
+
         return {camera: self._source(row, image) for camera, image in named.items()}
 
     def _source(self, row: int, image: Any) -> Path | bytes:
         if isinstance(image, dict):
+            # Hugging Face writes {bytes, path}, with one of them null.
             image = image.get("bytes") or image.get("path")
+
         if isinstance(image, bytes):
             return image
         if not isinstance(image, str):
             raise DatasetError(f"{self.where(row)}: image is {image!r}, expected a path below {self.path.parent}")
+
+        # A question file from elsewhere must not read what lies beside it on this disk.
         if Path(image).is_absolute() or ".." in Path(image).parts:
             raise DatasetError(f"{self.where(row)}: image {image!r} leaves the folder {self.path.parent}")
+
         return self.path.parent / image
 
     def _image(self, row: int, camera: str, source: Path | bytes) -> np.ndarray:
         key = (camera, source)
         if key not in self._decoded:
             image = self._decode(self.where(row), self.sizes.cameras[camera], source)
+
+            # When full, nothing is evicted: a row comes back an epoch later, by when its picture would be gone again.
             if self._cache_left < image.nbytes:
                 return image
+
             self._cache_left -= image.nbytes
             self._decoded[key] = image
+
         return self._decoded[key]
 
     @staticmethod
@@ -177,6 +208,7 @@ class QuestionSamples:
                 source = source.read_bytes()
             except OSError as e:
                 raise DatasetError(f"{where}: image {source!s} cannot be read ({e.strerror}); restore it") from None
+
         return resize_with_pad(decode_any(source, where), size)
 
 
@@ -187,7 +219,9 @@ def pictures(data: QuestionData) -> np.ndarray:
     numbers: dict[Any, int] = {}
     found = np.empty(len(rows), np.int64)
     for n in range(len(rows)):
+        # A row number is no picture's text, so rows without a picture stay apart.
         found[n] = numbers.setdefault(_picture(rows[n]) or n, len(numbers))
+
     return found
 
 
@@ -203,12 +237,15 @@ def _picture(row: Any) -> str | None:
 def _file(path: Path) -> Path:
     if path.is_file():
         return path
+
     found = [path / name for name in QUESTION_FILES if (path / name).is_file()]
     if not found:
         raise DatasetError(f"questions: no {' or '.join(QUESTION_FILES)} in {path}, and it is no such file itself")
+
     return found[0]
 
 
+# Split, training and held-out rows all ask for the same file.
 @functools.lru_cache(maxsize=4)
 def _rows(path: Path) -> "list[str] | _Table":
     """JSON lines, parsed when asked for, or the rows of a parquet file."""
@@ -216,16 +253,21 @@ def _rows(path: Path) -> "list[str] | _Table":
         if path.suffix == ".parquet":
             rows: list[str] | _Table = _Table(pq.read_table(path, memory_map=True))
         else:
+            # Parsed when drawn: a million dicts would take several times the memory of their lines.
             rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError, pa.ArrowException) as e:
         because = str(e).splitlines()[0]
         raise DatasetError(f"{path}: cannot be read ({because}); expected JSON lines or parquet") from None
+
     if not len(rows):
         raise DatasetError(f"{path}: no questions; leave the entry out of the mapping")
+
     return rows
 
 
 class _Table:
+    """Rows of a parquet file as dicts, each made when asked for."""
+
     def __init__(self, table: pa.Table):
         self._table = table
 

@@ -40,20 +40,24 @@ class Robot:
 
     @property
     def state_dim(self) -> int:
+        """Dimensions of its state; 0 where it reports none."""
         return self.stats["state"].dim
 
     @property
     def action_dim(self) -> int:
+        """Dimensions of its actions, without the model's padding."""
         return self.stats["actions"].dim
 
     @property
     def clip(self) -> float:
+        """The largest normalized action, either way."""
         return ACTION_CLIP[self.stats["actions"].kind]
 
     def normalize_actions(
         self, actions: Float[np.ndarray, "*b H D"], state: Float[np.ndarray, "*b S"]
     ) -> Float[np.ndarray, "*b H D"]:
         """What the model learns, not yet clipped. Raises InputError on NaN or infinity."""
+        # First relative, then normalized: the statistics are of relative values where `delta` says so.
         return self.stats["actions"].normalize(relative(actions, state, self.delta))
 
     def unnormalize_actions(
@@ -61,12 +65,18 @@ class Robot:
     ) -> Float[np.ndarray, "*b H D"]:
         """The inverse, in the robot's units; `state` as observed."""
         actions = self.stats["actions"].unnormalize(chunk)
+
+        # In the data's units, so after normalization is undone. The state is the one the chunk was predicted from.
         for dim in self.delta:
             actions[..., dim] += state[..., None, dim]
+
         return actions
 
     def write(self, directory: Path) -> None:
+        """robot.json and norm_stats.json in `directory`, which is made where it is missing."""
         directory.mkdir(parents=True, exist_ok=True)
+
+        # Apart, in openpi's format, so that other tools read the statistics.
         written = {key: value for key, value in asdict(self).items() if key != "stats"}
         write_json(directory / ROBOT_FILE, written)
         normalize.save_stats(directory / STATS_FILE, self.stats)
@@ -76,9 +86,12 @@ def relative(actions: np.ndarray, state: np.ndarray, delta: tuple[int, ...]) -> 
     """Chunks [..., H, D] with the state [..., S] at their start taken from the dimensions in `delta`."""
     if not delta:
         return actions
+
+    # A copy: what is handed in stays the caller's.
     out = np.array(actions, np.float32)
     for dim in delta:
         out[..., dim] -= state[..., None, dim]
+
     return out
 
 
@@ -93,11 +106,14 @@ def read_robot(directory: Path) -> Robot:
     cameras, delta, units = raw["cameras"], raw["delta"], raw["units"]
     if not isinstance(cameras, list) or not all(isinstance(camera, str) for camera in cameras):
         raise InputError(f"{path}: cameras is {cameras!r:.80}, expected a list of names")
+
     check_integer(f"{path}: horizon", raw["horizon"], 1)
 
+    # A checkpoint may come from elsewhere: checked now, and not when the first action is asked for.
     dims = min(stats["state"].dim, stats["actions"].dim)
     if not isinstance(delta, list):
         raise InputError(f"{path}: delta is {delta!r:.80}, expected a list of action dimensions")
+
     for dim in delta:
         check_integer(f"{path}: delta has a dimension that", dim, 0, dims - 1)
 

@@ -55,6 +55,7 @@ class Samples:
         skip_non_finite: bool = False,
         dataset: LeRobotDataset | None = None,
     ):
+        # Without `dataset`: another process opens its own, as files and caches are not to be sent.
         self._rebuild = partial(
             Samples,
             data,
@@ -69,6 +70,7 @@ class Samples:
         if on_overflow not in ("error", "drop_token_loss"):
             raise InputError(f"on_overflow: got {on_overflow!r}, expected 'error' or 'drop_token_loss'")
 
+        # A run that has opened it already shares its cache of decoded pictures.
         self.dataset = dataset or LeRobotDataset(data.path)
         named_cameras(self.dataset, data)
         _check_sizes(self.dataset, robot, sizes)
@@ -92,11 +94,14 @@ class Samples:
 
     @property
     def quarantined(self) -> int:
+        """How many samples were left out for a NaN or infinity."""
         return self.frames.left_out
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
         """The samples `rows` [B] as one Batch of numpy arrays."""
         rows = np.asarray(rows, np.int64)
+
+        # Before pictures: a sample that does not fit costs no decoding.
         tokens = self.tokens(rows)
         actions, action_is_pad, action_dim_mask = self._padded_actions(rows)
 
@@ -108,6 +113,7 @@ class Samples:
             tokens["tokens"],
             tokens["token_mask"],
         )
+
         return Batch(
             observation,
             actions=actions,
@@ -127,6 +133,7 @@ class Samples:
 
     def tokenize_ahead(self) -> None:
         """All samples, or many spread evenly: what does not fit is an error now."""
+        # Hours into a run is too late to learn that one chunk does not fit.
         rows = ahead(len(self))
         self.tokens(rows)
         if self.dropped:
@@ -142,6 +149,7 @@ class Samples:
         chunks, is_pad = self.chunks(rows)
         count, horizon, dim = chunks.shape
 
+        # The model's sizes, zeros beyond the robot's own: where noisy, they are t · noise, and serving leads them to 0.
         actions = np.zeros((count, self.sizes.horizon, self.sizes.action_dim), np.float32)
         actions[:, :horizon, :dim] = chunks
 
@@ -150,12 +158,15 @@ class Samples:
         if "flow" in self.data.losses:
             action_is_pad[:, :horizon] = is_pad
 
+        # Also where the flow loss is off: it says what the robot has, not what is scored.
         action_dim_mask = np.zeros((count, self.sizes.action_dim), bool)
         action_dim_mask[:, :dim] = True
+
         return actions, action_is_pad, action_dim_mask
 
     def _tokenize(self, rows: np.ndarray) -> None:
         states = self.observer.normalize_state(self.frames.state[self.frames.index[rows]])
+        # Without an action behind it a prompt has nothing to score: the token loss is then off by the data alone.
         chunks = self.chunks(rows)[0] if "fast" in self.data.losses else [None] * len(rows)
         for row, state, chunk in zip(rows.tolist(), states, chunks, strict=True):
             self.table.put(row, self._tokenized(row, state, chunk))
@@ -174,11 +185,14 @@ class Samples:
                 )
                 raise DatasetError(f"{self.where(row)} ({task!r}): {error}{'' if hopeless else remedy}") from error
 
+        # The prompt stays as it was: the flow loss is learned with what serving will say.
         self.dropped += 1
+
         return self.observer.tokenize(task, state)
 
 
 def _check_sizes(dataset: LeRobotDataset, robot: Robot, sizes: Sizes) -> None:
+    # Cut off, a robot would lose joints without a word; only padding is harmless.
     for setting, got, limit in (
         ("state_dim", robot.state_dim, sizes.state_dim),
         ("action_dim", robot.action_dim, sizes.action_dim),

@@ -39,6 +39,8 @@ def run_data_convert(config: DataConvertConfig) -> None:
         leave_out=config.leave_out,
         drop_episodes=config.drop_episodes,
     )
+
+    # Opened again, so that these are figures of what was written.
     print(f"{len(done.episodes)} episodes, {len(done)} frames, {done.info.codebase_version}: {config.destination}")
 
 
@@ -56,14 +58,18 @@ class DoctorConfig:
 
 def run_doctor(config: DoctorConfig) -> int:
     """Print what was found, faults before notes, and return the exit code."""
+    # Every frame unless asked otherwise: three pictures of an episode miss most of what can be damaged.
     found = examine(config.path, every_frame=not config.quick)
     faults = [finding for finding in found if not finding.is_note]
+
+    # JSON alone, also where nothing was found: a script parses all of what is printed.
     if config.json:
         print(dumps([finding.to_json() for finding in found], indent=1))
         return 1 if faults else 0
 
     for finding in found:
         print(finding)
+
     if not faults:
         # Notes leave the exit code alone, so that scripts can ask whether a data set may be trained on.
         notes = f", with {len(found)} note{'s' if len(found) > 1 else ''}" if found else ""

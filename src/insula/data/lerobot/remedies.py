@@ -14,6 +14,7 @@ SUBJECTS = 50
 DROP = "insula data convert --drop-episodes writes the others"
 QUARANTINE = "insula train --on-bad-sample quarantine leaves such samples out"
 
+# Each is true as written, one way at least: who follows it does not get the same finding again.
 REMEDIES = METADATA | {
     "metadata": "correct what is named above, or restore meta/ from the data set's source",
     "path outside": "correct data_path and video_path in meta/info.json: they must stay below the data set",
@@ -21,6 +22,7 @@ REMEDIES = METADATA | {
     "episode repeated": "leave one entry of it in meta/; insula data convert does",
     "not listed": "add its entry to meta/, or leave it: it is not read",
     "wrong place": "write the numbers above into the table; insula data convert does",
+    # Nobody but the person who recorded can know, so no command decides it unasked.
     "tasks differ": "decide which side is right: insula data convert --tasks-from rows, or episodes, writes it",
     "null": "fill the values in; or, where nobody needs the column, insula data convert --leave-out COLUMN",
     "file missing": f"copy the file again, or leave its episodes out: {DROP}",
@@ -47,10 +49,12 @@ REMEDIES = METADATA | {
     "video offset": "v3.0: write the time of the first frame as from_timestamp; v2.1: encode the video to begin at 0",
     "video gap": f"encode the episode again, or leave the frames out: {DROP}, {QUARANTINE}",
     "video overlap": "correct from_timestamp in the episode table",
+    # The same count has two causes, and cutting the wrong end would shift every picture.
     "frames left over": "where the camera only went on filming, nothing is shifted: cut its end off; where it "
     "began earlier, or rows were lost, cut the frames that have no row",
     "statistics": "compute them again: insula data convert writes true ones",
     "duplicate episode": f"it counts double in training; {DROP}",
+    # Notes from here on: it can be read as it is, and trains.
     "cannot be read": "nothing needs to be done unless a mapping names it; insula data convert leaves it out",
     "names": "nothing needs to be done: dimensions are called by number; or correct the names in meta/info.json",
     "totals": "nothing needs to be done: they are counted; or write the number above, as insula data convert does",
@@ -58,6 +62,7 @@ REMEDIES = METADATA | {
     "clock": "nothing needs to be done; insula data convert writes timestamps and starts of clips again",
     "frames unused": "nothing needs to be done: no row asks for them",
     "no statistics": "nothing needs to be done here, which fits its own; insula data convert writes them for LeRobot",
+    # What makes no sense (`insula.data.lerobot.sanity`): mostly for a person to look at.
     "constant": "nothing needs to be done: training maps it to 0; if it should move, check that it was recorded",
     "jump": "unwrap the angle before recording, or record its sine and cosine: as it is, a small turn reads as a whole",
     "spike": "mend the frame or remove the episode; quantiles withstand it, min_max and mean_std do not",
@@ -110,6 +115,7 @@ class Finding:
         place = [self.file] if self.file else []
         place += [f"episode {self.episode}"] if self.episode is not None else []
         place += [f"frame {self.frame}"] if self.frame is not None else []
+
         return ", ".join(place) or "data set"
 
     def to_json(self) -> dict[str, Any]:
@@ -123,6 +129,7 @@ class Finding:
         lines += [f"    also {other}" for other in self.others]
         if (more := self.count - 1 - len(self.others)) > 0:
             lines.append(f"    and {more:,} more such places")
+
         return "\n".join([*lines, f"    {self.remedy}"])
 
 
@@ -136,8 +143,12 @@ def grouped(found: Iterable[Finding]) -> list[Finding]:
         key = (finding.fault, finding.subject)
         if key not in kept and finding.subject is not None:
             subjects[finding.fault] = subjects.get(finding.fault, 0) + 1
-        if key not in kept and subjects.get(finding.fault, 0) > SUBJECTS:  # a file may list a million columns
+
+        # A file may list a million columns.
+        if key not in kept and subjects.get(finding.fault, 0) > SUBJECTS:
             key = (finding.fault, None)
+
+        # A finding may stand for several already.
         first = kept.setdefault(key, finding)
         counts[key] = counts.get(key, 0) + finding.count
         listed = others.setdefault(key, [])
@@ -149,4 +160,5 @@ def grouped(found: Iterable[Finding]) -> list[Finding]:
     # The rest are known by their number.
     told = [dataclasses.replace(first, count=counts[key], others=tuple(others[key])) for key, first in kept.items()]
 
+    # Stable, so that each kind keeps the order in which it was found.
     return sorted(told, key=lambda finding: finding.is_note)

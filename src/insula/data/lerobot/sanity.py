@@ -36,18 +36,22 @@ FEWEST = 3
 
 
 def sanity_notes(root: Path) -> Iterator[Finding]:
-    """What makes no sense in a data set. What cannot be read is left aside: the doctor says
-    so."""
+    """What makes no sense in a data set. What cannot be read is left aside: the doctor says so."""
     try:
         dataset = LeRobotDataset(root, cache_bytes=0)
     except DatasetError:
         return
+
     columns = dict(_columns(dataset))
+
+    # All that never moves before all that moves oddly, whatever the column: notes are told in the order found.
     for name, values in columns.items():
         yield from _constant(dataset, name, values)
+
     for name, values in columns.items():
         yield from _jumps(dataset, name, values)
         yield from _spikes(dataset, name, values)
+
     yield from _copies(columns)
     for key in dataset.cameras:
         yield from _pictures(dataset, key, columns)
@@ -59,10 +63,13 @@ def _columns(dataset: LeRobotDataset) -> Iterator[tuple[str, np.ndarray]]:
         plain = feature.is_numeric and feature.dtype != "bool" and math.prod(feature.shape) <= WIDEST
         if name in BOOKKEEPING or not plain:
             continue
+
         try:
             values = dataset.column(name)
         except DatasetError:
             continue
+
+        # In float64: a difference of two large float32 values would be mostly rounding.
         yield name, values.reshape(len(values), -1).astype(np.float64)
 
 
@@ -73,17 +80,22 @@ def is_action(name: str) -> bool:
 
 def _constant(dataset: LeRobotDataset, name: str, values: np.ndarray) -> Iterator[Finding]:
     """Action dimensions that never move, by their own scale: steps of a micrometre are motion."""
+    # NaN and infinity are faults of their own, and would hide that the rest stands still.
     finite = values[np.isfinite(values).all(1)]
     if not is_action(name) or not len(finite):
         return
+
     still = np.flatnonzero(np.ptp(finite, axis=0) <= SPREAD_SHARE * np.abs(finite).max(0)).tolist()
     if not still:
         return
+
+    # One note for all: an arm that was not recorded is one mistake, with seven dimensions.
     if len(still) == 1:
         message = f"{_label(dataset, name, still[0])} is {finite[0, still[0]]:g} in every frame"
     else:
         labels = ", ".join(_label(dataset, name, dim) for dim in still)
         message = f"{len(still)} of {values.shape[1]} dimensions never move: {labels}"
+
     yield Finding("constant", f"{name!r}: {message}", subject=name)
 
 
@@ -91,6 +103,8 @@ def _jumps(dataset: LeRobotDataset, name: str, values: np.ndarray) -> Iterator[F
     """Angles that jump by a whole turn from one frame to the next, in radians or degrees."""
     if len(values) < 2 or dataset.features[name].dtype.startswith(("int", "uint")):
         return
+
+    # From one episode to the next anything may jump.
     inside = np.diff(dataset.episodes.of_frame(np.arange(len(values)))) == 0
     for dim in range(values.shape[1]):
         steps = np.abs(np.diff(values[:, dim]))[inside]
@@ -101,6 +115,8 @@ def _jumps(dataset: LeRobotDataset, name: str, values: np.ndarray) -> Iterator[F
             others = steps[~jumps & np.isfinite(steps)]
             if not jumps.any() or not bounded or not len(others) or np.quantile(others, 0.9) > USUAL_STEP * turn:
                 continue
+
+            # `steps` leaves out borders of episodes, so its positions are not frames. + 1: the frame after the jump.
             first = int(np.flatnonzero(inside)[np.flatnonzero(jumps)[0]]) + 1
             unit = "2π" if turn < 10 else "360°"
             message = f"{name!r}, {_label(dataset, name, dim)} jumps by {unit} in {int(jumps.sum())} frames"
@@ -114,8 +130,11 @@ def _spikes(dataset: LeRobotDataset, name: str, values: np.ndarray) -> Iterator[
     for dim in range(values.shape[1]):
         column = values[:, dim]
         finite = column[np.isfinite(column)]
+        # Of fewer, the outer 5 % on each side are not even one value.
         if len(finite) < 20:
             continue
+
+        # Of the middle, since the spike itself must not widen what it is compared with.
         low, high = np.quantile(finite, [0.05, 0.95])
         spread = high - low
         if spread <= SPREAD_SHARE * max(abs(low), abs(high)) or _has_few_values(finite):
@@ -123,8 +142,10 @@ def _spikes(dataset: LeRobotDataset, name: str, values: np.ndarray) -> Iterator[
 
         away = np.isfinite(column) & (np.maximum(low - column, column - high) > SPIKE * spread)
         rows = np.flatnonzero(away)
+        # More than one frame in a hundred, or several in a row, is how this robot moves.
         if not len(rows) or len(rows) > 0.01 * len(column) or _longest_run(rows, episode) > 2:
             continue
+
         message = (
             f"{name!r}, {_label(dataset, name, dim)} is {column[rows[0]]:g}, the middle 90 % of its values lie "
             f"between {low:g} and {high:g} ({len(rows)} such frames)"
@@ -149,7 +170,9 @@ def _copies(columns: dict[str, np.ndarray]) -> Iterator[Finding]:
     for action, told in columns.items():
         if not is_action(action) or len(told) < FEWEST:
             continue
+
         for state, measured in states.items():
+            # A state may have more dimensions behind those of the actions. Those at rest are equal in any two columns.
             width = min(told.shape[1], measured.shape[1])
             moves = np.ptp(told[:, :width], axis=0) > 0
             if told.shape[1] == width and moves.any() and np.array_equal(told[:, moves], measured[:, :width][:, moves]):
@@ -168,6 +191,7 @@ def _pictures(dataset: LeRobotDataset, key: str, columns: dict[str, np.ndarray])
         first, stop = int(dataset.episodes.start[episode]), int(dataset.episodes.stop[episode])
         if stop - first < FEWEST:
             continue
+
         try:
             pictures = dataset.images(key, sample_frames(dataset, episode, PICTURES)).astype(np.float32)
         except DatasetError:
@@ -178,9 +202,12 @@ def _pictures(dataset: LeRobotDataset, key: str, columns: dict[str, np.ndarray])
         if pictures.max() <= BLACK:
             black.append(episode)
         elif moves and np.abs(pictures - pictures[0]).mean((1, 2, 3)).max() <= STILL:
+            # Each was compared with the first picture, not with the one before: slow motion adds up.
             frozen.append(episode)
+
     for fault, found, what in (("black pictures", black, "black"), ("frozen pictures", frozen, "all the same")):
         if found:
+            # One note for a camera: its episodes are named by the files' numbers.
             numbers = dataset.episodes.number[found].tolist()
             message = f"{key!r}: pictures are {what} in {_some(numbers)}"
             yield Finding(fault, message, None, numbers[0], subject=key)
@@ -195,5 +222,6 @@ def _some(episodes: list[int]) -> str:
     """Episodes as a sentence names them, the first ones where there are many."""
     if len(episodes) == 1:
         return f"episode {episodes[0]}"
+
     listed = ", ".join(map(str, episodes[:8]))
     return f"{len(episodes)} episodes ({listed}{', ...' if len(episodes) > 8 else ''})"

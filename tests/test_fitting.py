@@ -2,10 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from insula.data import fitting, normalize, quantiles
@@ -16,6 +20,7 @@ from insula.data.lerobot import LeRobotDataset, LeRobotWriter
 from insula.data.lerobot.info import Feature
 from insula.data.mapping import Columns, RobotData
 from insula.data.robot import Robot
+from insula.errors import DatasetError, InputError
 from insula.tokens.fast import FASTCodec
 
 HORIZON = 5
@@ -82,6 +87,36 @@ def test_statistics_of_some_episodes(data: RobotData) -> None:
     frames, _ = frames_of(dataset, np.array([0, 9]))
     expected = normalize.fit_stats_of(dataset.column("action")[frames])
     np.testing.assert_allclose(fit_stats(data, HORIZON, [9, 0])["actions"].q01, expected.q01, rtol=1e-12)
+
+
+def with_values(data: RobotData, root: Path, change: Callable[[np.ndarray], None]) -> RobotData:
+    """A copy whose actions, all episodes in a row, are changed."""
+    shutil.copytree(data.path, root)
+    actions = LeRobotDataset(root).column("action").copy()
+    change(actions)
+    for path in sorted((root / "data").rglob("*.parquet")):
+        table = pq.read_table(path)
+        place, mine = table.column_names.index("action"), actions[table["index"].to_numpy()]
+        values = pa.FixedSizeListArray.from_arrays(pa.array(mine.ravel()), mine.shape[1])
+        pq.write_table(table.set_column(place, table.schema.field(place), values), path)
+    return RobotData(root, {})
+
+
+def test_a_nan_counts_in_the_episodes_asked_for(data: RobotData, tmp_path: Path) -> None:
+    def spoil(actions: np.ndarray) -> None:
+        actions[20 + 3, 1] = np.nan  # episode 1, in the same file as episode 0
+
+    spoiled = with_values(data, tmp_path / "set", spoil)
+    expected, found = fit_stats(data, HORIZON, [0, 2])["actions"], fit_stats(spoiled, HORIZON, [0, 2])["actions"]
+    np.testing.assert_array_equal(found.mean, expected.mean)
+    with pytest.raises(InputError, match=r"episode 1, frame 3: action\[1\] is nan"):
+        fit_stats(spoiled, HORIZON, [0, 1])
+
+
+def test_nothing_left_to_measure_is_said(data: RobotData, tmp_path: Path) -> None:
+    spoiled = with_values(data, tmp_path / "set", lambda actions: actions.fill(np.inf))
+    with pytest.raises(DatasetError, match="actions has no frame without NaN or infinity"):
+        fit_stats(spoiled, HORIZON, skip_non_finite=True)
 
 
 @pytest.mark.parametrize("at_once", [2**17, 60])

@@ -70,6 +70,13 @@ def test_questions_about_one_picture_belong_together(tmp_path: Path) -> None:
     assert found.tolist() == [0, 1, 0, 1, 2, 3, 4]
 
 
+def test_one_picture_is_one_whichever_way_it_is_written(tmp_path: Path) -> None:
+    """Else a picture that was trained on could be held out as well."""
+    data = write(tmp_path / "q", ASKED | {"image": "10.png"}, ASKED | {"images": {"front": "10.png"}})
+    assert data.camera == "front" and pictures(data).tolist() == [0, 0]
+    assert pictures(dataclasses.replace(data, camera="wrist")).tolist() == [0, 1]
+
+
 def test_some_rows_only(tmp_path: Path, tokenizer: FASTTokenizer) -> None:
     data = write(tmp_path / "q", *(ASKED | {"answer": str(n)} for n in range(5)))
     some = QuestionSamples(data, tokenizer, SIZES, rows=[4, 1])

@@ -16,7 +16,7 @@ from insula.data.mapping import Columns, RobotData
 from insula.data.normalize import NormStats
 from insula.data.robot import Robot, relative
 from insula.data.workers import Map, mapping_over
-from insula.errors import FASTRangeError, InputError
+from insula.errors import DatasetError, FASTRangeError, InputError
 from insula.tokens.fast import FASTCodec
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,14 @@ def _prepared(
 def _stats(over: Map, blocks: Blocks, count: int, data: RobotData, what: str, names: list[str]) -> NormStats:
     files = range(count)
     # Three passes over the files, each of which needs what the one before found. A file may have none of the episodes.
-    whole = quantiles.merge_moments(part for part in over(partial(_moments, blocks), files) if part is not None)
+    moments = [part for part in over(partial(_moments, blocks), files) if part is not None]
+    if not moments:
+        raise DatasetError(
+            f"data set {data.path}: {what} has no frame without NaN or infinity to measure; insula data doctor lists "
+            "them"
+        )
+
+    whole = quantiles.merge_moments(moments)
     histogram = sum(
         over(partial(_counts, blocks, whole), files), np.zeros((len(names), quantiles.HISTOGRAM_BINS), np.int64)
     )
@@ -184,10 +191,13 @@ def _values(work: _Pass, name: str, file: int) -> np.ndarray:
     columns = work.data.state if name == "state" else work.data.actions
     values = joined(dataset, columns, lambda column: dataset.read_column(column, file))
 
-    # The whole file, before any arithmetic: a message must name the frame, which a mean no longer knows.
+    # Before any arithmetic: a message must name the frame, which a mean no longer knows. Frames of episodes that are
+    # not asked for may hold anything.
     if not work.skip_non_finite:
-        start, _ = dataset.frames_of(file)
-        refuse_non_finite_frames(dataset, values, start, dim_names(dataset, columns))
+        _, frames, _, start = _frames(work, file)
+        asked = np.zeros(len(values), bool)
+        asked[frames - start] = True
+        refuse_non_finite_frames(dataset, np.where(asked[:, None], values, 0), start, dim_names(dataset, columns))
 
     return values
 

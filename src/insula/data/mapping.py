@@ -25,6 +25,8 @@ from insula.data.normalize import Kind
 from insula.errors import DatasetError, did_you_mean
 from insula.files import as_path
 
+LARGEST_WEIGHT = 1e6
+"""Only the ratio of two weights counts, and one source of a million is as good as alone."""
 STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
 
 
@@ -228,8 +230,11 @@ def _build(kind: type, entry: Table[str, Any], folder: Path, where: str) -> Any:
             raise DatasetError(f"{where}: {name!r} is missing{did_you_mean(name, entry)}")
 
     # Not `<= 0`: TOML knows nan, which is neither.
-    if not values.get("weight", 1.0) > 0:
-        raise DatasetError(f"{where}.weight is {values['weight']}, expected a positive number; or leave the entry out")
+    if not 0 < values.get("weight", 1.0) < LARGEST_WEIGHT:
+        raise DatasetError(
+            f"{where}.weight is {values['weight']}, expected a number > 0 and < {LARGEST_WEIGHT:g}; or leave the entry "
+            "out"
+        )
     if values.get("horizon", 1) < 1:
         raise DatasetError(f"{where}.horizon is {values['horizon']}, expected at least 1 step")
 

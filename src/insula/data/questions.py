@@ -60,13 +60,14 @@ class QuestionSamples:
         self.tokenizer = tokenizer
         self.sizes = sizes
 
-        # What another process is sent instead of every token and picture.
+        # What another process is sent instead of every token and picture. A list, since an iterator is spent here.
+        rows = None if rows is None else list(rows)
         self._rebuild = functools.partial(QuestionSamples, data, tokenizer, sizes, rows)
 
         self.path = _file(data.path)
         self._all = _rows(self.path)
         chosen = range(len(self._all)) if rows is None else rows
-        self.numbers = np.array(list(chosen), np.int64)
+        self.numbers = np.array(chosen, np.int64)
         self.table = TokenTable(len(self.numbers), tokenizer.max_token_len)
 
         # As `Samples` counts them; questions are refused when they do not fit, so both stay 0.
@@ -220,16 +221,16 @@ def pictures(data: QuestionData) -> np.ndarray:
     found = np.empty(len(rows), np.int64)
     for n in range(len(rows)):
         # A row number is no picture's text, so rows without a picture stay apart.
-        found[n] = numbers.setdefault(_picture(rows[n]) or n, len(numbers))
+        found[n] = numbers.setdefault(_picture(rows[n], data) or n, len(numbers))
 
     return found
 
 
-def _picture(row: Any) -> str | None:
+def _picture(row: Any, data: QuestionData) -> str | None:
     try:
         raw = json.loads(row) if isinstance(row, str) else row
-        shown = raw.get("images") or raw.get("image")
-        return json.dumps(shown, sort_keys=True) if shown else None
+        shown = raw.get("images") or {data.camera: raw.get("image")}  # one picture, whichever way it is written
+        return json.dumps(shown, sort_keys=True) if any(shown.values()) else None
     except (TypeError, ValueError, AttributeError):  # bytes; or malformed, which is said when the row is read
         return None
 

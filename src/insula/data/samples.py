@@ -55,7 +55,9 @@ class Samples:
         skip_non_finite: bool = False,
         dataset: LeRobotDataset | None = None,
     ):
-        # Without `dataset`: another process opens its own, as files and caches are not to be sent.
+        # Without `dataset`: another process opens its own, as files and caches are not to be sent. A list, since an
+        # iterator is spent here.
+        episodes = None if episodes is None else list(episodes)
         self._rebuild = partial(
             Samples,
             data,

@@ -149,7 +149,6 @@ def _lists_undone(chunk: pa.Array, shape: tuple[int, ...], first: int) -> pa.Arr
             said = f"has {got[wrong[0]]} values, expected {_said(shape)} ({rows} such rows{of})"
             return BadRows("wrong shape", said, first + int(wrong[0]) // per_row)
 
-        # flatten() heeds offsets and slices; the child array would not.
         # flatten() heeds offsets and slices, which the child array would not.
         values, per_row = values.flatten(), per_row * length
 

@@ -107,11 +107,16 @@ def _jumps(dataset: LeRobotDataset, name: str, values: np.ndarray) -> Iterator[F
     # From one episode to the next anything may jump.
     inside = np.diff(dataset.episodes.of_frame(np.arange(len(values)))) == 0
     for dim in range(values.shape[1]):
-        steps = np.abs(np.diff(values[:, dim]))[inside]
+        finite = np.isfinite(values[:, dim])
+        if not finite.any():
+            continue
+
+        # NaN where either of two frames is not finite: infinity minus itself would be a warning of NumPy's.
+        steps = np.abs(np.diff(np.where(finite, values[:, dim], np.nan)))[inside]
         for turn in TURNS:
             # A wrapped angle stays within one turn, and moves little between its jumps.
             jumps = np.abs(steps - turn) < TURN_SLACK * turn
-            bounded = np.nanmax(np.abs(values[:, dim])) <= turn * (1 + TURN_SLACK)
+            bounded = np.abs(values[finite, dim]).max() <= turn * (1 + TURN_SLACK)
             others = steps[~jumps & np.isfinite(steps)]
             if not jumps.any() or not bounded or not len(others) or np.quantile(others, 0.9) > USUAL_STEP * turn:
                 continue

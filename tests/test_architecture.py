@@ -6,6 +6,8 @@ from one module's source to its findings, and is shown to find a planted fault.
 
 import ast
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -292,6 +294,18 @@ def test_jax_there_is_found() -> None:
     source = "def act():\n    from jax import numpy"
     assert jax_imports("insula.client.protocol", source)
     assert not jax_imports("insula.decode.flow", source)
+
+
+def figures(folder: Path) -> subprocess.CompletedProcess[str]:
+    script = PACKAGE.parents[1] / "scripts" / "figures.py"
+    return subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, check=False)
+
+
+def test_the_code_reads_as_it_should(tmp_path: Path) -> None:
+    """Comments, blank lines, docstrings and more, by the script of `make figures`."""
+    assert figures(PACKAGE).returncode == 0, figures(PACKAGE).stdout
+    (tmp_path / "dense.py").write_text("def f(a):\n    b = a\n    return b\n")
+    assert figures(tmp_path).returncode == 1  # the control
 
 
 def test_annotations_are_checked() -> None:

@@ -244,6 +244,9 @@ def test_a_source_without_tokenizer_names_the_hub_unless_one_is_given(
 def test_a_run_keeps_its_own_tokenizer(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--text-tokenizer: .* was trained with its own"):
         convert_checkpoint(run, tmp_path / "out", "lerobot", text_tokenizer=EMBEDDED)
+    for to in ("insula", "openpi"):
+        with pytest.raises(InputError, match=f"only a LeRobot directory holds one, not {to}"):
+            convert_checkpoint(run, tmp_path / "out", to, text_tokenizer=EMBEDDED)
 
 
 def preprocessor(folder: Path) -> dict[str, Any]:

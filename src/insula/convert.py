@@ -77,6 +77,8 @@ def convert_checkpoint(
     if norm_stats is not None:
         model = dataclasses.replace(model, stats=_read_stats(norm_stats, model.config))
 
+    if text_tokenizer is not None and to != "lerobot":
+        raise InputError(f"--text-tokenizer: only a LeRobot directory holds one, not {to}; leave it out")
     if to == "insula":
         _write_insula(destination, model, dtype)
         return model.report

@@ -22,7 +22,7 @@ STATES = ((STATE,), ("state",), ("states",), ("joint_position", "gripper_positio
 ACTIONS = ((ACTION,), ("actions",))
 WRIST, LEFT, RIGHT = r"wrist|hand|gripper|eef?\b", "left", "right"
 INSTRUCTION = re.compile(r"instruction|language|task_description|annotation|prompt|caption", re.IGNORECASE)
-VALUES_LIMIT = 256
+LISTED_VALUES = 256
 """A column of more numbers than this in a frame is a picture or a point cloud, no state."""
 
 
@@ -192,7 +192,7 @@ def _numeric(info: Info) -> list[str]:
     return [
         key
         for key, feature in info.features.items()
-        if feature.is_numeric and key not in BOOKKEEPING and math.prod(feature.shape) <= VALUES_LIMIT
+        if feature.is_numeric and key not in BOOKKEEPING and math.prod(feature.shape) <= LISTED_VALUES
     ]
 
 

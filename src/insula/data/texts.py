@@ -2,13 +2,13 @@
 
 import unicodedata
 
-MISSING = frozenset({"none", "nan", "null", "<na>", "nat", "n/a", "#n/a"})
+NO_TEXT = frozenset({"none", "nan", "null", "<na>", "nat", "n/a", "#n/a"})
 """What pandas, JSON and spreadsheets write where there is no text, in lower case."""
 
 
 def is_missing(text: str) -> bool:
     """Whether a text only says that there is none, such as "None" or "nan"."""
-    return text.strip().lower() in MISSING
+    return text.strip().lower() in NO_TEXT
 
 
 def is_blank(text: str) -> bool:

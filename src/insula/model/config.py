@@ -7,13 +7,13 @@ from typing import Any, Literal, get_type_hints
 from insula.checks import check_integer, check_number, is_a, name_of
 from insula.errors import InputError, did_you_mean
 
-LARGEST = 2**24
+LARGEST_SIZE = 2**24
 """Of any size: far beyond every model there is, and small enough that no product of three overflows."""
 
 
 def _check_sizes(what: str, config: Any, *names: str, least: int = 1) -> None:
     for name in names:
-        check_integer(f"{what}{name}", getattr(config, name), least, LARGEST)
+        check_integer(f"{what}{name}", getattr(config, name), least, LARGEST_SIZE)
 
 
 def _check_choice(what: str, value: object, known: tuple[str, ...]) -> None:
@@ -38,7 +38,7 @@ class VisionConfig:
         _check_sizes("vision: ", self, "image_size", "width", "depth", "mlp_dim", "num_heads")
         for name in ("patch_sizes", "stem_widths"):
             for size in getattr(self, name):
-                check_integer(f"vision: {name} has one that", size, 1, LARGEST)
+                check_integer(f"vision: {name} has one that", size, 1, LARGEST_SIZE)
         if not self.patch_sizes:
             raise InputError("vision: patch_sizes is empty, expected at least one, such as (14,)")
 

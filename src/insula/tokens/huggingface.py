@@ -14,7 +14,7 @@ from insula.files import write_json
 from insula.tokens.fast import TOKENIZER_FILE
 from insula.tokens.text import PALIGEMMA_TOKENS, JSONText, SentencePieceText, TextTokenizer
 
-CONFIG_FILE = "tokenizer_config.json"
+AUTO_CONFIG_FILE = "tokenizer_config.json"
 SPACE = "▁"
 """What SentencePiece writes a space as."""
 PROBES = (
@@ -60,7 +60,7 @@ def save_huggingface(text: TextTokenizer, folder: Path) -> None:
     (folder / TOKENIZER_FILE).write_text(written.to_str() + "\n", encoding="utf-8")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "right", "split_special_tokens": True}
     settings |= {"clean_up_tokenization_spaces": False}  # it would take blanks out of what is decoded
-    write_json(folder / CONFIG_FILE, settings | {f"{key}_token": name for key, name in names.items()})
+    write_json(folder / AUTO_CONFIG_FILE, settings | {f"{key}_token": name for key, name in names.items()})
 
 
 def _from_sentencepiece(text: SentencePieceText) -> Tokenizer:

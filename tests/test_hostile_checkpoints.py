@@ -8,9 +8,11 @@ import json
 import os
 import shutil
 import struct
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -20,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from test_convert import POLICY, STATS, folder_of_run, small_is_pi05
 
 from insula.checkpoints.loading import load_params
+from insula.checkpoints.store import _hush_other_reads
 from insula.convert import convert_checkpoint
 from insula.data.robot import read_robot
 from insula.errors import InsulaError
@@ -281,3 +284,15 @@ def test_a_leaking_certificate_cannot_be_talked_away(copied: Callable[[str], Pat
     assert "certificate.json" in refused(lambda: refuse_leaking(folder))
     os.remove(path)
     refuse_leaking(folder)  # none at all: said elsewhere, and no leak
+
+
+def test_a_failed_read_hushes_what_fails_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orbax' other reads of the same moment, and nothing else."""
+    seen: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", seen.append)
+    _hush_other_reads()
+    _hush_other_reads()  # once is enough
+    closed, other = RuntimeError("Event loop is closed"), RuntimeError("a fault of ours")
+    for error in (closed, other):
+        sys.unraisablehook(SimpleNamespace(exc_value=error, exc_traceback=None))
+    assert [found.exc_value for found in seen] == [other]

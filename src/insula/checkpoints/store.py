@@ -7,6 +7,8 @@ because Orbax restores a damaged shard without complaint.
 
 import dataclasses
 import logging
+import sys
+import traceback
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +49,23 @@ class _AssetsRestore(ocp.args.CheckpointArgs):
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _hush_other_reads() -> None:
+    """Orbax reads many arrays at once. Once one has failed the others fail into nothing, some of them later, and Python
+    would print each with a traceback around the one line that says what is wrong."""
+    previous = sys.unraisablehook
+    if getattr(previous, "hushes", False):
+        return
+
+    def hook(unraisable: Any) -> None:
+        frames = traceback.extract_tb(unraisable.exc_traceback)
+        of_orbax = any("orbax" in frame.filename or "tensorstore" in frame.filename for frame in frames)
+        if not of_orbax and "Event loop is closed" not in str(unraisable.exc_value):
+            previous(unraisable)
+
+    hook.hushes = True  # type: ignore[attr-defined]
+    sys.unraisablehook = hook
 
 
 def checksums(tree: Any) -> dict[str, int]:
@@ -115,6 +134,7 @@ class CheckpointStore:
             wanted = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)}, manifest=ocp.args.JsonRestore())
             restored = self._manager.restore(step, args=wanted)
         except Exception as error:  # Orbax raises dozens of kinds; each means the same to the caller
+            _hush_other_reads()
             raise CheckpointError(
                 f"{where} cannot be read ({brief(error)}); it is damaged or of another model. "
                 f"Remove {self._manager.directory}/{step} to fall back to an earlier step"

@@ -8,7 +8,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from insula.errors import InputError
 
-SEED_LIMIT = 2**31 - 1
+LARGEST_INTEGER = 2**31 - 1
+"""Of any setting. Beyond it the error would come from deep inside: arrays, generators and other languages count in 32
+bits."""
+SEED_LIMIT = LARGEST_INTEGER
 """Largest seed. Sources of a mixture count up from it, and random generators take seeds below 2³²."""
 
 
@@ -20,6 +23,8 @@ def check_integer(name: str, value: object, least: int, most: int | None = None)
 
     if value < least or (most is not None and value > most):
         raise InputError(f"{name} is {value}, expected {bounds}")
+    if value > LARGEST_INTEGER:
+        raise InputError(f"{name} is {value}, expected an integer from {least} to {LARGEST_INTEGER}")
 
 
 def check_number(name: str, value: object, expected: str, good: Callable[[float], bool]) -> None:

@@ -63,6 +63,11 @@ def open_source(path: Path) -> WeightSource:
         if (folder / "_METADATA").is_file():
             return OrbaxSource(folder)
 
+    if (path / "checkpoints").is_dir():
+        raise CheckpointError(
+            f"{path}: a run, not weights; insula convert {path} OUT --to insula writes those of a run"
+        )
+
     what = "no weights of a known kind" if path.exists() else "no such file or directory"
     raise CheckpointError(
         f"{path}: {what}; expected a .safetensors or .npz file, or a directory with {SAFETENSORS}, {SHARDS} "

@@ -42,7 +42,7 @@ class DataConfig:
 
         # A byte-level codec knows at least all 256 bytes.
         check_integer("fast_vocab", self.fast_vocab, 256)
-        check_number("fast_scale", self.fast_scale, "> 0", lambda scale: scale > 0)
+        check_number("fast_scale", self.fast_scale, "> 0 and < 1e6", lambda scale: 0 < scale < 1e6)
         if self.fast_last_id is not None:
             check_integer("fast_last_id", self.fast_last_id, 0)
 

@@ -58,7 +58,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "evaluate_every", "checkpoint_every", "log_every"):
             check_integer(name, getattr(self, name), 1)
-        check_integer("workers", self.workers, 0)
+        check_integer("workers", self.workers, 0, 1024)
         check_seed("seed", self.seed)
         check_number("held_out_fraction", self.held_out_fraction, "≥ 0 and < 1", lambda share: 0 <= share < 1)
 

@@ -87,7 +87,7 @@ class FitFastConfig:
     def __post_init__(self) -> None:
         _check(self)
         check_integer("vocab", self.vocab, 256)
-        check_number("scale", self.scale, "> 0", lambda scale: scale > 0)
+        check_number("scale", self.scale, "> 0 and < 1e6", lambda scale: 0 < scale < 1e6)
 
 
 def run_fit_fast(config: FitFastConfig) -> None:

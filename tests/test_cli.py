@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,17 @@ def test_a_setting_out_of_range_is_a_wrong_command_line(arguments: tuple[str, ..
     done = insula(*arguments)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert expected in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_a_run_needs_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = insula("train", "--data", "nowhere")
+    assert done.returncode == 2 and "--run" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_wrong_command_and_the_version() -> None:
+    assert "no command 'data docter' (did you mean 'doctor'?)" in insula("data", "docter", "x").stderr
+    assert insula("--version").stdout == f"insula {version('insula')}\n"
 
 
 def test_an_unknown_flag_names_the_nearest() -> None:

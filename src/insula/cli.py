@@ -158,13 +158,17 @@ def _named(arguments: list[str]) -> tuple[str, list[str]]:
     # Not a command. `insula data` alone is the first word of several, so that help and hints are about these.
     group = arguments[0] if arguments and any(name.startswith(f"{arguments[0]} ") for name in COMMANDS) else None
     asked = arguments[1:] if group else arguments
+    if arguments[:1] == ["--version"]:
+        print(f"insula {version('insula')}")
+        sys.exit(0)
     if asked[:1] in (["-h"], ["--help"]):
         print(_overview(group))
         sys.exit(0)
 
     if asked:
         known = [name.removeprefix(f"{group} ") for name in COMMANDS if not group or name.startswith(f"{group} ")]
-        _say(f"no command {' '.join(arguments)!r}{did_you_mean(asked[0], known)}; known: {', '.join(known)}", "red")
+        name = f"{group} {asked[0]}" if group else asked[0]
+        _say(f"no command {name!r}{did_you_mean(asked[0], known)}; known: {', '.join(known)}", "red")
     else:
         print(_overview(group), file=sys.stderr)
 

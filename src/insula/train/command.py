@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+import tyro
+
 from insula.errors import InputError
 from insula.train.config import TrainConfig as TrainConfig
 from insula.train.config import training_preset
@@ -18,7 +20,8 @@ def train_defaults(preset: str | None, arguments: list[str]) -> TrainConfig:
     parser.add_argument("--run", type=Path)
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction)
     known, _ = parser.parse_known_args(arguments)
-    chosen = training_preset(preset or "tiny", known.run or Path())
+    # A run writes a dozen files: never into wherever the shell happens to be.
+    chosen = training_preset(preset or "tiny", known.run or tyro.MISSING)
 
     # Help is given without a run, too, which may not exist.
     if not known.resume or known.run is None or {"-h", "--help"} & set(arguments):

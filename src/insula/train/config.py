@@ -16,9 +16,11 @@ from insula.train.optimizer import DEFAULT, PI0_OPTIMIZER, PI05_OPTIMIZER, Optim
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """`insula train`. Everything is written to the folder `run`. Raises InputError for values that cannot be."""
+    """Train a knowledge-insulated policy. On the command line --preset (tiny, pi05, pi0) chooses what all other flags
+    start from. Raises InputError for values that cannot be."""
 
     run: Path
+    """Folder for everything: settings, metrics, checkpoints."""
     data: Path | None = None
     """A LeRobot data set, or a .toml file that maps one or several (docs/data.md); needed unless `resume`."""
     reading: Annotated[DataConfig, tyro.conf.arg(name="")] = DEFAULT_READING
@@ -27,7 +29,9 @@ class TrainConfig:
     steps: int = 2500
     """Updates of the whole run. The learning rates' schedule ends there."""
     batch_size: int = 32
+    """Samples of one update."""
     seed: int = 0
+    """Of the split, the order of samples, noise, times and fresh weights."""
     init: Path | None = None
     """Start from this checkpoint (a path, or hf://organization/name; docs/checkpoints.md) instead of the embedded
     pretrained backbone."""

@@ -131,7 +131,7 @@ def read_info(root: Path) -> Info:
     """Read `root/meta/info.json`. Raises DatasetError naming the key that is missing or wrong."""
     path = root / "meta" / "info.json"
     if not _is_folder(root):
-        raise DatasetError(f"data set: no directory {root}; check the path, or make one with `insula collect`")
+        raise DatasetError(f"no directory {root}; check the path, or make one with `insula collect`")
 
     try:
         raw = read_object(path)

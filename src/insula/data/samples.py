@@ -183,7 +183,7 @@ class Samples:
             if hopeless or self.on_overflow == "error":
                 remedy = (
                     "; raise the model's max_fast_len, lower fast_scale, or keep such samples for the flow loss "
-                    "only: on_overflow='drop_token_loss'"
+                    "only: --on-overflow drop_token_loss"
                 )
                 raise DatasetError(f"{self.where(row)} ({task!r}): {error}{'' if hopeless else remedy}") from error
 

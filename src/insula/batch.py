@@ -10,7 +10,7 @@ Text is one sequence per sample, contiguous, padding only at its end::
     loss_mask    0   0   0  0    0    0    1   1   1  1    0    0   0    scored by the token loss
 
 `image_mask` says whether a camera exists for a sample. `action_is_pad` marks steps past the end of the episode,
-`action_dim_mask` the action dimensions this robot has. These two, and nothing else, mask the flow loss.
+`action_dim_mask` the action dimensions this robot has. These two, and nothing else of a batch, mask the flow loss.
 """
 
 import dataclasses
@@ -42,6 +42,21 @@ class Observation:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Previous:
+    """What is left of the last chunk when an observation is made, for real-time chunking: index 0 is the step of the
+    observation.
+
+    `actions` are normalized against this observation's state; those from `length` on are padding. The first `delay` of
+    them will have been executed when the new chunk arrives: 0 ≤ delay ≤ length ≤ H. A row with neither has none.
+    """
+
+    actions: Float[AnyArray, "B H D"]
+    delay: Int[AnyArray, "B"]
+    length: Int[AnyArray, "B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Batch:
     """An observation with its targets: FAST tokens inside `observation.tokens`, and the normalized action chunk.
 
@@ -58,6 +73,7 @@ class Batch:
 
     @property
     def action_mask(self) -> Bool[AnyArray, "B H D"]:
-        """True on every real action value: the only mask of the flow loss."""
+        """True on every real action value: the only mask of the flow loss, but for steps given by a delay
+        (`insula.losses`)."""
         # The two have opposite signs: LeRobot's column says what is padding, ours what is real.
         return ~self.action_is_pad[:, :, None] & self.action_dim_mask[:, None, :]

@@ -16,6 +16,18 @@ class InputError(InsulaError, ValueError):
     """A setting, an argument or an observation cannot be used."""
 
 
+class ObservationError(InputError):
+    """A policy cannot act on an observation; `field` is the part of it that is wrong, such as "images.front"."""
+
+    def __init__(self, message: str, field: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+    # As for `DatasetError` below.
+    def __reduce__(self) -> tuple:
+        return type(self), (str(self), self.field)
+
+
 class MissingFileError(InsulaError, FileNotFoundError):
     """A file or folder that was named, or that must be there, is not."""
 
@@ -73,6 +85,24 @@ class NonFiniteError(InsulaError, FloatingPointError):
     """A loss, a metric or an action became NaN or infinite."""
 
 
+class ProtocolError(InsulaError, ValueError):
+    """A message between a robot and a policy server cannot be used. `kind` is one of `insula.client.ErrorKind`, `field`
+    the place in the message, "" for all of it."""
+
+    def __init__(self, kind: str, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}" if field else message)
+        self.kind = kind
+        self.field = field
+        self.message = message
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.kind, self.field, self.message)
+
+
+class ServerError(InsulaError, RuntimeError):
+    """A policy server cannot be reached, or has gone; the request may be sent again once it is back."""
+
+
 class GLError(InsulaError, RuntimeError):
     """No off-screen OpenGL backend works here."""
 
@@ -86,6 +116,14 @@ def brief(error: BaseException) -> str:
     said = f"{type(error).__name__}: {first}" if first else type(error).__name__
 
     return said if len(said) <= 160 else f"{said[:157]}..."
+
+
+def printable(text: str, limit: int = 2000) -> str:
+    """Text of others, safe for a terminal, a page and a file: one line, no control characters, at most `limit` long."""
+    # Surrogates alone are no text that can be written; JSON can hold them.
+    text = text[:limit].encode("utf-8", "replace").decode("utf-8")
+
+    return "".join(one if one.isprintable() else " " for one in text)
 
 
 def did_you_mean(got: str, known: Iterable[str]) -> str:

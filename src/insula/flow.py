@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from insula.shapes import Array, Float, PRNGKeyArray
+from insula.shapes import Array, Bool, Float, Int, PRNGKeyArray
 
 
 def sample_time(rng: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
@@ -24,6 +24,11 @@ def sample_time(rng: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."
     return jax.random.uniform(rng, shape) ** (1 / 1.5) * 0.999 + 0.001
 
 
+def sample_delay(rng: PRNGKeyArray, shape: tuple[int, ...], most: int) -> Int[Array, "..."]:
+    """How many steps of each training chunk are given clean: 0 … `most`, each as likely as another."""
+    return jax.random.randint(rng, shape, 0, most + 1)
+
+
 def add_noise(actions: Float[Array, "*c H D"], noise: Float[Array, "*b H D"], time: Float[Array, "*b"]) -> Array:
     """x_t = t · noise + (1 − t) · actions, [*b, H, D]; several draws of noise may share one chunk, by broadcasting."""
     # Axes of one for H and D: every value of a chunk is at the same time.
@@ -34,6 +39,19 @@ def add_noise(actions: Float[Array, "*c H D"], noise: Float[Array, "*b H D"], ti
 def target_velocity(actions: Float[Array, "*c H D"], noise: Float[Array, "*b H D"]) -> Array:
     """u = dx_t/dt = noise − actions, constant along the straight path."""
     return noise - actions
+
+
+def first_steps(count: Int[Array, "*b"], horizon: int) -> Bool[Array, "*b H"]:
+    """True on the first `count` steps of each chunk."""
+    return jnp.arange(horizon).reshape((1,) * count.ndim + (horizon,)) < count[..., None]
+
+
+def hold(
+    x: Float[Array, "*b H D"], time: Float[Array, "*b"], actions: Float[Array, "*c H D"], known: Bool[Array, "*b H"]
+) -> tuple[Float[Array, "*b H D"], Float[Array, "*b H"]]:
+    """Noisy chunks whose `known` steps are the `actions` themselves, and a time for each step: 0, data, at those. The
+    one place where a chunk is at two times, for training and for sampling alike (training-time real-time chunking)."""
+    return jnp.where(known[..., None], actions, x), jnp.where(known, 0.0, time[..., None])
 
 
 def integrate(velocity: Callable[[Array, Array], Array], noise: Float[Array, "B H D"], steps: int) -> Array:

@@ -5,6 +5,10 @@
     flow loss      0 exactly, insulated   > 0
 
 `insula.certificate` measures these four on any model.
+
+The flow loss scores every real action. With `objective.rtc_max_delay` (training-time real-time chunking) the first d
+steps of a noise draw are given clean and not asked for, and it scores every real action but these: a velocity at
+t = 0, of what is known already, is never used. d = 0 is among the delays, so no step is left out for good.
 """
 
 import dataclasses
@@ -107,7 +111,8 @@ def read_batch(params: Params, config: ModelConfig, batch: Batch, targets: "Targ
 def expert_loss(
     expert: Expert, config: ModelConfig, memory: Memory, batch: Batch, rng: PRNGKeyArray
 ) -> Float[Array, ""]:
-    """Flow-matching error of a batch's chunks, each noised `flow_samples` times: a scalar, 0 without actions."""
+    """Flow-matching error of a batch's chunks, each noised `flow_samples` times: a scalar, 0 without actions. With
+    `rtc_max_delay` each noise draw has a delay of its own, and the mean is over the steps after it."""
     time_rng, noise_rng = jax.random.split(rng)
     draws = (batch.actions.shape[0], config.objective.flow_samples)
     time = flow.sample_time(time_rng, draws)
@@ -118,6 +123,15 @@ def expert_loss(
     action_mask = batch.action_mask[:, None]
 
     noisy = flow.add_noise(actions, noise, time)
+    if config.objective.rtc_max_delay > 0:
+        # A third key beside the two above, so that times and noise are those of training without delays. Steps past an
+        # episode's end come last: a delay that reaches them leaves nothing to score, and nothing is.
+        delay_rng = jax.random.split(rng, 3)[2]
+        delay = flow.sample_delay(delay_rng, draws, config.objective.rtc_max_delay)
+        known = flow.first_steps(delay, config.horizon)
+        noisy, time = flow.hold(noisy, time, actions, known)
+        action_mask = action_mask & ~known[..., None]
+
     velocity = run_expert(expert, config, memory, batch.observation.state, noisy, time)
     error = flow_matching_loss(velocity, flow.target_velocity(actions, noise), action_mask)
     return masked_mean(error, action_mask)

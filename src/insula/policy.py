@@ -4,6 +4,7 @@ The noise of an observation depends on the policy's seed and on a seed of its ow
 asked before nor on what is beside it in the batch. So any chunk can be replayed from its seeds.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from insula.batch import Observation
-from insula.data.observe import Observer, check_raw, stack_images
+from insula.batch import Observation, Previous
+from insula.data.observe import Observer, check_raw, stack_images, stack_previous
 from insula.decode.flow import FLOW_STEPS, sample_actions
 from insula.errors import InputError, NonFiniteError
 from insula.model.params import Params
@@ -25,8 +26,38 @@ Seed = Sequence[int]
 """Integers that name one draw of noise. (1, 2), (1, 2, 0) and (12,) are different ones."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inputs:
+    """Rows that a policy acts on. `state` [B, S] is as observed, in the robot's units."""
+
+    observation: Observation
+    previous: Previous | None
+    state: np.ndarray
+
+
+def join(rows: Sequence[Inputs]) -> Inputs:
+    """One batch of several. Rows without a previous chunk have nothing left of one where others do."""
+
+    def together(*parts: np.ndarray) -> np.ndarray:
+        return np.concatenate(parts)
+
+    previous = None
+    if given := [row.previous for row in rows if row.previous is not None]:
+        nothing = jax.tree.map(np.zeros_like, given[0])
+        previous = jax.tree.map(together, *(row.previous or nothing for row in rows))
+
+    return Inputs(
+        observation=jax.tree.map(together, *(row.observation for row in rows)),
+        previous=previous,
+        state=np.concatenate([row.state for row in rows]),
+    )
+
+
 class Policy:
     """A trained model that acts. Observations are {"images": {camera: uint8[h, w, 3]}, "state": [S], "task": str}.
+
+    With a "previous", {"actions": [n, D], "delay": int}, the new chunk goes on from what is left of the last one
+    (real-time chunking: `insula.decode.realtime` says how, `check_previous` what it holds).
 
     `robot` names which one it acts for, where it was trained on several. Raises InputError for a robot that is not
     known, or where there are several and none is named.
@@ -51,10 +82,12 @@ class Policy:
         mask = None if real.all() else real
 
         # Parameters come in as an argument: closed over, they would be constants of every compiled program.
-        def chunk(params: Params, observation: Observation, keys: Shaped[Array, "B 2"]) -> Array:
+        def chunk(
+            params: Params, observation: Observation, keys: Shaped[Array, "B 2"], previous: Previous | None
+        ) -> Array:
             shape = (self.config.horizon, self.config.action_dim)
             noise = jax.vmap(lambda key: jax.random.normal(jax.random.wrap_key_data(key, impl="threefry2x32"), shape))
-            return sample_actions(params, self.config, observation, noise(keys), steps, mask)
+            return sample_actions(params, self.config, observation, noise(keys), steps, mask, previous)
 
         self._chunk = jax.jit(chunk)
 
@@ -71,7 +104,8 @@ class Policy:
     def act_batch(
         self, observations: list[dict[str, Any]], seeds: Sequence[Seed] | None = None
     ) -> Float[np.ndarray, "B H D"]:
-        """A chunk for each observation, in the robot's units. Each batch size compiles once.
+        """A chunk for each observation, in the robot's units. Each batch size compiles once, and once more where any
+        of its observations has a "previous".
 
         `seeds` [B]: integers that noise is drawn by, together with the policy's seed; such as (scene, step). Without
         them it is (number of this call, row), so that no two draws are the same.
@@ -84,15 +118,28 @@ class Policy:
         if len(seeds) != len(observations):
             raise InputError(f"act_batch: got {len(seeds)} seeds for {len(observations)} observations")
 
-        inputs = self.observe(observations)
-        keys = np.stack([noise_key(self.seed, *seed) for seed in seeds])
-        chunk = np.asarray(self._chunk(self.params, inputs, keys))
-        if not np.isfinite(chunk).all():
+        actions = self.sample(self.read(observations), seeds)
+        if not np.isfinite(actions).all():
             raise NonFiniteError("the policy produced NaN or infinite actions; do not execute them, check the weights")
 
-        # The raw state, since relative actions are added to it where the robot has them.
+        return actions
+
+    def read(self, observations: list[dict[str, Any]]) -> Inputs:
+        """What the model is given for these observations. Raises InputError naming what is wrong in one."""
+        shape = (self.config.horizon, self.config.action_dim)
+        observation = self.observe(observations)
+        previous = stack_previous(observations, self.robot, shape, self.config.objective.rtc_max_delay)
+
+        # The raw state too, since relative actions are added to it where the robot has them.
+        return Inputs(observation, previous, np.stack([o["state"] for o in observations]))
+
+    def sample(self, inputs: Inputs, seeds: Sequence[Seed]) -> Float[np.ndarray, "B H D"]:
+        """A chunk for each row of `inputs`, in the robot's units, not yet looked at: it may be NaN."""
+        keys = np.stack([noise_key(self.seed, *seed) for seed in seeds])
+        chunk = np.asarray(self._chunk(self.params, inputs.observation, keys, inputs.previous))
+
         chunk = chunk[:, : self.robot.horizon, : self.robot.action_dim]
-        return self.robot.unnormalize_actions(chunk, np.stack([o["state"] for o in observations]))
+        return self.robot.unnormalize_actions(chunk, inputs.state)
 
     def observe(self, observations: list[dict[str, Any]]) -> Observation:
         """Check, normalize and tokenize: exactly the prefix of training. Raises InputError naming what is wrong."""

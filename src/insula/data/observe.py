@@ -3,6 +3,7 @@
 images {camera: uint8 [h, w, 3]} ─► absent cameras black and masked, another size resized ─┐
 state [S], the robot's units ─► normalized ─► padded ──────────────────────────────────────┼─► Observation
 task, normalized state ─► tokens (`FASTTokenizer`; in training the FAST suffix with them) ─┘
+what is left of the last chunk ─► relative to this state ─► normalized ─► clipped ─► padded ─► Previous
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from insula.batch import Observation
+from insula.batch import Observation, Previous
+from insula.checks import check_integer
 from insula.data.images import resize_with_pad
 from insula.data.robot import Robot
-from insula.errors import InputError
+from insula.errors import InputError, ObservationError
 from insula.shapes import Bool, Float, Int, UInt8
 from insula.tokens.sequence import FASTTokenizer, Tokenized
 
@@ -97,34 +99,48 @@ def pad(values: Float[np.ndarray, "n _"], width: int) -> Float[np.ndarray, "n _"
 def check_raw(observation: Mapping[str, Any], robot: Robot) -> None:
     """What a caller hands to a policy: {"images": {camera: uint8[h, w, 3]}, "state": [S], "task": str}.
 
-    Raises InputError naming what is missing or wrong, what was got and what was expected.
+    Raises ObservationError naming what is missing or wrong, what was got and what was expected.
     """
     for key in ("images", "state", "task"):
         if key not in observation:
-            raise InputError(f"observation has {sorted(observation)}, expected also {key!r}")
+            raise ObservationError(f"observation has {sorted(observation)}, expected also {key!r}", key)
 
     for name in robot.cameras:
         # Cameras the robot never had are left aside; one that it trained with must be there.
         if observation["images"].get(name) is None:
-            raise InputError(f"observation has cameras {sorted(observation['images'])}, expected also {name!r}")
+            there = sorted(observation["images"])
+            raise ObservationError(f"observation has cameras {there}, expected also {name!r}", f"images.{name}")
 
-        image = np.asarray(observation["images"][name])
+        image = as_array(observation["images"][name], f"images.{name}")
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-            raise InputError(f"image {name!r} is {image.dtype}{list(image.shape)}, expected uint8[h, w, 3]")
+            said = f"image {name!r} is {image.dtype}{list(image.shape)}, expected uint8[h, w, 3]"
+            hint = "; move the colors last" if image.ndim == 3 and image.shape[0] == 3 else ""
+            raise ObservationError(said + hint, f"images.{name}")
+        if 0 in image.shape:
+            raise ObservationError(
+                f"image {name!r} is {image.dtype}{list(image.shape)}, it has no pixel", f"images.{name}"
+            )
 
     # Before any batch or compiled function, whose errors would not name the state.
-    state = np.asarray(observation["state"])
+    state = as_array(observation["state"], "state")
     if state.dtype.kind not in "fiu" or state.shape != (robot.state_dim,):
-        raise InputError(
-            f"state is {state.dtype}{list(state.shape)}, expected {robot.state_dim} numbers, shape [{robot.state_dim}]"
-        )
+        said = f"state is {state.dtype}{list(state.shape)}"
+        raise ObservationError(f"{said}, expected {robot.state_dim} numbers, shape [{robot.state_dim}]", "state")
 
     if not np.isfinite(state).all():
-        raise InputError(f"state[{int(np.argmin(np.isfinite(state)))}] is not finite: {state}")
+        raise ObservationError(f"state[{int(np.argmin(np.isfinite(state)))}] is not finite: {state}", "state")
 
     # None would be read by the model as a word.
     if not isinstance(observation["task"], str):
-        raise InputError(f"task is {type(observation['task']).__name__}, expected a string")
+        raise ObservationError(f"task is {type(observation['task']).__name__}, expected a string", "task")
+
+
+def as_array(value: Any, field: str) -> np.ndarray:
+    """Raises ObservationError for lists of lists of several lengths, which no array can hold."""
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ObservationError(f"{field} is no array, expected numbers in rows of one length", field) from None
 
 
 def stack_images(
@@ -141,3 +157,71 @@ def stack_images(
         stacked[camera] = np.stack(images)
 
     return stacked
+
+
+def check_previous(previous: Any, robot: Robot, max_delay: int) -> None:
+    """What an observation may hold for real-time chunking: {"actions": [n, D], "delay": int}. The actions are in the
+    robot's units: what is left of the last chunk from this observation on, the first `delay` of which will have been
+    executed when the new chunk arrives. `max_delay`: the model's `rtc_max_delay`, 0 where any delay will do.
+
+    Raises ObservationError naming what is missing or wrong, what was got and what was expected.
+    """
+    if not isinstance(previous, Mapping) or not {"actions", "delay"} <= previous.keys():
+        got = sorted(previous) if isinstance(previous, Mapping) else type(previous).__name__
+        raise ObservationError(f"previous is {got}, expected a dict with 'actions' and 'delay'", "previous")
+
+    expected = f"expected numbers of shape [n, {robot.action_dim}], n from 0 to {robot.horizon}"
+    try:
+        actions = np.asarray(previous["actions"])
+    except ValueError:  # rows of several lengths are no array
+        said = f"previous: actions are {previous['actions']!r:.80}, {expected}"
+        raise ObservationError(said, "previous.actions") from None
+
+    shape_fits = actions.ndim == 2 and actions.shape[1] == robot.action_dim and len(actions) <= robot.horizon
+    if actions.dtype.kind not in "fiu" or not shape_fits:
+        said = f"previous: actions are {actions.dtype}{list(actions.shape)}, {expected}"
+        raise ObservationError(said, "previous.actions")
+
+    finite = np.isfinite(actions)
+    if not finite.all():
+        step, dim = np.argwhere(~finite)[0].tolist()
+        said = f"previous: actions[{step}, {dim}] is not finite: {actions[step, dim]}"
+        raise ObservationError(said, "previous.actions")
+
+    # numpy's integers count as such: a delay is often the difference of two of them.
+    delay = previous["delay"]
+    try:
+        check_integer("previous: delay", int(delay) if isinstance(delay, np.integer) else delay, 0, len(actions))
+    except InputError as error:
+        raise ObservationError(str(error), "previous.delay") from None
+    if max_delay and delay > max_delay:
+        said = (
+            f"previous: delay is {delay}, expected at most {max_delay}, the rtc_max_delay this model was trained with"
+        )
+        remedy = "execute fewer steps before the new chunk arrives, or train with a larger one"
+        raise ObservationError(f"{said}; {remedy}", "previous.delay")
+
+
+def stack_previous(
+    observations: Sequence[Mapping[str, Any]], robot: Robot, shape: tuple[int, int], max_delay: int
+) -> Previous | None:
+    """What is left of the last chunks, as the model reads it: chunks of `shape` (H, D). None where no observation has a
+    "previous"; one without it among others has nothing left. Raises InputError as `check_previous` does."""
+    given = [observation.get("previous") for observation in observations]
+    if all(previous is None for previous in given):
+        return None
+
+    actions = np.zeros((len(given), *shape), np.float32)
+    delay, length = np.zeros((2, len(given)), np.int32)
+    for row, previous in enumerate(given):
+        if previous is None:
+            continue
+
+        check_previous(previous, robot, max_delay)
+
+        # Against the state of now: a relative action of the last chunk was relative to the state before it.
+        left = robot.normalize_actions(np.asarray(previous["actions"]), np.asarray(observations[row]["state"]))
+        delay[row], length[row] = previous["delay"], len(left)
+        actions[row, : len(left), : robot.action_dim] = np.clip(left, -robot.clip, robot.clip)  # as in training
+
+    return Previous(actions, delay, length)

@@ -104,6 +104,10 @@ class ObjectiveConfig:
     """Train the expert alone, vision and backbone as they are."""
     flow_samples: int = 1
     """Noise draws per sample that share one backbone pass, K; each costs only the expert."""
+    rtc_max_delay: int = 0
+    """Training-time real-time chunking (arXiv 2512.05964): a chunk's first d steps are given, not learned, with d drawn
+    from 0 to this many for each noise draw. At a robot these are the steps that are executed while the chunk is
+    computed. 0: off."""
 
     @property
     def flow_reaches_backbone(self) -> bool:
@@ -116,6 +120,7 @@ class ObjectiveConfig:
 
         # With none the flow loss would be a mean over nothing, and the expert would silently never learn.
         check_integer("objective: flow_samples", self.flow_samples, 1)
+        check_integer("objective: rtc_max_delay", self.rtc_max_delay, 0)
 
         # Insulated from the flow loss and without a token loss, the backbone would silently never change.
         if self.knowledge_insulation and self.ki_fast_loss_weight == 0 and not self.freeze_backbone:
@@ -233,6 +238,13 @@ class ModelConfig:
 
         _check_choice(f"{where}: state_input", self.state_input, ("prompt", "token"))
         _check_choice(f"{where}: time_input", self.time_input, ("adarms", "mlp"))
+
+        # With all steps given there would be none to learn.
+        if self.objective.rtc_max_delay >= self.horizon:
+            raise InputError(
+                f"{where}: objective.rtc_max_delay is {self.objective.rtc_max_delay}, expected less than the horizon, "
+                f"{self.horizon}"
+            )
 
         if self.objective.freeze_backbone and self.lora and "backbone" in self.lora.parts:
             raise InputError(

@@ -98,20 +98,20 @@ def run_expert(
     memory: Memory,
     state: Float[Array, "B S"],
     noisy_actions: Float[Array, "B K H D"],
-    time: Float[Array, "B K"],
+    time: Float[Array, "B K"] | Float[Array, "B K H"],
     attend: Callable[..., Float[Array, "B K A N E"]] = attend_with_memory,
 ) -> Float[Array, "B K H D"]:
     """Velocity of each of K noisy chunks at its own time, all reading one memory. `attend` is there to watch: it is
-    called for every layer in turn, as `attend_with_memory` is, if layers are not scanned."""
+    called for every layer in turn, as `attend_with_memory` is, if layers are not scanned.
+
+    A time for each step is for chunks whose first steps are known (`flow.hold`). The last step is never one of them:
+    its time is the noisy part's, and the state token's.
+    """
     dtype = config.compute.dtype
     horizon, width = config.horizon, config.expert.width
     x = linear(noisy_actions, expert.action_in, dtype)
     x, condition = _enter_time(expert, config, x, layers.time_embedding(time, width))
-
-    # The state does not depend on the flow time: one token, before those of the actions, for all K samples.
-    if expert.state_in is not None:
-        token = linear(state, expert.state_in, dtype)[:, None, None, :]
-        x = jnp.concatenate([jnp.broadcast_to(token, (*x.shape[:2], 1, width)), x], axis=2)
+    x, condition = _enter_state(expert, config, x, condition, state)
 
     # No mask for steps past the episode's end: a policy that acts has every step of its chunk before it. In training
     # they are read like the others and add no loss (`losses.flow_matching_loss`).
@@ -151,14 +151,35 @@ def run_expert(
 
 
 def _enter_time(
-    expert: Expert, config: ModelConfig, x: Float[Array, "B K H W"], time: Float[Array, "B K W"]
-) -> tuple[Float[Array, "B K H W"], Float[Array, "B K W"]]:
-    """Action tokens, and the condition of adaRMS where there is adaRMS."""
+    expert: Expert, config: ModelConfig, x: Float[Array, "B K H W"], time: Float[Array, "B K *each W"]
+) -> tuple[Float[Array, "B K H W"], Float[Array, "B K *each W"]]:
+    """Action tokens, and the condition of adaRMS where there is adaRMS. `time` is embedded, one for all tokens of a
+    chunk or one for each."""
     dtype = config.compute.dtype
     if config.time_input == "adarms":
         hidden = jax.nn.silu(linear(time, expert.time_in, dtype))
         return x, jax.nn.silu(linear(hidden, expert.time_out, dtype))
 
     # Concatenated and not added: the MLP may weigh an action by its time (π0, appendix B). No norm reads the time then.
-    both = jnp.concatenate([x, jnp.broadcast_to(time[:, :, None, :], x.shape)], axis=-1)
+    each = time if time.ndim == x.ndim else jnp.broadcast_to(time[:, :, None, :], x.shape)
+    both = jnp.concatenate([x, each], axis=-1)
     return linear(jax.nn.silu(linear(both, expert.time_in, dtype)), expert.time_out, dtype), time
+
+
+def _enter_state(
+    expert: Expert,
+    config: ModelConfig,
+    x: Float[Array, "B K H W"],
+    condition: Float[Array, "B K *each W"],
+    state: Float[Array, "B S"],
+) -> tuple[Float[Array, "B K A W"], Float[Array, "B K *all W"]]:
+    """The state's token before those of the actions, where it is a token, with the condition of the last of them."""
+    if expert.state_in is None:
+        return x, condition
+
+    # The state does not depend on the flow time: one token for all K samples.
+    token = linear(state, expert.state_in, config.compute.dtype)[:, None, None, :]
+    if condition.ndim == x.ndim:
+        condition = jnp.concatenate([condition[:, :, -1:], condition], axis=2)
+
+    return jnp.concatenate([jnp.broadcast_to(token, (*x.shape[:2], 1, x.shape[-1])), x], axis=2), condition

@@ -96,15 +96,18 @@ def rms_norm(x: Float[Array, "*b W"], scale: Float[Array, "W"]) -> Float[Array, 
 
 
 def ada_rms_norm(
-    x: Float[Array, "B K A W"], modulation: Float[Array, "B K 3*W"]
-) -> tuple[Float[Array, "B K A W"], Float[Array, "B K 1 W"]]:
+    x: Float[Array, "B K A W"], modulation: Float[Array, "B K 3*W"] | Float[Array, "B K A 3*W"]
+) -> tuple[Float[Array, "B K A W"], Float[Array, "B K _ W"]]:
     """adaRMS (π0.5, arXiv 2504.16054): scale and shift come from the flow time, and so does the gate of the branch.
 
     Returns the modulated input and the gate, for `x + gate * branch(...)`. This is adaLN-Zero of DiT (Peebles & Xie
-    2023, §3.2) with an RMSNorm.
+    2023, §3.2) with an RMSNorm. One modulation for all tokens of a chunk, or one for each.
     """
-    # One modulation for all tokens of a chunk: they share one flow time. openpi's order; weights are read in it.
-    scale, shift, gate = jnp.split(modulation[:, :, None, :], 3, axis=-1)
+    # Usually all tokens of a chunk share one flow time. With a clean prefix (`flow.hold`) each has its own.
+    if modulation.ndim < x.ndim:
+        modulation = modulation[:, :, None, :]
+
+    scale, shift, gate = jnp.split(modulation, 3, axis=-1)  # openpi's order; weights are read in it
     return _unit_rms(x) * (1 + scale) + shift, gate
 
 

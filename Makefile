@@ -2,6 +2,8 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+# Of `make fieldtrial`: two checkpoints of the demo.
+ARMS ?= runs/demo/run@1000 runs/demo/run
 # `make test EXTRAS=test` goes without PyTorch, and without the tests that compare with it.
 EXTRAS ?= test,parity
 
@@ -13,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help demo test setup lint format types examples figures lerobot bench slow constraints clean gl chromium
+.PHONY: help demo test setup lint format types examples figures lerobot fieldtrial fuzz bench slow constraints clean gl chromium
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -24,8 +26,8 @@ demo: $(VENV)/.demo gl  ## demonstrations, training, evaluation, one report.html
 
 test: lint types gl chromium  ## ruff, mypy, unit tests, examples, and the quick demo
 	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
-	$(MAKE) examples
 	$(BIN)/insula demo --quick
+	$(MAKE) examples
 
 setup: $(VENV)/.test gl chromium  ## the virtual environment, with the tools of the tests
 
@@ -40,7 +42,8 @@ format: $(VENV)/.test  ## let ruff repair and format
 types: $(VENV)/.test  ## mypy over the package
 	$(BIN)/mypy
 
-examples: $(VENV)/.test  ## run every script of examples/
+examples: $(VENV)/.test gl  ## run every script of examples/
+	@test -e runs/quick/run || $(BIN)/insula demo --quick
 	@set -e; for script in examples/*.py; do echo "$$script"; $(BIN)/python "$$script"; done
 
 figures: $(VENV)/.test  ## comments, blank lines, docstrings and more, counted; exit code 1 where a limit is missed
@@ -49,9 +52,17 @@ figures: $(VENV)/.test  ## comments, blank lines, docstrings and more, counted; 
 slow: $(VENV)/.test gl  ## the slow tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
-lerobot:  ## LeRobot's own PI05 runs what we export; PYTHON is a 3.12 that has lerobot, transformers and torch
-	$(PYTHON) -m pip install -q -e . pytest beartype
-	$(PYTHON) -m pytest -q -p no:cacheprovider tests/test_lerobot_policy.py
+lerobot:  ## LeRobot's own PI05 and robots run what is ours; PYTHON is a 3.12 that has lerobot, transformers and torch
+	$(PYTHON) -m pip install -q -e . -e plugins/lerobot_policy_insula pytest pytest-timeout beartype
+	$(PYTHON) -m pytest -q -p no:cacheprovider tests/test_lerobot_policy.py tests/test_lerobot_client.py
+
+fieldtrial: $(VENV)/.demo gl  ## a blinded study of two checkpoints by fieldtrial: make fieldtrial ARMS="RUN@STEP RUN"
+	$(PYTHON) -m venv .cache/fieldtrial
+	.cache/fieldtrial/bin/python -m pip --disable-pip-version-check install -q "fieldtrial[openpi]==0.3.0"
+	$(BIN)/python scripts/fieldtrial_study.py $(ARMS) --fieldtrial .cache/fieldtrial/bin/fieldtrial --folder runs/study
+
+fuzz: $(VENV)/.test  ## a million mutated frames against what reads them
+	$(BIN)/python scripts/fuzz_frames.py --frames 1000000
 
 bench: $(VENV)/.test gl  ## time and memory of a train step, and how fast data is read
 	$(BIN)/python benchmarks/step.py
@@ -79,5 +90,5 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) install -q -e ".[$(EXTRAS)]" -c constraints.txt
-	$(if $(findstring parity,$(EXTRAS)),$(PIP) install -q --no-deps lerobot-dataset -c constraints.txt)
+	$(if $(findstring parity,$(EXTRAS)),$(PIP) install -q --no-deps lerobot-dataset openpi-client inspect-robots -c constraints.txt)
 	@touch $@

@@ -20,8 +20,8 @@ from insula.tokens.masks import make_attn_mask
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "insula"
 
 # Each room, and what it may import besides itself. A room stands after all it imports: left never imports right. Those
-# not built yet (client, parallel, serve, recipes, study) have their place, so that no arrow will run back.
-GROUND = {"errors", "checks", "files", "shapes", "batch", "flow", "letterbox"}
+# not built yet (parallel, recipes, study) have their place, so that no arrow will run back.
+GROUND = {"errors", "checks", "files", "ports", "shapes", "batch", "flow", "letterbox"}
 MODEL = GROUND | {"tokens", "model"}
 RUNS = MODEL | {"losses", "data", "checkpoints", "runs"}
 POLICY = RUNS | {"decode", "policy"}
@@ -31,6 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "checks": {"errors"},
     "files": {"errors"},
     "terminal": set(),
+    "ports": {"errors"},
     "compile": set(),
     "page": {"errors"},
     "shapes": {"errors"},
@@ -53,12 +54,12 @@ ROOMS: dict[str, set[str]] = {
     "train": TRAIN,
     "policy": POLICY,
     "convert": POLICY,
-    "evaluate": POLICY | {"terminal", "collect", "worlds"},
+    "evaluate": POLICY | {"terminal", "client", "collect", "worlds"},
     "pretrain": TRAIN | {"worlds", "collect", "evaluate"},
     "inspection": TRAIN | POLICY | {"terminal", "page", "testing", "compile"},
-    "serve": POLICY | {"client"},
+    "serve": POLICY | {"certificate", "client", "page", "terminal"},
     "recipes": TRAIN,
-    "report": TRAIN | POLICY | {"page", "evaluate", "inspection"},
+    "report": TRAIN | POLICY | {"page", "evaluate", "inspection", "client", "terminal"},
     "demo": TRAIN | POLICY | {"worlds", "collect", "pretrain", "evaluate", "inspection", "report"},
 }
 ROOMS["study"] = set(ROOMS) - {"demo"}
@@ -66,7 +67,7 @@ ROOMS["__init__"] = set(ROOMS)  # the entry points, re-exported
 ROOMS["cli"] = set(ROOMS)
 ROOMS["__main__"] = {"cli"}
 
-WITHOUT_JAX = {"client", "worlds", "errors", "checks", "files", "terminal", "cli", "__main__"}
+WITHOUT_JAX = {"client", "worlds", "errors", "checks", "files", "ports", "terminal", "cli", "__main__"}
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 UNSAFE_BUILTINS = {"eval", "exec"}
 UNSAFE_OPTIONS = {"allow_pickle", "trust_remote_code"}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import shutil
 import socket
 import threading
 import urllib.error
@@ -14,32 +13,26 @@ from typing import Any
 import numpy as np
 import pytest
 import uvicorn
+from chromium import browser, needs_chromium
 from mixtures import SMALL, record, write_mixture
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from insula.data.config import DataConfig
-from insula.errors import InputError
+from insula.errors import FileError, InputError
 from insula.inspection.config import InspectConfig
 from insula.inspection.findings import Findings, Inspector
 from insula.inspection.sample_page import render_sample
-from insula.inspection.sample_server import HOST, listen, make_app
+from insula.inspection.sample_server import HOST, make_app
 from insula.inspection.subject import open_subject
 from insula.inspection.token_columns import ColumnKind
 from insula.inspection.variants import IS_ON, REASONS, Cell, draw_variants, model_mask
 from insula.page import write_page
+from insula.ports import listen
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; on Debian: sudo apt-get install chromium")
+__all__ = ["browser"]
+
+pytestmark = needs_chromium
 MASKS = ("token_mask", "ar_mask", "loss_mask", "visible")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        # Tests may run as root, where Chromium refuses its sandbox; it opens our own pages only.
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -263,12 +256,12 @@ def test_the_server_serves_any_sample(show: Callable[..., Page], server: str, fo
 def test_a_port_that_cannot_be_used() -> None:
     with socket.create_server((HOST, 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(OSError, match=rf"port {port} of 127.0.0.1: .*; --port 0 takes a free one"):
-            listen(port)
+        with pytest.raises(FileError, match=rf"port {port} of 127.0.0.1: .*; --port 0 takes a free one"):
+            listen(HOST, port)
     for wrong in (-1, 65536):
         with pytest.raises(InputError, match=rf"--port {wrong}: expected 0 to 65535"):
-            listen(wrong)
-    listen(0).close()  # the control
+            listen(HOST, wrong)
+    listen(HOST, 0).close()  # the control
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,15 @@ COMMANDS = {
         "a knowledge-insulated policy", "insula.train.command", "TrainConfig", "run_train", default="train_defaults"
     ),
     "evaluate": Command("a trained policy in closed loop", "insula.evaluate.command", "EvaluateConfig", "run_evaluate"),
+    "serve": Command(
+        "a trained policy for robots, over openpi's protocol", "insula.serve.command", "ServeConfig", "run_serve"
+    ),
+    "bench-serve": Command(
+        "how fast a policy server answers several robots", "insula.serve.bench", "BenchConfig", "run_bench"
+    ),
+    "replay": Command(
+        "what a robot's loop saw, did and waited for, as a page", "insula.report.replay", "ReplayConfig", "run_replay"
+    ),
     "inspect": Command(
         "one sample as a model sees it, and where gradients go",
         "insula.inspection.command",
@@ -144,8 +153,9 @@ def _run(arguments: list[str]) -> int:
         default = getattr(module, command.default)(preset, rest)
 
     optional: dict[str, Any] = {} if default is None else {"default": default}
-    cascade = (tyro.conf.CascadeSubcommandArgs,)  # flags before or after model.lora:lora-config
-    config = tyro.cli(kind, prog=f"insula {name}", args=rest, config=cascade, **optional)
+    # Flags before or after model.lora:lora-config; an enum's words as they are written elsewhere.
+    style = (tyro.conf.CascadeSubcommandArgs, tyro.conf.EnumChoicesFromValues)
+    config = tyro.cli(kind, prog=f"insula {name}", args=rest, config=style, **optional)
     return getattr(module, command.run)(config) or 0
 
 

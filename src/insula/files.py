@@ -138,6 +138,9 @@ def check_output_file(path: Path, endings: Sequence[str], setting: str) -> None:
         hint = did_you_mean(path.suffix.lower(), endings)
         raise InputError(f"{setting} {path}: ending {path.suffix!r}, expected one of {', '.join(endings)}{hint}")
 
+    if path.exists() and not path.is_file():  # to open a pipe would wait for whoever reads it
+        raise FileError(f"{setting} {path}: is there, and is no file; choose another place")
+
     # By trying, since permissions do not tell: the disk may be read-only, or we root. To append leaves a file as it is.
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

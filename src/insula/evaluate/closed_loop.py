@@ -27,7 +27,6 @@ from insula.errors import InputError, NonFiniteError
 from insula.evaluate.intervals import Rate, wilson
 from insula.terminal import as_text
 from insula.worlds.seeds import EVALUATION, RANGES, refuse_seen
-from insula.worlds.tabletop.environment import ACTION_DIM
 
 NUM_ENVS = 16
 LATENCY_CALLS = 100  # of which the 99th percentile is almost the slowest
@@ -322,8 +321,11 @@ def _plan(policy: Acts, active: list[_Lane], rows: int, replan_steps: int) -> np
     missing = rows - len(active)  # one batch size: one compiled program, and the same rounding in it
     chunks = np.asarray(policy.act_batch(observations + observations[:1] * missing, seeds + seeds[:1] * missing))
 
-    if chunks.ndim != 3 or chunks.shape[0] != rows or chunks.shape[2] != ACTION_DIM:
-        raise InputError(f"act_batch: got {list(chunks.shape)}, expected [{rows}, H, {ACTION_DIM}]")
+    action_space = active[0].env.action_space
+    assert action_space.shape is not None
+    (dim,) = action_space.shape
+    if chunks.ndim != 3 or chunks.shape[0] != rows or chunks.shape[2] != dim:
+        raise InputError(f"act_batch: got {list(chunks.shape)}, expected [{rows}, H, {dim}]")
     if chunks.shape[1] < replan_steps:
         raise InputError(
             f"replan_steps: got {replan_steps}, but chunks have only {chunks.shape[1]} steps; execute at most those"

@@ -1,24 +1,38 @@
 """What `insula evaluate` does."""
 
 import dataclasses
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import tyro
 
 from insula.checks import check_integer, check_seed
-from insula.evaluate.closed_loop import check_seeds, evaluate
+from insula.client.connection import KEY_VARIABLE, Client
+from insula.client.plan import Stitching
+from insula.errors import InputError
+from insula.evaluate.closed_loop import Acts, check_seeds, evaluate
+from insula.evaluate.delayed import Delay, DelayedPolicy
 from insula.evaluate.rollout_video import ENDINGS, reel, write_video
+from insula.evaluate.served import ServedPolicy
 from insula.files import check_output_file, write_json
 from insula.policy import Policy
 from insula.worlds.seeds import EVALUATION
+from insula.worlds.tabletop.environment import ACTION_DIM, CONTROL_HZ, MAX_STEP
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
     """Run a trained policy in closed loop in the tabletop: success, wrong objects, and swapped instructions."""
 
-    run: tyro.conf.Positional[Path]
+    run: tyro.conf.Positional[Path | None] = None
     """Folder that `insula train` wrote."""
+    server: str | None = None
+    """In place of a run: address of a policy server, as ws://127.0.0.1:8000. Its noise is by the server's own --seed.
+    An API key is taken from the environment's INSULA_API_KEY."""
+    certificate: Path | None = None
+    """Certificates to trust, for a server at wss://."""
     episodes: int = 100
     """Scenes; each is tried with its instruction and with another one."""
     first_seed: int = EVALUATION.start
@@ -33,11 +47,53 @@ class EvaluateConfig:
     """Write the first episodes to this .mp4 or .gif."""
     robot: str | None = None
     """Which one to act for, where the run was trained on several."""
+    delay: int = 0
+    """Control steps until a chunk is there, during which the last one is executed; the policy then looks again every
+    `delay` + `jitter` steps, or `replan_steps` where that is more."""
+    jitter: int = 0
+    """The delay is up to this many steps more or less, each time."""
+    stitching: Stitching = Stitching.SWITCH
+    """How a chunk follows the last one: rtc is real-time chunking."""
 
     def __post_init__(self) -> None:
         check_integer("episodes", self.episodes, 1)
         check_integer("replan_steps", self.replan_steps, 1)
         check_seed("seed", self.seed)
+        self.waits  # noqa: B018 (checks delay and jitter)
+        if (self.run is None) == (self.server is None):
+            raise InputError("expected a run, or --server with an address, and not both")
+
+    @property
+    def waits(self) -> Delay:
+        """How long the robot waits for a chunk, and what it does then."""
+        return Delay(self.delay, self.jitter, self.stitching)
+
+
+HOLD = np.array([0.0] * (ACTION_DIM - 1) + [np.nan])
+"""The tabletop's action for steps in which nothing is due: it stays, and keeps its gripper as it is."""
+MOVES = slice(0, 3)
+"""Its dimensions that are a velocity: steps of `MAX_STEP` meters, ten a second."""
+
+
+def jump_percentiles(jumps: Sequence[float]) -> dict[str, float]:
+    """In meters per second; the largest is what a robot's joints feel."""
+    if not jumps:
+        return {}
+
+    p50, p95, most = np.percentile(np.array(jumps) * MAX_STEP * CONTROL_HZ, (50, 95, 100))
+    return {"p50": float(p50), "p95": float(p95), "max": float(most)}
+
+
+def load_policy(config: EvaluateConfig) -> Acts:
+    """Raises as `Policy.load`, or as `Client.connect`."""
+    if config.server is None:
+        assert config.run is not None
+        return Policy.load(config.run, seed=config.seed, robot=config.robot)
+
+    trusted = None if config.certificate is None else str(config.certificate)
+    client = Client(config.server, os.environ.get(KEY_VARIABLE), certificate=trusted)
+    client.connect()  # now, rather than in the middle of the first scene
+    return ServedPolicy(client)
 
 
 def run_evaluate(config: EvaluateConfig) -> None:
@@ -53,11 +109,21 @@ def run_evaluate(config: EvaluateConfig) -> None:
     if config.video is not None:
         check_output_file(config.video, ENDINGS, "video")
 
-    policy = Policy.load(config.run, seed=config.seed, robot=config.robot)
-    done = evaluate(policy, config.episodes, config.first_seed, config.replan_steps)
+    policy = load_policy(config)
+    period = max(config.replan_steps, config.waits.longest)
+    delayed = DelayedPolicy(policy, config.waits, period, HOLD, MOVES)
+    done = evaluate(delayed, config.episodes, config.first_seed, period)
     print(done.summary(), flush=True)  # before any file: a full disk must not cost minutes of episodes
 
+    jumps = jump_percentiles(delayed.jumps)
+    if config.delay:
+        said = ", ".join(f"{name} {value:.2f} m/s" for name, value in jumps.items())
+        print(
+            f"{config.delay} steps of delay, {config.stitching}: velocity jumps where chunks meet, {said}", flush=True
+        )
+
     if config.json is not None:
-        write_json(config.json, done.to_json())
+        waits = dataclasses.asdict(config.waits) | {"period": period, "velocity_jump": jumps}
+        write_json(config.json, {"delay": waits} | done.to_json())
     if config.video is not None:
         write_video(config.video, reel(done.recordings))

@@ -16,10 +16,11 @@ from insula.inspection.config import InspectConfig
 from insula.inspection.findings import Findings, Inspector
 from insula.inspection.influence import Effect, Influence
 from insula.inspection.sample_page import render_sample
-from insula.inspection.sample_server import listen, serve_samples
+from insula.inspection.sample_server import HOST, serve_samples
 from insula.inspection.subject import Sample, open_subject
 from insula.model.config import preset as model_preset
 from insula.page import write_page
+from insula.ports import listen
 from insula.terminal import as_text
 from insula.train.config import training_preset
 
@@ -35,7 +36,7 @@ def inspect(config: InspectConfig) -> bool:
     """
     # The port is taken before anything is loaded, which takes seconds: a taken one is said at once.
     if config.serve:
-        with contextlib.closing(listen(config.port)) as listening:
+        with contextlib.closing(listen(HOST, config.port)) as listening:
             subject = open_subject(config)
             subject.sample(config.sample, config.source)  # what does not exist is said here, not in a browser
             serve_samples(Inspector(subject, config.seed), config.source, config.sample, listening)

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from insula.errors import FileError, InputError, InsulaError
+from insula.errors import InputError, InsulaError
 from insula.inspection.findings import Inspector
 from insula.inspection.sample_page import render_sample
 
@@ -53,21 +53,8 @@ def _whole(text: str) -> int:
         raise InputError(f"sample is {text[:40]!r}, expected a whole number") from None
 
 
-def listen(port: int) -> socket.socket:
-    """A socket of this machine; port 0 takes a free one. Raises InputError for a number that is no port, FileError
-    where it is taken."""
-    if not 0 <= port <= 65535:
-        raise InputError(f"--port {port}: expected 0 to 65535; 0 takes a free one")
-
-    # Made here and not by uvicorn, which would exit the process where the port is taken.
-    try:
-        return socket.create_server((HOST, port))
-    except OSError as error:
-        raise FileError(f"port {port} of {HOST}: {error.strerror}; --port 0 takes a free one") from None
-
-
 def serve_samples(inspector: Inspector, source: str | None, number: int, listening: socket.socket) -> None:
-    """Serve at a socket from `listen` until Ctrl-C; the address is printed."""
+    """Serve at a socket of this machine until Ctrl-C; the address is printed."""
     app = make_app(inspector, source, number)
     config = uvicorn.Config(app, log_level="warning", lifespan="off")
 

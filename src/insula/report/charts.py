@@ -1,5 +1,6 @@
 """Pictures of a report: loss curves and intervals as inline SVG, rollouts as inline PNG and WebP."""
 
+import contextlib
 import io
 import math
 import re
@@ -35,8 +36,7 @@ def loss_chart(title: str, train: Curve, held_out: Curve, log: bool = True) -> H
     if not train[0] and not held_out[0]:
         return None
 
-    # Text stays text, in the page's font; the salt makes ids, and so the whole page, the same every time.
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 11, "svg.hashsalt": title}):
+    with _drawing(title):
         # Without pyplot: it would keep every figure, and choose a window system.
         figure = Figure(figsize=(4.6, 2.9), layout="constrained")
         axes = figure.add_subplot()
@@ -54,15 +54,41 @@ def loss_chart(title: str, train: Curve, held_out: Curve, log: bool = True) -> H
 
         axes.set_title(title, loc="left", fontsize=12, color=INK)
         axes.set_xlabel("update", color=INK)
+        axes.legend(frameon=False, labelcolor=INK, fontsize=10)
+        return _finished(figure, title)
+
+
+def strip_chart(title: str, rows: Mapping[str, Curve], xlabel: str) -> Html | None:
+    """Curves one above the other, each on a scale of its own; NaN is a gap. None where there is nothing to draw."""
+    if not any(np.isfinite(values).any() for _, values in rows.values()):
+        return None
+
+    with _drawing(title):
+        figure = Figure(figsize=(9.4, 0.5 + 0.95 * len(rows)), layout="constrained")
+        strips = figure.subplots(len(rows), sharex=True, squeeze=False)[:, 0]
+        for axes, (name, points) in zip(strips, rows.items(), strict=True):
+            axes.plot(*points, color=TRAIN, lw=1.2, marker="o" if len(points[0]) < 8 else None, ms=3)
+            axes.set_ylabel(name, color=INK, rotation=0, ha="right", va="center")
+
+        strips[0].set_title(title, loc="left", fontsize=12, color=INK)
+        strips[-1].set_xlabel(xlabel, color=INK)
+        return _finished(figure, title)
+
+
+def _drawing(title: str) -> contextlib.AbstractContextManager[None]:
+    # Text stays text, in the page's font; the salt makes ids, and so the whole page, the same every time.
+    return matplotlib.rc_context({"svg.fonttype": "none", "font.size": 11, "svg.hashsalt": title})
+
+
+def _finished(figure: Figure, title: str) -> Html:
+    for axes in figure.axes:
         axes.tick_params(colors=INK, which="both", length=0)
         axes.grid(color=LINE, lw=0.7)
         axes.spines[:].set_visible(False)
-        axes.legend(frameon=False, labelcolor=INK, fontsize=10)
 
-        buffer = io.StringIO()
-        # No date in it: the same run gives the same bytes.
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None})
-
+    buffer = io.StringIO()
+    # No date in it: the same run gives the same bytes.
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None})
     return _inline(buffer.getvalue(), title)
 
 

@@ -47,6 +47,17 @@ def load_model(run: str | Path, step: int | None = None, *, even_leaking: bool =
     )
 
 
+def assets_folder(run: str | Path, step: int | None = None) -> Path:
+    """Where the files lie that travel with the weights which `load_model` reads. Raises CheckpointError where a run has
+    no such step."""
+    run = Path(run)
+    if not (run / CHECKPOINTS_FOLDER).is_dir():
+        return run
+
+    with CheckpointStore(run / CHECKPOINTS_FOLDER) as store:
+        return store.assets(step)
+
+
 def refuse_leaking(folder: Path) -> None:
     """Raises InsulationError where the certificate among a checkpoint's files says that its insulation leaks,
     CheckpointError where it is damaged."""

@@ -43,6 +43,7 @@ from insula.worlds.tabletop.scene import (
 
 MAX_STEP = 0.02  # meters per control step and axis
 MAX_TURN = 0.3  # radians per control step
+CONTROL_HZ = 10
 ACTION_DIM, STATE_DIM = 7, 5
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 STATE_NAMES = ("x", "y", "z", "yaw", "opening")
@@ -60,7 +61,7 @@ class TabletopEnv(gymnasium.Env):
     next reset): another block came to lie in any bowl, or the named block in the other bowl, with the gripper off it.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 (Gymnasium's own convention)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}  # noqa: RUF012 (Gymnasium's own convention)
 
     def __init__(self, image_size: int = 64, render_mode: str | None = None) -> None:
         if not isinstance(image_size, int) or not 16 <= image_size <= 1024:

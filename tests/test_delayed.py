@@ -1,0 +1,108 @@
+"""A delay in closed loop: what is executed meanwhile is the last chunk, and nothing is invented."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from insula.client.plan import Stitching
+from insula.errors import InputError
+from insula.evaluate.delayed import Delay, DelayedPolicy
+
+HOLD = np.array([0.0, np.nan])
+
+
+class Counts:
+    """Chunks that say by which step they were asked for, and which step of the chunk each is."""
+
+    def __init__(self, horizon: int = 8) -> None:
+        self.horizon = horizon
+        self.asked: list[dict[str, Any]] = []
+
+    def act(self, observation: dict[str, Any]) -> np.ndarray:
+        return self.act_batch([observation], [(0, 0)])[0]
+
+    def act_batch(self, observations: list[dict[str, Any]], seeds: Sequence[Sequence[int]]) -> np.ndarray:
+        self.asked += observations
+        rows = [[[100 * seed[-1] + i, 1] for i in range(self.horizon)] for seed in seeds]
+        return np.array(rows, np.float32)
+
+
+def play(policy: DelayedPolicy, cycles: int, scene: int = 7) -> list[float]:
+    """The first dimension of what is executed, from the start of an episode."""
+    done: list[float] = []
+    for _ in range(cycles):
+        done += policy.act_batch([{"state": 0}], [(scene, len(done))])[0, :, 0].tolist()
+    return done
+
+
+def test_without_a_delay_the_policy_is_as_it_is() -> None:
+    policy = DelayedPolicy(Counts(), Delay(), period=2, hold=HOLD)
+    assert play(policy, 3) == [0, 1, 200, 201, 400, 401]
+
+
+def test_the_last_chunk_is_executed_until_the_next_one_is_there() -> None:
+    policy = DelayedPolicy(Counts(), Delay(2), period=3, hold=HOLD)
+    assert play(policy, 3) == [0, 0, 2, 3, 4, 302, 303, 304, 602]  # held for two steps, then always two steps late
+
+
+def test_nothing_is_executed_from_behind_a_chunks_end() -> None:
+    policy = DelayedPolicy(Counts(horizon=4), Delay(4), period=4, hold=HOLD)
+    played = policy.act_batch([{}], [(7, 0)])[0]
+    assert played.tolist() == [[0, 0]] * 4  # no gripper was closed before
+    assert policy.act_batch([{}], [(7, 4)])[0].tolist() == [[0, 0]] * 4  # its chunk had ended when it came
+
+
+def test_a_held_gripper_stays_as_it_was() -> None:
+    policy = DelayedPolicy(Counts(horizon=5), Delay(4), period=5, hold=HOLD)
+    assert policy.act_batch([{}], [(7, 0)])[0].tolist() == [[0, 0]] * 4 + [[4, 1]]
+    assert policy.act_batch([{}], [(7, 5)])[0].tolist()[:4] == [[0, 1]] * 4
+
+
+def test_an_episode_does_not_see_its_neighbors_or_what_was_before() -> None:
+    alone = play(DelayedPolicy(Counts(), Delay(2, 1), period=3, hold=HOLD), 5)
+    policy = DelayedPolicy(Counts(), Delay(2, 1), period=3, hold=HOLD)
+    together: list[float] = []
+    for _ in range(5):
+        step = len(together)
+        rows = policy.act_batch([{}, {}, {}], [(3, step), (7, step), (3, step)])
+        assert np.array_equal(rows[0], rows[2])  # a row that only fills the batch
+        together += rows[1, :, 0].tolist()
+    assert together == alone
+    assert play(policy, 5) == alone  # the same episode again
+
+
+def test_jitter_moves_the_switch_and_is_drawn_by_the_episode() -> None:
+    steady = play(DelayedPolicy(Counts(), Delay(2), period=4, hold=HOLD), 20)
+    jittery = play(DelayedPolicy(Counts(), Delay(2, 2), period=4, hold=HOLD), 20)
+    assert steady != jittery
+    assert play(DelayedPolicy(Counts(), Delay(2, 2), period=4, hold=HOLD), 20, scene=8) != jittery
+
+
+def test_real_time_chunking_is_told_what_is_left_and_how_long_it_takes() -> None:
+    counts = Counts()
+    play(DelayedPolicy(counts, Delay(2, stitching=Stitching.RTC), period=3, hold=HOLD), 2)
+    first, second = counts.asked
+    assert "previous" not in first
+    assert second["previous"]["delay"] == 2
+    assert second["previous"]["actions"][:, 0].tolist() == [3, 4, 5, 6, 7]
+
+
+def test_jumps_are_where_one_chunk_follows_another() -> None:
+    policy = DelayedPolicy(Counts(), Delay(2), period=3, hold=HOLD, moves=slice(0, 1))
+    play(policy, 3)
+    assert policy.jumps == [302 - 4, 602 - 304]
+
+
+@pytest.mark.parametrize(("steps", "jitter"), [(-1, 0), (2, 3), (0, 1)])
+def test_a_delay_that_cannot_be_is_named(steps: int, jitter: int) -> None:
+    with pytest.raises(InputError, match="delay is"):
+        Delay(steps, jitter)
+
+
+def test_a_chunk_must_be_there_before_the_next_is_asked_for() -> None:
+    with pytest.raises(InputError, match="delay of up to 5 steps"):
+        DelayedPolicy(Counts(), Delay(4, 1), period=4, hold=HOLD)
+    with pytest.raises(InputError, match="chunks have 8 steps"):
+        play(DelayedPolicy(Counts(), Delay(9), period=9, hold=HOLD), 1)

@@ -11,7 +11,7 @@ from live_server import OBSERVATION, Scripted, serving
 
 from insula.cli import execute
 from insula.client import Client, Loop, Recorder, RuntimeConfig
-from insula.client.record import LOG_FILE
+from insula.client.record import LOG_FILE, Tick
 from insula.errors import FileError, InputError, MissingFileError
 from insula.report.replay import read_log, render_replay
 
@@ -133,6 +133,20 @@ def test_an_empty_log_and_none(tmp_path: Path) -> None:
 def test_a_log_of_days_is_thinned_out(tmp_path: Path) -> None:
     steps = [STEP | {"step": i, "time": i / 10} for i in range(20_000)]
     assert len(render_replay(tmp_path, read_log(write(tmp_path, *steps)))) < 2_000_000
+
+
+def test_a_picture_that_cannot_be_kept_stops_no_robot(tmp_path: Path) -> None:
+    """It is a row of the log, and the next camera's is kept, under a name that leads nowhere else."""
+    images = {"depth": np.zeros((4, 4), np.float32), "../wrist/left": np.zeros((4, 4, 3), np.uint8)}
+    with Recorder(tmp_path / "log", every=1) as recorder:
+        recorder.step(Tick(0, 0.0, {"state": np.zeros(2), "images": images}, None, None, True))
+
+    log = read_log(tmp_path / "log" / LOG_FILE)
+    assert [row["error"] for row in log.errors] == [
+        "images.depth: float32[4, 4] is not kept, expected uint8[height, width, 3]"
+    ]
+    (kept,) = tmp_path.rglob("*.png")
+    assert kept == tmp_path / "log" / "pictures" / "000000_.._wrist_left.png"
 
 
 def test_a_log_is_not_written_over(tmp_path: Path) -> None:

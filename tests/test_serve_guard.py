@@ -266,6 +266,10 @@ def test_files_that_are_no_certificate_and_key(files: dict[str, Path], tmp_path:
     (tmp_path / "text.pem").write_text("hello")
     with pytest.raises(FileError, match="not a certificate and its private key"):
         make_tls(files["certificate"], tmp_path / "text.pem")
+
+    (tmp_path / "locked.pem").write_text("-----BEGIN ENCRYPTED PRIVATE KEY-----\n")
+    with pytest.raises(FileError, match=r"locked\.pem: has a password"):
+        make_tls(files["certificate"], tmp_path / "locked.pem")
     assert make_tls(None, None) is None
 
 

@@ -48,7 +48,7 @@ def read_bytes(path: Path, limit: int = TEXT_LIMIT) -> bytes:
     """All of a regular file of at most `limit` bytes. Raises MissingFileError or FileError."""
     size = regular_size(path)
     if size > limit:
-        raise FileError(f"{path}: has {size / MIB:.0f} MiB, at most {limit / MIB:g} MiB are read")
+        raise FileError(f"{path}: has {size / MIB:,.3g} MiB, at most {limit / MIB:.3g} MiB are read")
 
     try:
         with path.open("rb") as file:

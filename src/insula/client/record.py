@@ -9,6 +9,7 @@ Pictures are kept as PNG files beside it, every `every` steps: pictures/000012_f
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from insula.client.connection import Reply
 from insula.errors import FileError
 
 LOG_FILE, PICTURES_FOLDER = "log.jsonl", "pictures"
+_UNSAFE = re.compile(r"[^\w.-]")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,9 +91,16 @@ class Recorder:
         folder = self.folder / PICTURES_FOLDER
         folder.mkdir(exist_ok=True)
         for camera, picture in tick.seen["images"].items():
+            pixels = np.asarray(picture)
+            if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
+                # Said, but no reason to stop a robot: what it may do is the server's to judge.
+                found = f"{pixels.dtype}{list(pixels.shape)}"
+                self.error(tick.step, f"images.{camera}: {found} is not kept, expected uint8[height, width, 3]")
+                continue
+
             # Little compression: writing must not take the time of a control step.
-            name = f"{tick.step:06d}_{camera.replace('/', '_')}.png"
-            Image.fromarray(np.asarray(picture)).save(folder / name, compress_level=1)
+            name = f"{tick.step:06d}_{_UNSAFE.sub('_', camera)}.png"
+            Image.fromarray(pixels).save(folder / name, compress_level=1)
 
     def _write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")

@@ -85,7 +85,9 @@ def make_tls(certificate: Path | None, key: Path | None) -> ssl.SSLContext | Non
         raise InputError("TLS needs both --tls-certificate and --tls-key")
 
     for file in (certificate, key):
-        read_bytes(file, 2**20)  # what is missing is named, which the library does not
+        raw = read_bytes(file, 2**20)  # what is missing is named, which the library does not
+        if b"ENCRYPTED" in raw:
+            raise FileError(f"{file}: has a password, and a service cannot be asked; openssl pkey writes it without")
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2

@@ -11,6 +11,7 @@ from insula.data.config import DataConfig
 from insula.data.lerobot import LeRobotWriter
 from insula.data.lerobot.info import Feature, image_feature
 from insula.model.config import TINY, TransformerConfig, VisionConfig
+from insula.parallel.mesh import ONE_DEVICE
 from insula.train.config import TrainConfig
 from insula.train.optimizer import OptimizerConfig
 
@@ -88,6 +89,7 @@ def settings(folder: Path, run: Path, **changes: object) -> TrainConfig:
         optimizer=OptimizerConfig(warmup_steps=2),
         steps=4,
         batch_size=8,
+        mesh=ONE_DEVICE,
         from_scratch=True,
         held_out_fraction=0.25,
         evaluate_every=2,

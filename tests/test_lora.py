@@ -27,6 +27,7 @@ from insula.model import layers
 from insula.model.config import TINY, LoraConfig, ModelConfig, TransformerConfig, VisionConfig, config_from_dict
 from insula.model.lora import INPUT_AXES, LoRA, is_lora, merge
 from insula.model.params import Params, abstract_params, add_lora, weight_table
+from insula.parallel.mesh import ONE_DEVICE
 from insula.policy import Policy
 from insula.runs.assets import read_assets
 from insula.train import run as training
@@ -304,6 +305,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
         optimizer=OptimizerConfig(warmup_steps=1),
         steps=4,
         batch_size=2,
+        mesh=ONE_DEVICE,
         from_scratch=True,
         held_out_fraction=0.0,
         reading=DataConfig(fast_vocab=512),

@@ -25,6 +25,7 @@ from insula.decode.flow import sample_actions
 from insula.errors import DatasetError
 from insula.losses import compute_loss
 from insula.model.params import abstract_params
+from insula.parallel.mesh import ONE_DEVICE, make_mesh
 from insula.policy import Policy
 from insula.testing import randomize
 from insula.train.config import TrainConfig
@@ -284,7 +285,8 @@ def test_a_bad_sample_among_the_held_out_ones(folder: Path, made: SimpleNamespac
     path.write_bytes(b"")
     config = dataclasses.replace(made.config, run=tmp_path, reading=QUARANTINE)
     try:
-        look = make_held_out_losses(config, made.data.mapping, {"scenes": unseen["scenes"]}, jax.random.key(0))
+        chosen, mesh = {"scenes": unseen["scenes"]}, make_mesh(ONE_DEVICE)
+        look = make_held_out_losses(config, made.data.mapping, chosen, jax.random.key(0), mesh)
         params = randomize(abstract_params(SMALL), jax.random.key(0))
         found = look(TrainState(np.zeros((), np.int32), params, params, ()))
     finally:

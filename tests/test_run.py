@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from small import by_leaf, difference
 
 from insula import losses
 from insula.certificate.stored import read_certificate
@@ -15,9 +16,10 @@ from insula.checkpoints.store import CheckpointStore
 from insula.collect.demonstrations import collect
 from insula.convert import convert_checkpoint
 from insula.data.config import DataConfig
-from insula.errors import CheckpointError, DatasetError, InsulationError
+from insula.errors import CheckpointError, DatasetError, InputError, InsulationError
 from insula.model.config import TINY, ModelConfig, TransformerConfig, VisionConfig
-from insula.model.params import abstract_params
+from insula.model.params import Params, abstract_params
+from insula.parallel.mesh import ONE_DEVICE, MeshConfig
 from insula.policy import Policy
 from insula.runs.assets import read_assets
 from insula.runs.folder import CERTIFICATE_FILE
@@ -52,6 +54,7 @@ def settings(data: Path | None, run: Path, **changes: object) -> TrainConfig:
         optimizer=OptimizerConfig(warmup_steps=2),
         steps=STEPS,
         batch_size=4,
+        mesh=ONE_DEVICE,
         from_scratch=True,
         held_out_fraction=0.25,
         evaluate_every=3,
@@ -74,9 +77,9 @@ def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def final_params(run: Path, config: ModelConfig) -> list[np.ndarray]:
+def final_params(run: Path, config: ModelConfig) -> Params:
     with CheckpointStore(run / "checkpoints") as store:
-        return [np.asarray(leaf) for leaf in jax.tree.leaves(store.restore("params", abstract_params(config)))]
+        return jax.device_get(store.restore("params", abstract_params(config)))
 
 
 def test_metrics_hold_losses_norms_and_held_out_figures(finished: Path) -> None:
@@ -92,26 +95,43 @@ def test_metrics_hold_losses_norms_and_held_out_figures(finished: Path) -> None:
     assert held_out[0]["held_out/flow"] != held_out[1]["held_out/flow"]
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(
-    finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def train_and_interrupt(config: TrainConfig) -> None:
+    """Ctrl-C after step 4."""
     real = training.run_loop
 
     def interrupted(*args: object, **kwargs: object) -> object:
         *head, hooks, quiet = args
         return real(*head, (*hooks, Every(4, lambda _: signal.raise_signal(signal.SIGINT))), quiet, **kwargs)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "run_loop", interrupted)
-        assert not training.train(settings(data, tmp_path / "run"), quiet=True)
-    assert CheckpointStore(tmp_path / "run" / "checkpoints").latest() == 4
+        assert not training.train(config, quiet=True)
+    assert CheckpointStore(config.run / "checkpoints").latest() == 4
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(finished: Path, data: Path, tmp_path: Path) -> None:
+    train_and_interrupt(settings(data, tmp_path / "run"))
     assert training.train(TrainConfig(run=tmp_path / "run", resume=True), quiet=True)
     resumed, whole = final_params(tmp_path / "run", SMALL), final_params(finished, SMALL)
-    assert all(np.array_equal(a, b) for a, b in zip(resumed, whole, strict=True))
+    assert difference(resumed, whole) == 0.0
 
     other = settings(data, tmp_path / "other", seed=1)
     assert training.train(other, quiet=True)
-    assert not all(np.array_equal(a, b) for a, b in zip(final_params(other.run, SMALL), whole, strict=True))
+    assert difference(final_params(other.run, SMALL), whole) > 0
+
+
+def test_a_run_goes_on_with_other_devices(finished: Path, data: Path, tmp_path: Path) -> None:
+    """On four that share the model, then on two that each have it: what one device alone would have trained."""
+    run = tmp_path / "run"
+    train_and_interrupt(settings(data, run, mesh=MeshConfig(fsdp=4)))
+    assert training.train(TrainConfig(run=run, resume=True, mesh=MeshConfig(data=2, fsdp=1)), quiet=True)
+
+    many, one = (by_leaf(final_params(folder, SMALL)) for folder in (run, finished))
+    far = {name: np.abs(many[name] - one[name]).max() for name in one if name != "vision.layers.key.bias"}
+    assert max(far.values()) < 2e-5, max(far, key=lambda name: far[name])  # see tests/test_sharding.py
+
+    with pytest.raises(InputError, match="batch_size 4 does not divide into 8 parts"):
+        training.train(settings(data, tmp_path / "uneven", mesh=MeshConfig()))
 
 
 def test_a_checkpoint_alone_serves(finished: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from insula.evaluate.closed_loop import ClosedLoop, evaluate
 from insula.evaluate.knowledge import measure_knowledge
 from insula.evaluate.rollout_video import reel, write_video
 from insula.files import check_output_folder, read_json, write_json
+from insula.parallel.mesh import ONE_DEVICE
 from insula.policy import Policy
 from insula.report import Report, machine, read_metrics, versions, write_report
 from insula.runs.folder import CERTIFICATE_FILE, CHECKPOINTS_FOLDER, METRICS_FILE
@@ -126,6 +127,7 @@ def demo(out: Path, settings: DemoSettings, seed: int) -> Path:
         seed=seed,
         steps=settings.steps,
         batch_size=settings.batch_size,
+        mesh=ONE_DEVICE,  # too small a model to share out
         evaluate_every=settings.evaluate_every,
         reading=DataConfig(fast_vocab=512, fast_scale=5.0),  # few and coarse: these tokens teach, the flow draws
         resume=newest_step(out / "run") is not None,

@@ -117,7 +117,8 @@ class CheckpointStore:
         return self._manager.latest_step()
 
     def restore(self, item: str, like: Any, step: int | None = None) -> Any:
-        """`item` ("params" or "train_state") in the shapes of `like`; the newest step unless told.
+        """`item` ("params" or "train_state") in the shapes of `like`; the newest step unless told. Its leaves live
+        where those of `like` do, else on one device of this process: they may have been saved on others.
 
         Raises CheckpointError where there is none, a shape differs, or a leaf is damaged.
         """
@@ -128,8 +129,12 @@ class CheckpointStore:
             known = ", ".join(map(str, self._manager.all_steps())) or "none"
             raise CheckpointError(f"{self._manager.directory}: no checkpoint at step {step}; there are: {known}")
 
-        # Shapes and dtypes alone, so that Orbax checks them before it reads.
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
+        # Shapes and dtypes, so that Orbax checks them before it reads, and places: it would look for the devices of the
+        # process that saved.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here), like
+        )
         try:
             wanted = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)}, manifest=ocp.args.JsonRestore())
             restored = self._manager.restore(step, args=wanted)

@@ -15,9 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from insula.model.lora import LoRA
 from insula.shapes import AnyArray, Array, Float, Int, Leaf, Shaped
+
+BATCH_AXES = ("data", "fsdp")
+"""Axes of the mesh (insula.parallel) over which samples are split."""
 
 
 # A custom backward pass, because the one JAX derives would multiply the float32 gradient of the result, not `dtype`.
@@ -162,6 +166,35 @@ def time_embedding(
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
+def place(x: Shaped[Array, "*c"], *axes: str | tuple[str, ...] | None) -> Shaped[Array, "*c"]:
+    """The same values, each axis split over these axes of the mesh, if there is a mesh and it fits: said where XLA's
+    own choice was a bad one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+
+    for size, split in zip(x.shape, axes, strict=False):
+        names = (split,) if isinstance(split, str) else split or ()
+        if size % math.prod(mesh.shape[name] for name in names):  # a few samples are on every device
+            return x
+
+    return lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def split_by_sample(x: Shaped[Array, "B *rest"]) -> Shaped[Array, "B *rest"]:
+    """Each device has its own samples, whole."""
+    return place(x, BATCH_AXES)
+
+
+def look_up(table: Float[Array, "V W"], tokens: Int[Array, "B L"]) -> Float[Array, "B L W"]:
+    """Rows of an embedding."""
+    # A device has some columns of every row (insula.parallel.sharding). It reads these for its whole group, and the
+    # columns change places with the samples: the table, a gigabyte and more, stays where it is.
+    data, fsdp = BATCH_AXES
+    columns = place(table[place(tokens, data)], data, None, fsdp)
+    return split_by_sample(columns)
+
+
 def walk(
     body: Callable[[Any, Any], tuple[Any, Any]],
     carry: Any,
@@ -174,13 +207,19 @@ def walk(
     Unrolled the last layer can have a body of its own, `last`. Unrolled a step is faster on a CPU; scanned it needs
     a fraction of the memory and of the time to compile. So a small model is unrolled and a large one scanned.
     """
+
+    # Weights come to the samples, not samples to the weights: said where a layer begins, or XLA might choose otherwise
+    # for some of them, and send activations round.
+    def local(body: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], tuple[Any, Any]]:
+        return lambda carry, layer: body(split_by_sample(carry), layer)
+
     if scan:
         assert last is None
 
         # A scan keeps every intermediate of every layer for the backward pass, stacked: without rematerialization it
         # would be slower than unrolled layers and no smaller. Inside a scan nothing can be merged with its recomputed
         # copy, so `prevent_cse`, which costs time to rule that out, is not needed.
-        return lax.scan(jax.checkpoint(body, prevent_cse=False), carry, layers)
+        return lax.scan(jax.checkpoint(local(body), prevent_cse=False), carry, layers)
 
     # One `split`, whose gradient is one concatenation. The gradient of indexing would be the whole stack, zero but for
     # one layer, and all of these would be added up.
@@ -191,7 +230,7 @@ def walk(
     bodies = [body] * (depth - 1) + [last or body]
     outputs = []
     for i, layer in enumerate(bodies):
-        carry, out = layer(carry, jax.tree.unflatten(tree, [piece[i] for piece in pieces]))
+        carry, out = local(layer)(carry, jax.tree.unflatten(tree, [piece[i] for piece in pieces]))
         outputs.append(out)
 
     return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *outputs)

@@ -11,6 +11,7 @@ from insula.data.config import DEFAULT_READING, DataConfig
 from insula.errors import InputError, did_you_mean
 from insula.files import as_path, read_json
 from insula.model.config import PI0, PI05, TINY_BFLOAT16, ModelConfig, build, check_object, config_from_dict
+from insula.parallel.mesh import ALL_DEVICES, MeshConfig
 from insula.train.optimizer import DEFAULT, PI0_OPTIMIZER, PI05_OPTIMIZER, OptimizerConfig
 
 
@@ -26,6 +27,8 @@ class TrainConfig:
     reading: Annotated[DataConfig, tyro.conf.arg(name="")] = DEFAULT_READING
     model: ModelConfig = TINY_BFLOAT16
     optimizer: OptimizerConfig = DEFAULT
+    mesh: MeshConfig = ALL_DEVICES
+    """How the devices share the work (insula.parallel.mesh); unless told, each has a part of the model."""
     steps: int = 2500
     """Updates of the whole run. The learning rates' schedule ends there."""
     batch_size: int = 32
@@ -111,7 +114,8 @@ def read_config(path: Path) -> TrainConfig:
 
     reading = build(DataConfig, _with_paths(raw["reading"], _READING_PATHS, f"{path}: reading"), f"{path}: reading")
     optimizer = build(OptimizerConfig, raw["optimizer"], f"{path}: optimizer")
-    nested = {"model": model, "optimizer": optimizer, "reading": reading}
+    mesh = build(MeshConfig, raw.get("mesh", {}), f"{path}: mesh")  # older runs knew one device alone
+    nested = {"model": model, "optimizer": optimizer, "mesh": mesh, "reading": reading}
     return build(TrainConfig, _with_paths(raw, _PATHS, str(path)) | nested, str(path))
 
 

@@ -1,7 +1,7 @@
 """Going on with a run: its own settings, and those that may change on the way.
 
-applied    steps, data that moved, how often something is done, who makes batches, the optimizer, what is done about
-           a bad sample
+applied    steps, data that moved, how often something is done, who makes batches, the devices, the optimizer, what is
+           done about a bad sample
 refused    all else: the samples, their order, the model or the objective would become others halfway
 """
 
@@ -32,6 +32,7 @@ MAY_CHANGE = frozenset(
         "tensorboard",
         "reading.on_overflow",
         "reading.on_bad_sample",
+        *(f"mesh.{field.name}" for field in dataclasses.fields(TrainConfig.mesh)),
         *(f"optimizer.{field.name}" for field in dataclasses.fields(TrainConfig.optimizer)),
     }
 )

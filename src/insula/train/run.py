@@ -9,6 +9,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
+from jax.sharding import Mesh
 
 from insula.certificate.gradients import make_prover
 from insula.certificate.stored import write_certificate
@@ -23,6 +25,8 @@ from insula.errors import CheckpointError, FileError, InputError
 from insula.files import check_output_folder, write_json
 from insula.losses import compute_loss
 from insula.model.params import Params, add_lora, init_params
+from insula.parallel.mesh import check_batch_size, make_mesh, put_batch, put_everywhere
+from insula.parallel.sharding import put
 from insula.runs.assets import read_assets
 from insula.runs.folder import (
     CERTIFICATE_FILE,
@@ -42,11 +46,13 @@ from insula.train.data import fit_assets, held_out_sources, open_data, training_
 from insula.train.loop import Every, MetricRow, MetricsLog, run_loop
 from insula.train.optimizer import make_optimizer
 from insula.train.resume import resumed_settings, tell_changes
-from insula.train.step import TrainState, make_train_state, make_train_step
+from insula.train.step import TrainState, abstract_state, make_train_state, make_train_step
 
 log = logging.getLogger(__name__)
 CERTIFIED = 4
 """Samples that a checkpoint's insulation is measured on."""
+HELD_OUT_BATCHES = 8
+"""Of each source, at every look."""
 LORA_KEY = 1 << 16
 """Folded into the key of the initial weights: apart from all that `initialize` derives from it."""
 
@@ -82,7 +88,9 @@ def train(config: TrainConfig, quiet: bool = False, base: TrainConfig | None = N
 
 def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointStore, quiet: bool) -> bool:
     """From the data to the last checkpoint. `stored`: the settings so far, of a run that goes on."""
-    with contextlib.closing(_metrics_log(config)) as metrics:
+    mesh = make_mesh(config.mesh)
+    check_batch_size(mesh, config.batch_size)
+    with contextlib.closing(_metrics_log(config)) as metrics, jax.set_mesh(mesh):
         moved = config.data if stored is not None and config.data != stored.data else None
         data = open_data(config, moved)
         assets = read_assets(store.assets()) if stored is not None else fit_assets(config, data)
@@ -96,21 +104,14 @@ def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointSto
 
         init_rng, step_rng, eval_rng = jax.random.split(jax.random.key(config.seed), 3)
         optimizer = make_optimizer(config.optimizer, config.model, config.steps)
-
-        # Shapes are enough to restore into: what a run was started from (`init`) need not be there any more.
-        if stored is not None:
-            like = jax.eval_shape(lambda key: make_train_state(init_params(config.model, key), optimizer), init_rng)
-            state = store.restore("train_state", like)
-        else:
-            state = make_train_state(start_params(config, init_rng), optimizer)
-
+        state, places = start_state(config, stored, store, optimizer, mesh, init_rng)
         loss = augmented_loss if config.augment else compute_loss
-        step = make_train_step(config.model, optimizer, config.optimizer.ema_decay, step_rng, loss)
+        step = make_train_step(config.model, optimizer, config.optimizer.ema_decay, step_rng, loss, places)
 
         def save(state: TrainState) -> None:
             store.save(int(state.step), state.ema_params, state, assets.write)
 
-        certify = make_certifier(config, mixture, eval_rng, store) if config.certify else _nothing
+        certify = make_certifier(config, mixture, eval_rng, store, mesh) if config.certify else _nothing
         if stored is not None:  # the run may have been killed between its checkpoint and that one's certificate
             certify(state)
 
@@ -118,12 +119,15 @@ def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointSto
         # Certifying comes last, since it waits until the save is on disk; losses are measured meanwhile.
         hooks = [Every(config.checkpoint_every, save)]
         if unseen:
-            hooks.append(Every(config.evaluate_every, make_held_out_losses(config, data.mapping, unseen, eval_rng)))
+            hooks.append(
+                Every(config.evaluate_every, make_held_out_losses(config, data.mapping, unseen, eval_rng, mesh))
+            )
         hooks.append(Every(config.checkpoint_every, certify))
         if config.reading.on_bad_sample == "quarantine":
             hooks.append(Every(config.log_every, lambda _: {"quarantined": float(quarantined(mixture))}))
 
-        with Loader(mixture, config.batch_size, config.seed, int(state.step), config.workers) as batches:
+        with Loader(mixture, config.batch_size, config.seed, int(state.step), config.workers) as loader:
+            batches = (put_batch(batch, mesh) for batch in loader)
             state, complete = run_loop(
                 state, step, batches, config.steps, metrics, config.log_every, tuple(hooks), quiet
             )
@@ -135,6 +139,26 @@ def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointSto
     if bad := quarantined(mixture):
         log.warning("%d samples were left out, see %s", bad, config.run / QUARANTINE_FILE)
     return complete
+
+
+def start_state(
+    config: TrainConfig,
+    stored: TrainConfig | None,
+    store: CheckpointStore,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    rng: PRNGKeyArray,
+) -> tuple[TrainState, TrainState]:
+    """The newest state of a run that goes on, else the one before the first update; and where each leaf of it lives."""
+    # Shapes are enough to restore into: what a run was started from (`init`) need not be there any more.
+    like = abstract_state(config.model, optimizer, mesh)
+    places = jax.tree.map(lambda leaf: leaf.sharding, like)
+    if stored is not None:
+        return store.restore("train_state", like), places
+
+    params = put(start_params(config, rng), places.params)
+    start = jax.jit(make_train_state, static_argnums=1, out_shardings=places, donate_argnums=0)
+    return start(params, optimizer), places
 
 
 def refuse_several_processes() -> None:
@@ -201,7 +225,7 @@ def start_params(config: TrainConfig, rng: PRNGKeyArray) -> Params:
 
 
 def make_certifier(
-    config: TrainConfig, mixture: Mixture, rng: PRNGKeyArray, store: CheckpointStore
+    config: TrainConfig, mixture: Mixture, rng: PRNGKeyArray, store: CheckpointStore, mesh: Mesh
 ) -> Callable[[TrainState], None]:
     """What measures the insulation of a state and adds the certificate to its checkpoint, once that is on disk.
 
@@ -218,7 +242,7 @@ def make_certifier(
     # Those with an action and with tokens, where there are any: a loss that is not asked for has no gradient to find.
     both = batch.action_mask.any((1, 2)) & batch.loss_mask.any(1)
     chosen = np.flatnonzero(both)[:CERTIFIED] if both.any() else np.arange(min(CERTIFIED, len(rows)))
-    some = jax.tree.map(lambda x: x[chosen], batch)
+    some = put_everywhere(jax.tree.map(lambda x: x[chosen], batch), mesh)
     sources = list(mixture.sources.values())
     samples = [sources[source[i]].where(int(rows[i])) for i in chosen]
 
@@ -242,7 +266,7 @@ def _nothing(state: TrainState) -> None:
 
 
 def make_held_out_losses(
-    config: TrainConfig, mapping: Mapping, unseen: dict[str, SampleSource], rng: PRNGKeyArray, batches: int = 8
+    config: TrainConfig, mapping: Mapping, unseen: dict[str, SampleSource], rng: PRNGKeyArray, mesh: Mesh
 ) -> Callable[[TrainState], MetricRow]:
     """Mean losses of the averaged parameters on the same unseen samples, noise and times each time. The only robot's
     are called "held_out/flow" and so on; those of other sources carry their name."""
@@ -255,13 +279,13 @@ def make_held_out_losses(
 
         # Whole batches only: each size would be compiled, and a mean over them weighs every sample alike.
         size = min(config.batch_size, len(samples))
-        rows = np.random.default_rng(config.seed).permutation(len(samples))[: batches * size]
+        rows = np.random.default_rng(config.seed).permutation(len(samples))[: HELD_OUT_BATCHES * size]
         groups[name] = [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)]
 
     def look(state: TrainState) -> MetricRow:
         metrics: MetricRow = {}
         for name in unseen:
-            made = (read[name].batch(np.zeros_like(rows), rows) for rows in groups[name])
+            made = (put_everywhere(read[name].batch(np.zeros_like(rows), rows), mesh) for rows in groups[name])
             found = [loss(state.ema_params, batch, jax.random.fold_in(rng, i))[1] for i, batch in enumerate(made)]
             # A question has no action: its flow loss is 0, which must not look like a very good one.
             prefix = "held_out" if name in mapping.robots and len(mapping.robots) == 1 else f"held_out/{name}"

@@ -6,11 +6,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from insula.batch import Batch
 from insula.losses import Metrics, compute_loss
 from insula.model.config import ModelConfig
-from insula.model.params import Params
+from insula.model.params import Params, abstract_params
+from insula.parallel.sharding import shard_like_params
 from insula.shapes import Array, Int, PRNGKeyArray
 from insula.train.optimizer import PARTS
 
@@ -38,17 +40,26 @@ def make_train_state(params: Params, optimizer: optax.GradientTransformation) ->
     return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params))
 
 
+def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and where each leaf lives."""
+    shapes = jax.eval_shape(lambda params: make_train_state(params, optimizer), abstract_params(config))
+    places = shard_like_params(shapes, config, mesh)
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, places)
+
+
 def make_train_step(
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     rng: PRNGKeyArray,
     loss: Loss = compute_loss,
+    places: TrainState | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted step. Its randomness depends on `rng` and the state's step alone, so a resumed run repeats it exactly.
 
     Metrics are those of the loss, "total", and the gradient norm of each part before clipping. The state that is passed
-    in is donated: only the one that is returned can be used afterwards.
+    in is donated: only the one that is returned can be used afterwards. `places`: a sharding for each leaf of it, which
+    the one that is returned keeps.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -66,4 +77,5 @@ def make_train_step(
         return TrainState(state.step + 1, params, ema_params, optimizer_state), metrics | norms | {"total": total}
 
     # Donated, a state is updated in place. Without, two of them are in memory: parameters, mean and two moments each.
-    return jax.jit(step, donate_argnums=0)
+    outputs = None if places is None else (places, None)
+    return jax.jit(step, donate_argnums=0, out_shardings=outputs)

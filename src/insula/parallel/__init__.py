@@ -1,0 +1,1 @@
+"""Devices as a mesh, and what of a model lives where."""

@@ -5,13 +5,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from small import SMALL, difference, model, replace_observation
+from small import SMALL, difference, jit, model, replace_observation
 
 from insula.batch import Batch
-from insula.losses import compute_loss
 from insula.train import augment as augmentation
-from insula.train.augment import augment, augmented_loss
+from insula.train.augment import augment
+from insula.train.step import make_train_state, make_train_step
 
 
 @pytest.fixture
@@ -70,5 +71,8 @@ def test_the_loss_sees_the_augmented_images(batch: Batch) -> None:
 
 
 def losses(batch: Batch) -> list[float]:
+    """Of a train step with and without augmentation, from the same draws of noise and time."""
     params, _ = model(SMALL, batch_size=4)
-    return [float(loss(params, SMALL, batch, jax.random.key(2))[0]) for loss in (augmented_loss, compute_loss)]
+    optimizer = optax.sgd(0.0)
+    steps = (make_train_step(SMALL, optimizer, 0.9, jax.random.key(2), prepare=change) for change in (augment, None))
+    return [float(jit(step)(make_train_state(params, optimizer), batch)[1]["total"]) for step in steps]

@@ -34,7 +34,7 @@ from insula.data.robot import Robot
 from insula.decode.flow import sample_actions
 from insula.decode.realtime import MAX_GUIDANCE, guidance_weight, guide, keep, soft_mask
 from insula.errors import InputError
-from insula.losses import compute_loss, expert_loss, flow_matching_loss, masked_mean
+from insula.losses import compute_loss, draw, expert_loss, flow_matching_loss, masked_mean
 from insula.model.attention import attend_with_memory
 from insula.model.config import ModelConfig, config_from_dict
 from insula.model.expert import run_expert
@@ -280,7 +280,7 @@ def test_serving_sees_what_training_saw(name: str) -> None:
 
 
 def former_loss(expert: Any, config: ModelConfig, memory: Any, batch: Any, rng: jax.Array) -> jax.Array:
-    """`expert_loss` as it was before there were delays, word for word."""
+    """`draw` and `expert_loss` as they were before there were delays, word for word."""
     time_rng, noise_rng = jax.random.split(rng)
     draws = (batch.actions.shape[0], config.objective.flow_samples)
     time = flow.sample_time(time_rng, draws)
@@ -293,7 +293,11 @@ def former_loss(expert: Any, config: ModelConfig, memory: Any, batch: Any, rng: 
     return masked_mean(error, action_mask)
 
 
-def expert_gradients(config: ModelConfig, of: Any = expert_loss) -> tuple[jax.Array, Any]:
+def drawn_loss(expert: Any, config: ModelConfig, memory: Any, batch: Any, rng: jax.Array) -> jax.Array:
+    return expert_loss(expert, config, memory, batch, draw(config, batch.actions.shape[0], rng))
+
+
+def expert_gradients(config: ModelConfig, of: Any = drawn_loss) -> tuple[jax.Array, Any]:
     params, batch = model(config)
     memory = insulate(prefix(params, config, batch), config.num_memory)
     run = jit(lambda expert: jax.value_and_grad(lambda e: of(e, config, memory, batch, jax.random.key(7)))(expert))
@@ -344,7 +348,7 @@ def test_only_steps_after_the_delay_are_scored(monkeypatch: pytest.MonkeyPatch) 
             return v
 
         monkeypatch.setattr(losses, "run_expert", run)
-        return expert_loss(params.expert, config, memory, batch, jax.random.key(7))
+        return drawn_loss(params.expert, config, memory, batch, jax.random.key(7))
 
     v = jax.random.normal(jax.random.key(1), (2, 2, H, D))
     value, gradient = jax.value_and_grad(of)(v)
@@ -388,7 +392,7 @@ def test_delays_are_drawn_evenly_for_each_draw() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(losses, "run_expert", run)
-        expert_loss(params.expert, config, memory, batch, jax.random.key(7))
+        drawn_loss(params.expert, config, memory, batch, jax.random.key(7))
     delays = np.sum(np.asarray(seen[0]) == 0, axis=-1)
     counts = np.bincount(delays.ravel(), minlength=4)
     assert counts[3] == 0 and counts[:3].min() > 150 and not np.array_equal(delays[0], delays[1])

@@ -130,7 +130,7 @@ def test_a_run_goes_on_with_other_devices(finished: Path, data: Path, tmp_path: 
     far = {name: np.abs(many[name] - one[name]).max() for name in one if name != "vision.layers.key.bias"}
     assert max(far.values()) < 2e-5, max(far, key=lambda name: far[name])  # see tests/test_sharding.py
 
-    with pytest.raises(InputError, match="batch_size 4 does not divide into 8 parts"):
+    with pytest.raises(InputError, match="batch_size 4 does not divide into 8 equal parts"):
         training.train(settings(data, tmp_path / "uneven", mesh=MeshConfig()))
 
 

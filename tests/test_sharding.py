@@ -55,7 +55,7 @@ def start(config: ModelConfig) -> tuple[Params, list[Any]]:
     return jax.device_get((params, [make(jax.random.key(i)) for i in range(4)]))
 
 
-def train(config: ModelConfig, where: MeshConfig, steps: int = STEPS) -> tuple[TrainState, list[float]]:
+def train(config: ModelConfig, where: MeshConfig, steps: int = STEPS, parts: int = 1) -> tuple[TrainState, list[float]]:
     """The state after so many steps, still on its devices, and the losses on the way."""
     params, batches = start(config)
     mesh = make_mesh(where)
@@ -65,7 +65,7 @@ def train(config: ModelConfig, where: MeshConfig, steps: int = STEPS) -> tuple[T
         state = jit(lambda params: make_train_state(params, optimizer), out_shardings=places)(
             put(params, places.params)
         )
-        step = make_train_step(config, optimizer, 0.9, jax.random.key(3), places=places)
+        step = make_train_step(config, optimizer, 0.9, jax.random.key(3), parts=parts, places=places)
         step = jit(step, out_shardings=(places, None))
         losses = []
         for i in range(steps):
@@ -107,6 +107,13 @@ def test_training_is_the_same_on_every_mesh(recipe: str, mesh: str) -> None:
     assert max(far.values()) < 1e-5, max(far, key=lambda name: far[name])
     moved = {name: np.abs(wanted[name] - before[name]).max() for name in wanted}
     assert max(moved.values()) > 1e-2 and difference(state.ema_params, one.ema_params) < 0.01
+
+
+def test_parts_of_a_batch_add_up_on_a_mesh() -> None:
+    state, losses = train(EVEN, MESHES["all three"], 3, parts=2)
+    one, wanted = train(EVEN, ONE, 3)
+    assert np.allclose(losses, wanted, rtol=2e-6, atol=0)
+    assert difference(state.params.expert, one.params.expert) < 1e-5 and split(state) > len(jax.tree.leaves(state)) / 2
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -198,5 +205,5 @@ def test_a_number_of_devices_is_a_positive_integer(unchecked: None, wrong: Any) 
 def test_every_device_gets_as_many_samples() -> None:
     mesh = make_mesh(MeshConfig(2, 2, 2))
     check_batch_size(mesh, 32)
-    with pytest.raises(InputError, match=r"batch_size 30 does not divide into 4 parts .* the nearest that does is 32"):
+    with pytest.raises(InputError, match=r"30 does not divide into 4 equal parts .* the nearest that does is 32"):
         check_batch_size(mesh, 30)

@@ -10,7 +10,7 @@ import pytest
 from small import SMALL, difference, gradients, jit, largest, loss, model, prefix, replace_observation, transformer
 
 from insula.batch import Batch
-from insula.losses import language_loss
+from insula.losses import count_scored, language_share
 from insula.model.cross_entropy import cross_entropy
 from insula.model.params import abstract_params
 from insula.testing import fake_batch, randomize
@@ -57,7 +57,8 @@ def test_random_strings_cannot_be_learned() -> None:
             tokens = jax.random.randint(key, real.shape, 1, symbols + 1).at[:, 0].set(0)
             batch = dataclasses.replace(like, ar_mask=ar_mask, loss_mask=fast)
             batch = replace_observation(batch, tokens=tokens, token_mask=real, image_mask=absent)
-            value, gradient = jax.value_and_grad(lambda p: language_loss(p, config, batch, key)[0])(params)
+            whole = count_scored(batch, None)
+            value, gradient = jax.value_and_grad(lambda p: language_share(p, config, batch, None, whole)[0])(params)
             updates, state = optimizer.update(gradient, state)
             return (optax.apply_updates(params, updates), state), value
 

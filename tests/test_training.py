@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,11 @@ from small import SMALL, by_leaf, difference, jit, largest, model
 
 from insula.checkpoints.store import CheckpointStore
 from insula.errors import CheckpointError, NonFiniteError
+from insula.losses import count_scored, draw, share_of_loss
 from insula.model.params import Params
 from insula.train.loop import Every, MetricsLog, run_loop
 from insula.train.optimizer import OptimizerConfig, make_optimizer
-from insula.train.step import TrainState, make_train_state, make_train_step
+from insula.train.step import TrainState, make_train_state, make_train_step, value_and_gradients
 
 SETTINGS = OptimizerConfig(warmup_steps=1, ema_decay=0.9)
 
@@ -54,6 +56,44 @@ def test_a_step_moves_every_part_and_reports(usual) -> None:
         assert float(metrics[f"gradient_norm/{part}"]) > 0
     assert int(state.step) == 2
     assert float(metrics["total"]) == pytest.approx(float(metrics["flow"] + metrics["fast"]), rel=1e-6)
+
+
+@pytest.mark.parametrize("max_delay", [0, 2])
+def test_parts_of_a_batch_add_up_to_its_update(max_delay: int) -> None:
+    """Four parts of eight samples, which score differing numbers of tokens and of steps, are one batch of 32. Control:
+    the mean of the parts' means is not."""
+    config = SMALL.with_objective(rtc_max_delay=max_delay, flow_samples=2)
+    params, batch = model(config, batch_size=32)
+    tokens = jnp.arange(32)[:, None] % 7  # the last of each fourth sample are many, of the others few
+    batch = dataclasses.replace(
+        batch,
+        loss_mask=batch.loss_mask & ((jnp.arange(32)[:, None] % 4 == 3) | (tokens > 4)),
+        action_is_pad=jnp.arange(config.horizon)[None] > jnp.arange(32)[:, None] % 4,
+    )
+    draws = draw(config, 32, jax.random.key(1))
+    scored = [int(jnp.sum(batch.loss_mask[i::4])) for i in range(4)]
+    assert len(set(scored)) > 1
+
+    def update(parts: int) -> Any:
+        run = jit(lambda p: value_and_gradients(share_of_loss, p, config, batch, draws, parts))
+        (total, metrics), gradients = run(params)
+        return {"total": total} | metrics, gradients
+
+    (metrics, whole), (added, found) = update(1), update(4)
+    for name, value in metrics.items():
+        assert float(added[name]) == pytest.approx(float(value), rel=1e-6), name
+    size = float(optax.tree.norm(whole))
+    off = jax.tree.map(jnp.subtract, found, whole)
+    # Sums over 600 rows are made in other orders: eps · √600 is 3e-6.
+    assert float(optax.tree.norm(off)) < 1e-5 * size
+
+    means = []
+    for i in range(4):
+        part, drawn = jax.tree.map(lambda x, i=i: x[i::4], (batch, draws))
+        counts = count_scored(part, drawn)
+        of_part = jit(jax.grad(share_of_loss, has_aux=True), static_argnums=1)
+        means.append(of_part(params, config, part, drawn, counts)[0])
+    assert difference(jax.tree.map(lambda *parts: sum(parts) / 4, *means), whole) > 1e-2 * size
 
 
 def test_a_frozen_backbone_stays_bit_for_bit() -> None:

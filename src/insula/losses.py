@@ -31,6 +31,26 @@ from insula.tokens import masks
 Metrics = dict[str, Array]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """The randomness of a batch's flow loss: K noises for each chunk, each at a time of its own, t = 1 is noise.
+    `delay`: how many steps are given clean; None without `rtc_max_delay`."""
+
+    time: Float[Array, "B K"]
+    noise: Float[Array, "B K H D"]
+    delay: Int[Array, "B K"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """How many values of a whole batch the two means are over."""
+
+    tokens: Float[Array, ""]
+    steps: Float[Array, ""]
+
+
 def compute_loss(
     params: Params, config: ModelConfig, batch: Batch, rng: PRNGKeyArray
 ) -> tuple[Float[Array, ""], Metrics]:
@@ -42,6 +62,15 @@ def compute_loss(
     A sample that scores more than `max_fast_len` tokens, or has a prompt longer than `max_prompt_len`, makes its loss
     NaN: a compiled function cannot raise, and must not score less than it was given. `FASTTokenizer` refuses both.
     """
+    draws = draw(config, batch.actions.shape[0], rng)
+    return share_of_loss(params, config, batch, draws, count_scored(batch, draws))
+
+
+def share_of_loss(
+    params: Params, config: ModelConfig, batch: Batch, draws: Draws, whole: Scored
+) -> tuple[Float[Array, ""], Metrics]:
+    """What one part of a batch adds to `compute_loss` of all of it, whose counts are `whole`: shares of the loss, of
+    its gradient and of its metrics add up to those of the whole batch, however unevenly what is scored is spread."""
     params = freeze_untrained(params, config)
     targets = scored_tokens(batch, config)
     prefix = read_batch(params, config, batch, targets)
@@ -49,8 +78,8 @@ def compute_loss(
 
     # Both read the same pass: the token loss its hidden states at FAST positions, the expert its keys and values on the
     # prefix, which no FAST token can have changed.
-    fast, token_metrics = token_loss(prefix.hidden, params.backbone.embedding, targets, config)
-    error = expert_loss(params.expert, config, memory, batch, rng)
+    fast, token_metrics = token_loss(prefix.hidden, params.backbone.embedding, targets, config, whole)
+    error = expert_loss(params.expert, config, memory, batch, draws, whole)
 
     # A prompt that reaches past the memory's columns would be read in part: no loss rather than that.
     cut_off = masks.visible_to_expert(prefix.token_mask, prefix.ar_mask)[:, config.num_memory :]
@@ -64,16 +93,27 @@ def compute_loss(
     return total, losses | token_metrics
 
 
-def language_loss(
-    params: Params, config: ModelConfig, batch: Batch, rng: PRNGKeyArray
+def language_share(
+    params: Params, config: ModelConfig, batch: Batch, draws: Draws | None, whole: Scored
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The token loss alone, for samples without actions; the expert is not run, and `rng` not used. Same signature as
-    `compute_loss`, so a train step takes either."""
+    """The token loss alone, for samples without actions; the expert is not run, and `draws` not used. Same signature as
+    `share_of_loss`, so a train step takes either."""
     params = freeze_untrained(params, config)
     targets = scored_tokens(batch, config)
     prefix = read_batch(params, config, batch, targets)
-    fast, metrics = token_loss(prefix.hidden, params.backbone.embedding, targets, config)
+    fast, metrics = token_loss(prefix.hidden, params.backbone.embedding, targets, config, whole)
     return fast, {"fast": fast} | metrics
+
+
+def count_scored(batch: Batch, draws: Draws | None) -> Scored:
+    """What a batch has to score; without `draws`, of its tokens alone."""
+    tokens = jnp.zeros(()) if batch.loss_mask is None else jnp.sum(batch.loss_mask, dtype=jnp.float32)
+    if draws is None:
+        return Scored(tokens, jnp.zeros(()))
+
+    # A step counts once for every noise it is drawn with, if any of its values is asked for.
+    scored = jnp.broadcast_to(_scored_actions(batch, draws).any(axis=-1), draws.noise.shape[:-1])
+    return Scored(tokens, jnp.sum(scored, dtype=jnp.float32))
 
 
 def freeze_untrained(params: Params, config: ModelConfig) -> Params:
@@ -108,33 +148,49 @@ def read_batch(params: Params, config: ModelConfig, batch: Batch, targets: "Targ
 # --- flow ------------------------------------------------------------------------------------------------------------
 
 
-def expert_loss(
-    expert: Expert, config: ModelConfig, memory: Memory, batch: Batch, rng: PRNGKeyArray
-) -> Float[Array, ""]:
-    """Flow-matching error of a batch's chunks, each noised `flow_samples` times: a scalar, 0 without actions. With
-    `rtc_max_delay` each noise draw has a delay of its own, and the mean is over the steps after it."""
+def draw(config: ModelConfig, batch_size: int, rng: PRNGKeyArray) -> Draws:
+    """Times, noises and delays for a batch."""
     time_rng, noise_rng = jax.random.split(rng)
-    draws = (batch.actions.shape[0], config.objective.flow_samples)
-    time = flow.sample_time(time_rng, draws)
-    noise = jax.random.normal(noise_rng, (*draws, *batch.actions.shape[1:]))
+    shape = (batch_size, config.objective.flow_samples)
+    delay = None
+    if config.objective.rtc_max_delay > 0:
+        # A third key beside the two above, so that times and noise are those of training without delays.
+        delay = flow.sample_delay(jax.random.split(rng, 3)[2], shape, config.objective.rtc_max_delay)
 
+    noise = jax.random.normal(noise_rng, (*shape, config.horizon, config.action_dim))
+    return Draws(flow.sample_time(time_rng, shape), noise, delay)
+
+
+def expert_loss(
+    expert: Expert,
+    config: ModelConfig,
+    memory: Memory,
+    batch: Batch,
+    draws: Draws,
+    whole: Scored | None = None,
+) -> Float[Array, ""]:
+    """Flow-matching error of a batch's chunks, each noised K times: a scalar, 0 without actions. With delays the mean
+    is over the steps after them. `whole`: as in `share_of_loss`; this batch's own counts unless given."""
     # K draws of noise share one chunk: an axis of one broadcasts against them.
     actions = batch.actions[:, None]
-    action_mask = batch.action_mask[:, None]
-
-    noisy = flow.add_noise(actions, noise, time)
-    if config.objective.rtc_max_delay > 0:
-        # A third key beside the two above, so that times and noise are those of training without delays. Steps past an
-        # episode's end come last: a delay that reaches them leaves nothing to score, and nothing is.
-        delay_rng = jax.random.split(rng, 3)[2]
-        delay = flow.sample_delay(delay_rng, draws, config.objective.rtc_max_delay)
-        known = flow.first_steps(delay, config.horizon)
-        noisy, time = flow.hold(noisy, time, actions, known)
-        action_mask = action_mask & ~known[..., None]
+    noisy, time = flow.add_noise(actions, draws.noise, draws.time), draws.time
+    if draws.delay is not None:
+        noisy, time = flow.hold(noisy, time, actions, flow.first_steps(draws.delay, config.horizon))
 
     velocity = run_expert(expert, config, memory, batch.observation.state, noisy, time)
-    error = flow_matching_loss(velocity, flow.target_velocity(actions, noise), action_mask)
-    return masked_mean(error, action_mask)
+    action_mask = _scored_actions(batch, draws)
+    error = flow_matching_loss(velocity, flow.target_velocity(actions, draws.noise), action_mask)
+    return masked_mean(error, action_mask, None if whole is None else whole.steps)
+
+
+def _scored_actions(batch: Batch, draws: Draws) -> Bool[Array, "B _ H D"]:
+    """Every real action value, but for steps that are given clean."""
+    action_mask = jnp.asarray(batch.action_mask)[:, None]
+    if draws.delay is None:
+        return action_mask
+
+    # Steps past an episode's end come last: a delay that reaches them leaves nothing to score, and nothing is.
+    return action_mask & ~flow.first_steps(draws.delay, batch.actions.shape[1])[..., None]
 
 
 def flow_matching_loss(
@@ -148,11 +204,15 @@ def flow_matching_loss(
     return jnp.sum(error, axis=-1) / jnp.maximum(jnp.sum(action_mask, axis=-1), 1)
 
 
-def masked_mean(per_step: Float[Array, "*b H"], action_mask: Bool[Array, "*c H D"]) -> Float[Array, ""]:
-    """Mean over every real step; 0 where there is none. Padded steps hold 0 already and are not counted."""
+def masked_mean(
+    per_step: Float[Array, "*b H"], action_mask: Bool[Array, "*c H D"], count: Float[Array, ""] | None = None
+) -> Float[Array, ""]:
+    """Mean over every real step; 0 where there is none. Padded steps hold 0 already and are not counted. `count`:
+    divide by this instead, the steps of a batch of which these are a part."""
     # Divided by the real count, and not by B·K·H: else a batch with many episode ends would teach less.
-    valid = jnp.broadcast_to(jnp.any(action_mask, axis=-1), per_step.shape)
-    return jnp.sum(per_step) / jnp.maximum(jnp.sum(valid), 1)
+    if count is None:
+        count = jnp.sum(jnp.broadcast_to(jnp.any(action_mask, axis=-1), per_step.shape))
+    return jnp.sum(per_step) / jnp.maximum(count, 1)
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
@@ -195,10 +255,15 @@ def scored_tokens(batch: Batch, config: ModelConfig) -> Targets | None:
 
 
 def token_loss(
-    hidden: Float[Array, "B _ W"], embedding: Float[Array, "V W"], targets: Targets | None, config: ModelConfig
+    hidden: Float[Array, "B _ W"],
+    embedding: Float[Array, "V W"],
+    targets: Targets | None,
+    config: ModelConfig,
+    whole: Scored,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Mean next-token cross-entropy over exactly `targets`; `hidden` are the states at `targets.positions`, gathered
-    before the vocabulary product. NaN where not every scored token found a slot (`compute_loss`)."""
+    """Next-token cross-entropy summed over exactly `targets`, over the scored tokens of the whole batch; `hidden` are
+    the states at `targets.positions`, gathered before the vocabulary product. NaN where not every scored token found a
+    slot (`compute_loss`)."""
     if targets is None:
         nothing = jnp.zeros(())
         return nothing, {"scored_tokens": nothing, "token_accuracy": nothing}
@@ -209,10 +274,9 @@ def token_loss(
 
     # A mean over all scored tokens of the batch, not of samples: a long chunk counts for as many tokens as it has.
     weight = targets.valid.reshape(-1).astype(jnp.float32)
-    count = jnp.sum(weight)
-    denominator = jnp.maximum(count, 1)  # nothing to score gives 0, not 0 / 0
+    denominator = jnp.maximum(whole.tokens, 1)  # nothing to score gives 0, not 0 / 0
 
     return jnp.where(targets.complete, jnp.sum(loss * weight) / denominator, jnp.nan), {
-        "scored_tokens": count,
+        "scored_tokens": jnp.sum(weight),
         "token_accuracy": jnp.sum(correct * weight) / denominator,
     }

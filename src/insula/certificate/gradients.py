@@ -12,7 +12,7 @@ from insula.batch import Batch, LossName
 from insula.certificate.proof import Outcome, Proof, judge
 from insula.certificate.table import PROOF_SCHEMES, Scheme, part_names
 from insula.compile import compiled_quickly
-from insula.losses import compute_loss, expert_loss
+from insula.losses import compute_loss, draw, expert_loss
 from insula.model.backbone import embed, run_layers
 from insula.model.config import ModelConfig
 from insula.model.insulation import freeze, insulate
@@ -127,7 +127,7 @@ def _flow_stopped_at_embeddings(params: Params, config: ModelConfig, batch: Batc
     x, token_mask, block = embed(params.vision, params.backbone, config, batch.observation, batch.ar_mask)
     prefix = run_layers(params.backbone, config, freeze(x), token_mask, block)
     memory = insulate(prefix, config.num_memory, stop=False)
-    return expert_loss(params.expert, config, memory, batch, rng)
+    return expert_loss(params.expert, config, memory, batch, draw(config, batch.actions.shape[0], rng))
 
 
 def _by_part(gradient: Params, config: ModelConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from insula import flow
 from insula.batch import Batch, Observation
 from insula.compile import compiled_quickly
 from insula.decode.flow import sample_actions
-from insula.losses import Targets, expert_loss, scored_tokens
+from insula.losses import Targets, draw, expert_loss, scored_tokens
 from insula.model.attention import attend_with_memory, memory_weights
 from insula.model.backbone import run_backbone
 from insula.model.config import ModelConfig
@@ -93,7 +93,7 @@ def make_measure(config: ModelConfig) -> Measure:
         served = _as_served(batch, config)
         flow_scores = FlowScores(
             error=_flow_error(params.expert, config, memory, batch, noise),
-            loss=expert_loss(params.expert, config, memory, batch, rng),
+            loss=expert_loss(params.expert, config, memory, batch, draw(config, 1, rng)),
             chunk=sample_actions(params, config, served, noise[:1], real=has_value)[0],
         )
 

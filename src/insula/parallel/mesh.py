@@ -80,14 +80,14 @@ def everywhere(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch_size(mesh: Mesh, batch_size: int) -> None:
-    """Raises InputError unless every device gets as many samples."""
-    shards = batch_shards(mesh)
-    if batch_size % shards:
-        near = max(shards, round(batch_size / shards) * shards)
+def check_batch_size(mesh: Mesh, batch_size: int, parts: int = 1) -> None:
+    """Raises InputError unless every device gets as many samples, of each of `parts` parts."""
+    pieces = batch_shards(mesh) * parts
+    if batch_size % pieces:
+        near = max(pieces, round(batch_size / pieces) * pieces)
         raise InputError(
-            f"batch_size {batch_size} does not divide into {shards} parts (mesh: data {mesh.shape[DATA]} × fsdp "
-            f"{mesh.shape[FSDP]}); the nearest that does is {near}"
+            f"batch_size {batch_size} does not divide into {pieces} equal parts (mesh: data {mesh.shape[DATA]} × fsdp "
+            f"{mesh.shape[FSDP]}; accumulate {parts}); the nearest that does is {near}"
         )
 
 

@@ -33,7 +33,7 @@ from insula.collect.scenes import KIND_WEIGHTS, Scenes, question_batch, render_s
 from insula.errors import InputError
 from insula.evaluate.knowledge import Knowledge, measure_knowledge
 from insula.files import check_output_folder, read_json, write_json
-from insula.losses import language_loss
+from insula.losses import language_share
 from insula.model.config import TINY_BFLOAT16, ModelConfig
 from insula.model.params import Params, init_params
 from insula.pretrain.grounding import Head, grounding_loss, name_tokens
@@ -107,7 +107,7 @@ def pretrain(config: PretrainConfig, tokenizer: FASTTokenizer) -> Knowledge:
 
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     optimizer = make_optimizer(config.optimizer, model, config.steps)
-    step = make_train_step(model, optimizer, config.optimizer.ema_decay, step_key, loss=language_loss)
+    step = make_train_step(model, optimizer, config.optimizer.ema_decay, step_key, share=language_share)
 
     def look(state: TrainState) -> MetricRow:
         known = measure_knowledge(state.ema_params, model, tokenizer, held_out)

@@ -11,22 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from insula.batch import Batch
-from insula.losses import Metrics, compute_loss
-from insula.model.config import ModelConfig
 from insula.model.layers import widen
-from insula.model.params import Params
 from insula.shapes import Array, Bool, Float, PRNGKeyArray, UInt8
 
 CROP, BRIGHTNESS, CONTRAST, SATURATION = 0.05, 0.3, 0.4, 0.5  # openpi's; crop: of each side, colors: factor 1 ± this
 GRAY = (0.299, 0.587, 0.114)  # luma of red, green and blue (ITU-R BT.601)
-
-
-def augmented_loss(
-    params: Params, config: ModelConfig, batch: Batch, rng: PRNGKeyArray
-) -> tuple[Float[Array, ""], Metrics]:
-    """`compute_loss` of augmented images; everything else, noise and times too, as without. Raises as it does."""
-    # A key folded from `rng`, which itself goes on unsplit: augmenting changes no draw of noise or time.
-    return compute_loss(params, config, augment(batch, jax.random.fold_in(rng, 1)), rng)
 
 
 def augment(batch: Batch, rng: PRNGKeyArray) -> Batch:

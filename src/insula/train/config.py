@@ -33,6 +33,9 @@ class TrainConfig:
     """Updates of the whole run. The learning rates' schedule ends there."""
     batch_size: int = 32
     """Samples of one update."""
+    accumulate: int = 1
+    """Parts of a batch that are in memory one after the other, their gradients added up: less memory, the same update,
+    somewhat slower."""
     seed: int = 0
     """Of the split, the order of samples, noise, times and fresh weights."""
     init: Path | None = None
@@ -63,7 +66,7 @@ class TrainConfig:
     that is safe (steps, data that moved, how often something is done, the optimizer), and refused by name elsewhere."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "evaluate_every", "checkpoint_every", "log_every"):
+        for name in ("steps", "batch_size", "accumulate", "evaluate_every", "checkpoint_every", "log_every"):
             check_integer(name, getattr(self, name), 1)
         check_integer("workers", self.workers, 0, 1024)
         check_seed("seed", self.seed)

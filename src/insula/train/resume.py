@@ -25,6 +25,7 @@ MAY_CHANGE = frozenset(
         "steps",
         "data",
         "workers",
+        "accumulate",
         "evaluate_every",
         "checkpoint_every",
         "log_every",

@@ -40,7 +40,7 @@ from insula.runs.folder import (
 )
 from insula.runs.loading import refuse_leaking
 from insula.shapes import PRNGKeyArray
-from insula.train.augment import augmented_loss
+from insula.train.augment import augment
 from insula.train.config import TrainConfig, to_dict
 from insula.train.data import fit_assets, held_out_sources, open_data, training_mixture, write_data
 from insula.train.loop import Every, MetricRow, MetricsLog, run_loop
@@ -89,7 +89,7 @@ def train(config: TrainConfig, quiet: bool = False, base: TrainConfig | None = N
 def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointStore, quiet: bool) -> bool:
     """From the data to the last checkpoint. `stored`: the settings so far, of a run that goes on."""
     mesh = make_mesh(config.mesh)
-    check_batch_size(mesh, config.batch_size)
+    check_batch_size(mesh, config.batch_size, config.accumulate)
     with contextlib.closing(_metrics_log(config)) as metrics, jax.set_mesh(mesh):
         moved = config.data if stored is not None and config.data != stored.data else None
         data = open_data(config, moved)
@@ -105,8 +105,15 @@ def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointSto
         init_rng, step_rng, eval_rng = jax.random.split(jax.random.key(config.seed), 3)
         optimizer = make_optimizer(config.optimizer, config.model, config.steps)
         state, places = start_state(config, stored, store, optimizer, mesh, init_rng)
-        loss = augmented_loss if config.augment else compute_loss
-        step = make_train_step(config.model, optimizer, config.optimizer.ema_decay, step_rng, loss, places)
+        step = make_train_step(
+            config.model,
+            optimizer,
+            config.optimizer.ema_decay,
+            step_rng,
+            prepare=augment if config.augment else None,
+            parts=config.accumulate,
+            places=places,
+        )
 
         def save(state: TrainState) -> None:
             store.save(int(state.step), state.ema_params, state, assets.write)

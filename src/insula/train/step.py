@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,14 @@ import optax
 from jax.sharding import Mesh
 
 from insula.batch import Batch
-from insula.losses import Metrics, compute_loss
+from insula.losses import Draws, Metrics, Scored, count_scored, draw, share_of_loss
 from insula.model.config import ModelConfig
 from insula.model.params import Params, abstract_params
 from insula.parallel.sharding import shard_like_params
 from insula.shapes import Array, Int, PRNGKeyArray
 from insula.train.optimizer import PARTS
 
-Loss = Callable[[Params, ModelConfig, Batch, PRNGKeyArray], tuple[Array, Metrics]]
+Share = Callable[[Params, ModelConfig, Batch, Draws, Scored], tuple[Array, Metrics]]
 
 
 @jax.tree_util.register_dataclass
@@ -52,20 +53,31 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     rng: PRNGKeyArray,
-    loss: Loss = compute_loss,
+    *,
+    share: Share = share_of_loss,
+    prepare: Callable[[Batch, PRNGKeyArray], Batch] | None = None,
+    parts: int = 1,
     places: TrainState | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted step. Its randomness depends on `rng` and the state's step alone, so a resumed run repeats it exactly.
 
+    `prepare` changes the batch, on the device. `parts`: into how many parts it is cut, one after the other in memory;
+    the update is the same. `places`: a sharding for each leaf of the state, which the one that is returned keeps.
+
     Metrics are those of the loss, "total", and the gradient norm of each part before clipping. The state that is passed
-    in is donated: only the one that is returned can be used afterwards. `places`: a sharding for each leaf of it, which
-    the one that is returned keeps.
+    in is donated: only the one that is returned can be used afterwards.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(rng, state.step)
-        value_and_grad = jax.value_and_grad(loss, has_aux=True)
-        (total, metrics), gradients = value_and_grad(state.params, config, batch, key)
+        if prepare is not None:
+            # A key folded from `key`, which itself goes on unsplit: this changes no draw of noise or time.
+            batch = prepare(batch, jax.random.fold_in(key, 1))
+
+        draws = draw(config, batch.actions.shape[0], key)
+        (total, metrics), gradients = value_and_gradients(share, state.params, config, batch, draws, parts)
+        if places is not None:
+            gradients = jax.lax.with_sharding_constraint(gradients, places.params)
         norms = {f"gradient_norm/{part}": optax.tree.norm(getattr(gradients, part)) for part in PARTS}
 
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
@@ -79,3 +91,29 @@ def make_train_step(
     # Donated, a state is updated in place. Without, two of them are in memory: parameters, mean and two moments each.
     outputs = None if places is None else (places, None)
     return jax.jit(step, donate_argnums=0, out_shardings=outputs)
+
+
+def value_and_gradients(
+    share: Share, params: Params, config: ModelConfig, batch: Batch, draws: Draws, parts: int
+) -> tuple[tuple[Array, Metrics], Params]:
+    """Loss, metrics and gradients of a batch, of which `parts` parts are in memory one after the other."""
+    # Counted over all of it: a part that scores few tokens must not weigh as much as one that scores many.
+    whole = count_scored(batch, draws)
+
+    def of_part(batch: Batch, draws: Draws) -> tuple[tuple[Array, Metrics], Params]:
+        return jax.value_and_grad(share, has_aux=True)(params, config, batch, draws, whole)
+
+    if parts == 1:
+        return of_part(batch, draws)
+
+    def cut(x: Array) -> Array:
+        # Every parts-th sample, and not neighbors: on a mesh each device then has some of every part.
+        return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+
+    def add(sums: Any, part: tuple[Batch, Draws]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, of_part(*part)), None
+
+    pieces = jax.tree.map(cut, (batch, draws))
+    shapes = jax.eval_shape(of_part, *jax.tree.map(lambda x: x[0], pieces))
+    sums, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), pieces)
+    return sums

@@ -94,7 +94,7 @@ def joint_pass(params: Params, config: ModelConfig, seen: Observation, noisy: ja
         z, gate = layers.ada_rms_norm(a, linear(c, s.mlp_norm, dtype))
         return (x, a + gate * layers.geglu(z, s.gate, s.up, s.down, dtype)), None
 
-    (_, a), _ = layers.walk(layer, (x, a), (backbone.layers, expert.layers), config.compute.scan_layers)
+    (_, a), _ = layers.walk(layer, (x, a), (backbone.layers, expert.layers), config.compute)
     a, _ = layers.ada_rms_norm(a, linear(c, expert.norm, dtype))
     return linear(a, expert.action_out, dtype)
 

@@ -144,6 +144,34 @@ def test_scan_is_the_unrolled_stack() -> None:
     assert difference(a["flow"], other["flow"]) > CLOSE
 
 
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scan"])
+def test_what_is_computed_again_takes_less_memory(scan: bool) -> None:
+    """For the same losses and gradients. Control: keeping everything takes the most."""
+    deep = {part: dataclasses.replace(getattr(SMALL, part), depth=6) for part in ("backbone", "expert")}
+    seen = dataclasses.replace(SMALL.vision, image_size=48)  # scores of attention are the square of its tokens
+    config = dataclasses.replace(SMALL, vision=seen, **deep).with_compute(scan_layers=scan)
+    params, batch = model(config, batch_size=8)
+    bytes_of, found = {}, {}
+    for remat in ("none", "dots", "all"):
+        of = config.with_compute(remat=remat)
+        run = jit(jax.value_and_grad(lambda p, of=of: compute_loss(p, of, batch, jax.random.key(0))[0]))
+        compiled = run.lower(params).compile()
+        bytes_of[remat], found[remat] = compiled.memory_analysis().temp_size_in_bytes, compiled(params)
+    assert bytes_of["all"] < bytes_of["none"]
+    if scan:  # unrolled, products kept cost as much as the scores they spare
+        assert bytes_of["all"] < bytes_of["dots"] < bytes_of["none"]
+    for remat in ("dots", "all"):
+        assert difference(found[remat], found["none"]) < CLOSE * largest(found["none"])
+
+
+def test_scanned_layers_of_older_runs_were_computed_again() -> None:
+    written = dataclasses.asdict(SMALL.with_compute(scan_layers=True))
+    del written["compute"]["remat"]
+    assert config_from_dict(written).compute.remat == "all"
+    written["compute"]["scan_layers"] = False
+    assert config_from_dict(written).compute.remat == "none"
+
+
 def test_bfloat16_products_are_close() -> None:
     """They read 8 bits of mantissa and accumulate in float32; parameters, gradients and losses stay float32."""
     params, batch = model()

@@ -40,7 +40,7 @@ def make_prover(config: ModelConfig, schemes: Sequence[Scheme] = PROOF_SCHEMES) 
             ki_fast_loss_weight=config.objective.ki_fast_loss_weight or 1.0,
             knowledge_insulation=True,
         )
-        .with_compute(dtype="float32", scan_layers=True)
+        .with_compute(dtype="float32", scan_layers=True, remat="all")
     )
     programs = {scheme: _make_measure(free, scheme) for scheme in schemes}
 

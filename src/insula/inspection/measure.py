@@ -77,7 +77,9 @@ def make_measure(config: ModelConfig) -> Measure:
     float32, whatever the config computes in."""
     # Unrolled, since the expert's attention is watched by a function that is called for every layer, and a scan calls
     # it once for all.
-    config = config.with_objective(flow_samples=EXPECTED_DRAWS).with_compute(dtype="float32", scan_layers=False)
+    config = config.with_objective(flow_samples=EXPECTED_DRAWS).with_compute(
+        dtype="float32", scan_layers=False, remat="none"
+    )
 
     def measure(params: Params, batch: Batch, has_value: Array, rng: PRNGKeyArray) -> SampleMeasures:
         targets = scored_tokens(batch, config)

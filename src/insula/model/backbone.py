@@ -174,11 +174,11 @@ def run_layers(
 
     # A scan runs one and the same body for every layer, so there the last one cannot do less.
     if config.compute.scan_layers:
-        x, (keys, values) = layers.walk(layer, x, backbone.layers, scan=True)
+        x, (keys, values) = layers.walk(layer, x, backbone.layers, config.compute)
         x = x if positions is None else gather_positions(x, positions)
     else:
         last = partial(layer, wanted=positions)
-        x, (keys, values) = layers.walk(layer, x, backbone.layers, scan=False, last=last)
+        x, (keys, values) = layers.walk(layer, x, backbone.layers, config.compute, last)
 
     return BackboneOutput(layers.rms_norm(x, backbone.norm), keys, values, token_mask, ar_mask)
 

@@ -137,12 +137,16 @@ class ComputeConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What matrix products read. They accumulate in float32, and all else is float32, either way."""
     scan_layers: bool = False
-    """Walk depth by one compiled loop, rematerialized: less memory and compilation, slower for small models."""
+    """Walk depth by one compiled loop: less compilation, slower for small models."""
+    remat: Literal["none", "dots", "all"] = "none"
+    """What of each layer is computed again in the backward pass rather than kept: nothing, all but the results of
+    matrix products with weights, or everything. Each needs less memory than the one before, and more time."""
     vocab_chunk: int | None = None
     """Vocabulary entries per step of the token loss, a divisor of the vocabulary; None takes all at once."""
 
     def __post_init__(self) -> None:
         _check_choice("compute: dtype", self.dtype, ("float32", "bfloat16"))
+        _check_choice("compute: remat", self.remat, ("none", "dots", "all"))
         if self.vocab_chunk is not None:  # None: all at once
             check_integer("compute: vocab_chunk", self.vocab_chunk, 1)
 
@@ -297,7 +301,9 @@ PI05 = ModelConfig(
     horizon=50,
     action_dim=32,
     state_dim=32,
-    compute=ComputeConfig(dtype="bfloat16", scan_layers=True, vocab_chunk=16_072),  # a sixteenth of the vocabulary
+    compute=ComputeConfig(
+        dtype="bfloat16", scan_layers=True, remat="all", vocab_chunk=16_072
+    ),  # a sixteenth of the vocabulary
 )
 
 # The state is no text here, so the prompt is short.
@@ -326,6 +332,10 @@ def config_from_dict(raw: Any, where: str = "config") -> ModelConfig:
         "objective": ObjectiveConfig,
         "compute": ComputeConfig,
     }
+
+    # Older versions computed every scanned layer again, and had no name for it.
+    if isinstance(old := raw.get("compute"), dict) and old.get("scan_layers") is True:
+        raw = raw | {"compute": {"remat": "all"} | old}
 
     # An absent part is built from nothing: its defaults where it has all, else an error that names what is missing.
     nested = {name: build(kind, raw.get(name, {}), f"{where}: {name}") for name, kind in parts.items()}

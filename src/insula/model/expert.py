@@ -143,7 +143,7 @@ def run_expert(
         y, gate = norm(x, p.mlp_norm)
         return x + gate * layers.geglu(y, p.gate, p.up, p.down, dtype), None
 
-    x, _ = layers.walk(layer, x, (expert.layers, memory.keys, memory.values), config.compute.scan_layers)
+    x, _ = layers.walk(layer, x, (expert.layers, memory.keys, memory.values), config.compute)
     x, _ = norm(x, expert.norm)
 
     # Without the state's token, which predicts nothing.

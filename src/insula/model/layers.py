@@ -15,11 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from insula.model.config import ComputeConfig
 from insula.model.lora import LoRA
 from insula.shapes import AnyArray, Array, Float, Int, Leaf, Shaped
 
+PRODUCT = "product"
+"""The name of a matrix product's result, for `ComputeConfig.remat`: JAX's own policies do not see into `_product`."""
 BATCH_AXES = ("data", "fsdp")
 """Axes of the mesh (insula.parallel) over which samples are split."""
 
@@ -59,7 +63,7 @@ def _contract(x: Array, w: Array | LoRA, axes: int, dtype: str) -> Array:
     # Always one plain product: CPUs are slow at a contraction over several axes, and `_product` has one backward pass.
     batch, out = x.shape[: x.ndim - axes], w.shape[axes:]
     flat = _product(x.reshape(*batch, -1), w.reshape(math.prod(w.shape[:axes]), -1), dtype)
-    return flat.reshape(*batch, *out)
+    return checkpoint_name(flat.reshape(*batch, *out), PRODUCT)
 
 
 def widen(x: Shaped[AnyArray, "*c"], rank: int) -> Shaped[AnyArray, "..."]:
@@ -195,31 +199,42 @@ def look_up(table: Float[Array, "V W"], tokens: Int[Array, "B L"]) -> Float[Arra
     return split_by_sample(columns)
 
 
-def walk(
-    body: Callable[[Any, Any], tuple[Any, Any]],
-    carry: Any,
-    layers: Any,
-    scan: bool,
-    last: Callable[[Any, Any], tuple[Any, Any]] | None = None,
-) -> tuple[Any, Any]:
-    """`lax.scan(body, carry, layers)` over stacked layers: unrolled, or one compiled body, rematerialized.
+Layer = Callable[[Any, Any], tuple[Any, Any]]
+"""(carry, the weights of one layer) → (carry, what is kept of it)."""
+
+KEPT = {
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "all": jax.checkpoint_policies.nothing_saveable,
+}
+"""By `ComputeConfig.remat`, what the backward pass finds beside each layer's input: the results of its matrix products
+with weights, or nothing. All else is computed again."""
+
+
+def walk(body: Layer, carry: Any, layers: Any, compute: ComputeConfig, last: Layer | None = None) -> tuple[Any, Any]:
+    """`lax.scan(body, carry, layers)` over stacked layers: unrolled, or one compiled body.
 
     Unrolled the last layer can have a body of its own, `last`. Unrolled a step is faster on a CPU; scanned it needs
-    a fraction of the memory and of the time to compile. So a small model is unrolled and a large one scanned.
+    a fraction of the time to compile, and with `remat` of the memory. So a small model is unrolled and a large one
+    scanned.
     """
+    scan = compute.scan_layers
 
     # Weights come to the samples, not samples to the weights: said where a layer begins, or XLA might choose otherwise
     # for some of them, and send activations round.
-    def local(body: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], tuple[Any, Any]]:
-        return lambda carry, layer: body(split_by_sample(carry), layer)
+    def prepared(body: Layer) -> Layer:
+        def local(carry: Any, layer: Any) -> tuple[Any, Any]:
+            return body(jax.tree.map(split_by_sample, carry), layer)
+
+        if compute.remat == "none":
+            return local
+
+        # Inside a scan nothing can be merged with its recomputed copy, so `prevent_cse`, which costs time to rule that
+        # out, is not needed there.
+        return jax.checkpoint(local, policy=KEPT[compute.remat], prevent_cse=not scan)
 
     if scan:
         assert last is None
-
-        # A scan keeps every intermediate of every layer for the backward pass, stacked: without rematerialization it
-        # would be slower than unrolled layers and no smaller. Inside a scan nothing can be merged with its recomputed
-        # copy, so `prevent_cse`, which costs time to rule that out, is not needed.
-        return lax.scan(jax.checkpoint(local(body), prevent_cse=False), carry, layers)
+        return lax.scan(prepared(body), carry, layers)
 
     # One `split`, whose gradient is one concatenation. The gradient of indexing would be the whole stack, zero but for
     # one layer, and all of these would be added up.
@@ -230,7 +245,7 @@ def walk(
     bodies = [body] * (depth - 1) + [last or body]
     outputs = []
     for i, layer in enumerate(bodies):
-        carry, out = local(layer)(carry, jax.tree.unflatten(tree, [piece[i] for piece in pieces]))
+        carry, out = prepared(layer)(carry, jax.tree.unflatten(tree, [piece[i] for piece in pieces]))
         outputs.append(out)
 
     return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *outputs)

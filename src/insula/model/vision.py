@@ -159,7 +159,7 @@ def _encode(vision: Vision, config: ModelConfig, x: Float[Array, "I h w 3"]) -> 
         y = layers.layer_norm(x, p.mlp_norm.scale, p.mlp_norm.bias)
         return x + linear(jax.nn.gelu(linear(y, p.up, dtype)), p.down, dtype), None
 
-    x, _ = layers.walk(layer, x, vision.layers, config.compute.scan_layers)
+    x, _ = layers.walk(layer, x, vision.layers, config.compute)
 
     # No pooling and no class token, as in PaliGemma: the backbone attends to every patch.
     return linear(layers.layer_norm(x, vision.norm.scale, vision.norm.bias), vision.head, dtype)

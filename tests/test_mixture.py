@@ -30,7 +30,7 @@ from insula.policy import Policy
 from insula.testing import randomize
 from insula.train.config import TrainConfig
 from insula.train.data import fit_assets, held_out_sources, open_data, training_mixture
-from insula.train.run import make_held_out_losses, train
+from insula.train.run import make_held_out_losses, make_skipped_log, train
 from insula.train.step import TrainState
 
 QUARANTINE = DataConfig(fast_vocab=400, fast_scale=4.0, on_bad_sample="quarantine")
@@ -294,6 +294,17 @@ def test_a_bad_sample_among_the_held_out_ones(folder: Path, made: SimpleNamespac
     assert np.isfinite(found["held_out/scenes/fast"])
     (line,) = (tmp_path / "quarantine.jsonl").read_text().splitlines()
     assert json.loads(line)["source"] == "held_out/scenes" and json.loads(line)["row"] == row
+
+
+def test_the_samples_of_a_skipped_update_are_named(made: SimpleNamespace, tmp_path: Path) -> None:
+    config = dataclasses.replace(made.config, run=tmp_path)
+    mixture = training_mixture(config, made.assets, made.data)
+    make_skipped_log(config, mixture)(3)
+    (line,) = (tmp_path / "skipped.jsonl").read_text().splitlines()
+    found = json.loads(line)
+    source, rows = mixture.order(config.batch_size, config.seed)[2]  # counted from 0
+    first = list(mixture.sources.values())[source[0]].where(int(rows[0]))
+    assert found["step"] == 3 and len(found["samples"]) == config.batch_size and found["samples"][0] == first
 
 
 def test_numbers_that_are_no_numbers(tmp_path: Path, folder: Path) -> None:

@@ -241,10 +241,10 @@ def test_a_damaged_checkpoint_is_named(damage, usual, saved, tmp_path: Path) -> 
 # The loop knows nothing of models: a counter will do.
 
 
-def counter(bad_step: int | None = None):
+def counter(*bad_steps: int):
     def step(state: TrainState, batch: float):
         n = int(state.step) + 1
-        metrics = {"total": jnp.asarray(batch), "flow": jnp.asarray(np.nan if n == bad_step else 1.0)}
+        metrics = {"total": jnp.asarray(batch), "flow": jnp.asarray(np.nan if n in bad_steps else 1.0)}
         return dataclasses.replace(state, step=jnp.asarray(n, jnp.int32)), metrics
 
     return step, TrainState(jnp.zeros((), jnp.int32), (), (), ())  # type: ignore[arg-type]
@@ -277,12 +277,40 @@ def test_the_loop_logs_means_and_calls_hooks(tmp_path: Path, unchecked: None) ->
 @pytest.mark.parametrize(("bad_step", "hook_every"), [(3, 100), (4, 100), (3, 3)])
 def test_nan_ends_training_and_is_named(tmp_path: Path, unchecked: None, bad_step: int, hook_every: int) -> None:
     """Metric and step, though metrics are fetched later; and no hook, such as a checkpoint, sees that state."""
-    step, state = counter(bad_step)
+    bad = range(bad_step, bad_step + 4)
+    step, state = counter(*bad)
     called: list[int] = []
+    told: list[int] = []
     hook = Every(hook_every, lambda state: called.append(int(state.step)))
-    with pytest.raises(NonFiniteError, match=f"flow is nan at step {bad_step}"):
-        run_loop(state, step, batches(), 20, MetricsLog(tmp_path / "metrics.jsonl"), 5, (hook,), quiet=True)
-    assert called == [] and rows(tmp_path / "metrics.jsonl")[-1] == {"step": bad_step, "total": bad_step, "flow": "nan"}
+    with pytest.raises(NonFiniteError, match=f"flow is nan at step {bad[-1]}, the update was skipped as the 3 before"):
+        log = MetricsLog(tmp_path / "metrics.jsonl")
+        run_loop(state, step, batches(), 20, log, 5, (hook,), quiet=True, on_skipped=told.append)
+    assert told == list(bad) and max(called, default=0) < bad[-1]
+    assert rows(tmp_path / "metrics.jsonl")[-1] == {"step": bad[-1], "total": bad[-1], "flow": "nan"}
+
+
+def test_one_bad_update_is_passed_over(tmp_path: Path, unchecked: None, caplog: pytest.LogCaptureFixture) -> None:
+    """It has a line of its own, and is in no mean. Three apart from each other are no reason to end."""
+    step, state = counter(2, 3, 5, 7, 8, 9)
+    told: list[int] = []
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    state, complete = run_loop(state, step, batches(), 10, log, 5, quiet=True, on_skipped=told.append)
+    assert complete and told == [2, 3, 5, 7, 8, 9] and "flow is nan at step 5; the update was skipped" in caplog.text
+    found = rows(tmp_path / "metrics.jsonl")
+    assert [row["total"] for row in found if "step_seconds" in row] == [2.5, 8.0]  # of 1 and 4, of 6 and 10
+    assert [row["step"] for row in found if row["flow"] == "nan"] == told
+
+
+def test_an_update_that_is_not_finite_changes_nothing(usual) -> None:
+    """But the step. Control: the same update of whole numbers changes every part."""
+    step, start, batch = usual
+    state, _ = step(start(), batch)
+    before = jax.device_get(state)
+    broken = dataclasses.replace(batch, actions=batch.actions.at[0, 0, 0].set(jnp.nan))
+    after, metrics = step(state, broken)
+    assert np.isnan(metrics["flow"]) and int(after.step) == int(before.step) + 1
+    assert difference(dataclasses.replace(jax.device_get(after), step=before.step), before) == 0.0
+    assert difference(step(after, batch)[0].params, before.params) > 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -296,17 +324,17 @@ def test_an_interruption_ends_after_the_running_update(tmp_path: Path, unchecked
 
 
 def test_nan_before_an_interruption_is_no_state_to_keep(tmp_path: Path, unchecked: None) -> None:
-    step, state = counter(bad_step=2)
+    step, state = counter(2, 3, 4, 5)
 
     def interrupt(_):
         os.kill(os.getpid(), signal.SIGINT)
 
     def stepping(state, batch):
-        if int(state.step) == 2:
+        if int(state.step) == 5:
             interrupt(None)
         return step(state, batch)
 
-    with pytest.raises(NonFiniteError, match="at step 2"):
+    with pytest.raises(NonFiniteError, match="at step 5"):
         run_loop(state, stepping, batches(), 50, MetricsLog(tmp_path / "m.jsonl"), 20, quiet=True)
 
 

@@ -7,6 +7,7 @@ RUN/
   init.json           what `--init` loaded, left over and drew afresh
   lock                held by the process that trains here
   quarantine.jsonl    samples that were left out, and why
+  skipped.jsonl       updates that were left out since a loss was not finite, and their samples
   checkpoints/STEP/   weights, training state, and beside them:
     config.json         the model and the version that wrote it
     certificate.json    its insulation, measured
@@ -19,6 +20,7 @@ MAPPING_FILE = "data.json"
 METRICS_FILE = "metrics.jsonl"
 INIT_FILE = "init.json"
 QUARANTINE_FILE = "quarantine.jsonl"
+SKIPPED_FILE = "skipped.jsonl"
 LOCK_FILE = "lock"
 PRETRAIN_FILE = "pretrain.json"
 """The settings of a pretraining, in a folder of its own."""

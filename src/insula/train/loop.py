@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import signal
 import time
@@ -17,7 +18,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from insula.errors import NonFiniteError
 from insula.train.step import TrainState
 
+log = logging.getLogger(__name__)
 MetricRow = dict[str, float]
+MOST_SKIPPED = 3
+"""Updates in a row. One bad sample is passed over; a training that has run away does not come back."""
+REMEDY = (
+    "resume from the newest checkpoint with lower rates (--optimizer.backbone-lr, ...) or a smaller "
+    "--optimizer.clip-norm"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,19 +47,19 @@ class MetricsLog:
     def write(self, step: int, metrics: MetricRow) -> None:
         """Add a line. Raises NonFiniteError naming metric and step, after writing it: the log's last line tells why a
         run ended."""
+        self.note(step, metrics)
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(f"{name} is {value} at step {step}; {REMEDY}")
+
+    def note(self, step: int, metrics: MetricRow) -> None:
+        """Add a line, whatever is in it."""
         self._file.write(json.dumps({"step": step, **{k: _short(v) for k, v in metrics.items()}}) + "\n")
         self._file.flush()  # a killed process loses no line, and `tail -f` shows each
 
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
-
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise NonFiniteError(
-                    f"{name} is {value} at step {step}; the newest checkpoint is from before. Resume from it "
-                    "with lower rates (--optimizer.backbone-lr, ...) or a smaller --optimizer.clip-norm"
-                )
 
     def close(self) -> None:
         """Close the file, and the writer of TensorBoard where there is one."""
@@ -66,21 +74,24 @@ def _short(value: float) -> float | str:
 
 def run_loop(
     state: TrainState,
-    step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
+    update: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
     batches: Iterator[Any],
     steps: int,
-    log: MetricsLog,
+    metrics_log: MetricsLog,
     log_every: int = 20,
     hooks: tuple[Every, ...] = (),
     quiet: bool = False,
+    on_skipped: Callable[[int], None] = lambda step: None,
 ) -> tuple[TrainState, bool]:
     """Update until `state.step == steps`. Returns the state, and whether all steps were made: Ctrl-C, SIGTERM and
     SIGHUP end the loop after the running update, a second Ctrl-C at once.
 
-    Metrics are averaged every `log_every` updates and before a hook. Each update's are checked: raises NonFiniteError.
-    For the main thread only, where Python can set signal handlers.
+    Metrics are averaged every `log_every` updates and before a hook. An update whose metrics are not all finite has
+    left the state as it was (`make_train_step`): its metrics are a line of their own, `on_skipped` is told, and more
+    than `MOST_SKIPPED` in a row raise NonFiniteError. For the main thread only, where Python can set signal handlers.
     """
     done = int(state.step)
+    skipped = Skipped(metrics_log, on_skipped)
     # Still on the device. Fetching waits for the update, so fetching each would leave nothing queued behind it.
     pending: list[dict[str, jax.Array]] = []
     waited, since = 0.0, time.perf_counter()  # seconds
@@ -91,10 +102,10 @@ def run_loop(
             nonlocal pending, waited, since
             if pending:
                 rows = jax.device_get(pending)
-                _refuse_non_finite(log, done - len(rows), rows)
-                averages = {name: sum(float(row[name]) for row in rows) / len(rows) for name in rows[0]}
                 seconds = (time.perf_counter() - since) / len(rows)
-                log.write(done, averages | {"step_seconds": seconds, "data_wait_seconds": waited / len(rows)})
+                finite = skipped.leave_out(done - len(rows), rows)
+                averages = {name: sum(float(row[name]) for row in finite) / len(finite) for name in rows[0] if finite}
+                metrics_log.write(done, averages | {"step_seconds": seconds, "data_wait_seconds": waited / len(rows)})
 
                 figures = " ".join(f"{k} {averages[k]:.3f}" for k in ("total", "flow", "fast") if k in averages)
                 bar.update(task, figures=f"{figures} {seconds * 1e3:.0f} ms/step")
@@ -109,7 +120,7 @@ def run_loop(
                     break
                 raise
             waited += time.perf_counter() - before
-            state, metrics = step(state, batch)
+            state, metrics = update(state, batch)
             pending.append(metrics)
             done += 1
             bar.update(task, completed=done)
@@ -119,18 +130,40 @@ def run_loop(
                 report()
             for hook in due:
                 if found := hook.action(state):
-                    log.write(done, found)
+                    metrics_log.write(done, found)
                 since = time.perf_counter()  # a checkpoint is no part of an update's time
 
         report()  # the caller saves what it gets
         return state, done >= steps
 
 
-def _refuse_non_finite(log: MetricsLog, start: int, rows: list[dict[str, Any]]) -> None:
-    # Update by update: the mean of them would be NaN as well, but would not say at which one it began.
-    for i, row in enumerate(rows):
-        if not all(math.isfinite(float(value)) for value in row.values()):
-            log.write(start + i + 1, {name: float(value) for name, value in row.items()})
+class Skipped:
+    """The updates that were none, and how many of them in a row."""
+
+    def __init__(self, metrics: MetricsLog, tell: Callable[[int], None]) -> None:
+        self.metrics = metrics
+        self.tell = tell
+        self.in_a_row = 0
+
+    def leave_out(self, start: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows of the others, of updates from `start` on. Raises NonFiniteError after too many in a row."""
+        finite = []
+        for step, row in enumerate(rows, start + 1):
+            bad = [name for name, value in row.items() if not math.isfinite(float(value))]
+            if not bad:
+                self.in_a_row = 0
+                finite.append(row)
+                continue
+
+            self.in_a_row += 1
+            self.metrics.note(step, {name: float(value) for name, value in row.items()})
+            self.tell(step)
+            found = f"{bad[0]} is {float(row[bad[0]])} at step {step}"
+            if self.in_a_row > MOST_SKIPPED:
+                raise NonFiniteError(f"{found}, the update was skipped as the {MOST_SKIPPED} before it; {REMEDY}")
+            log.warning("%s; the update was skipped", found)
+
+        return finite
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +37,7 @@ from insula.runs.folder import (
     METRICS_FILE,
     QUARANTINE_FILE,
     SETTINGS_FILE,
+    SKIPPED_FILE,
     TENSORBOARD_FOLDER,
 )
 from insula.runs.loading import refuse_leaking
@@ -135,8 +137,9 @@ def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointSto
 
         with Loader(mixture, config.batch_size, config.seed, int(state.step), config.workers) as loader:
             batches = (put_batch(batch, mesh) for batch in loader)
+            tell = make_skipped_log(config, mixture)
             state, complete = run_loop(
-                state, step, batches, config.steps, metrics, config.log_every, tuple(hooks), quiet
+                state, step, batches, config.steps, metrics, config.log_every, tuple(hooks), quiet, tell
             )
 
         save(state)
@@ -266,6 +269,19 @@ def make_certifier(
             proof.check()
 
     return certify
+
+
+def make_skipped_log(config: TrainConfig, mixture: Mixture) -> Callable[[int], None]:
+    """What writes the samples of an update that was skipped: one of them may be the reason."""
+    sources = list(mixture.sources.values())
+
+    def tell(step: int) -> None:
+        source, rows = mixture.order(config.batch_size, config.seed)[step - 1]  # the update to step 1 has batch 0
+        samples = [sources[i].where(int(row)) for i, row in zip(source, rows, strict=True)]
+        with (config.run / SKIPPED_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "samples": samples}) + "\n")
+
+    return tell
 
 
 def _nothing(state: TrainState) -> None:

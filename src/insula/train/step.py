@@ -64,8 +64,9 @@ def make_train_step(
     `prepare` changes the batch, on the device. `parts`: into how many parts it is cut, one after the other in memory;
     the update is the same. `places`: a sharding for each leaf of the state, which the one that is returned keeps.
 
-    Metrics are those of the loss, "total", and the gradient norm of each part before clipping. The state that is passed
-    in is donated: only the one that is returned can be used afterwards.
+    Metrics are those of the loss, "total", and the gradient norm of each part before clipping. Where one of them is not
+    finite nothing but the step changes: `run_loop` reports that update as skipped. The state that is passed in is
+    donated: only the one that is returned can be used afterwards.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -79,6 +80,7 @@ def make_train_step(
         if places is not None:
             gradients = jax.lax.with_sharding_constraint(gradients, places.params)
         norms = {f"gradient_norm/{part}": optax.tree.norm(getattr(gradients, part)) for part in PARTS}
+        metrics |= norms | {"total": total}
 
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -86,7 +88,13 @@ def make_train_step(
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))  # short memory while all is new
         # Written so that what does not move, a frozen part, stays the same to the last bit in the average as well.
         ema_params = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), state.ema_params, params)
-        return TrainState(state.step + 1, params, ema_params, optimizer_state), metrics | norms | {"total": total}
+        new = TrainState(state.step, params, ema_params, optimizer_state)
+
+        # One NaN in a gradient would be in every weight for good. The step counts all the same: the next one reads
+        # other samples.
+        finite = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
+        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+        return dataclasses.replace(new, step=state.step + 1), metrics
 
     # Donated, a state is updated in place. Without, two of them are in memory: parameters, mean and two moments each.
     outputs = None if places is None else (places, None)

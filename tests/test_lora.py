@@ -3,13 +3,13 @@ control."""
 
 import dataclasses
 import json
-import signal
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interrupted import train_and_interrupt
 from small import CLOSE, FAR, SMALL, VARIANTS, by_leaf, difference, gradients, jit, largest, loss, model
 
 from insula.batch import LossName
@@ -32,7 +32,6 @@ from insula.policy import Policy
 from insula.runs.assets import read_assets
 from insula.train import run as training
 from insula.train.config import TrainConfig
-from insula.train.loop import Every
 from insula.train.optimizer import OptimizerConfig, make_optimizer
 from insula.train.step import make_train_state, make_train_step
 
@@ -315,19 +314,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     return settings
 
 
-def test_a_run_resumes_and_serves(finished: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_resumes_and_serves(finished: TrainConfig) -> None:
     """Interrupted and resumed equals uninterrupted; both load as policies; merged, the policy acts the same."""
     cut = dataclasses.replace(finished, run=finished.run.parent / "cut")
-    fit = training.run_loop
-
-    def interrupted(*args: object, **kwargs: object) -> object:
-        *head, hooks, quiet = args
-        return fit(*head, (*hooks, Every(2, lambda _: signal.raise_signal(signal.SIGINT))), quiet, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "run_loop", interrupted)
-        assert not training.train(cut, quiet=True)
-    assert CheckpointStore(cut.run / "checkpoints").latest() == 2
+    train_and_interrupt(cut, after=2)
     assert training.train(TrainConfig(run=cut.run, resume=True), quiet=True)
 
     policy, resumed = Policy.load(finished.run), Policy.load(cut.run)

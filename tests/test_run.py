@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
-import signal
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from interrupted import train_and_interrupt
 from small import by_leaf, difference
 
 from insula import losses
@@ -16,7 +17,7 @@ from insula.checkpoints.store import CheckpointStore
 from insula.collect.demonstrations import collect
 from insula.convert import convert_checkpoint
 from insula.data.config import DataConfig
-from insula.errors import CheckpointError, DatasetError, InputError, InsulationError
+from insula.errors import CheckpointError, DatasetError, InputError, InsulaError, InsulationError
 from insula.model.config import TINY, ModelConfig, TransformerConfig, VisionConfig
 from insula.model.params import Params, abstract_params
 from insula.parallel.mesh import ONE_DEVICE, MeshConfig
@@ -26,7 +27,6 @@ from insula.runs.folder import CERTIFICATE_FILE
 from insula.train import run as training
 from insula.train.config import TrainConfig
 from insula.train.data import open_data
-from insula.train.loop import Every
 from insula.train.optimizer import OptimizerConfig
 
 SMALL = dataclasses.replace(
@@ -95,22 +95,8 @@ def test_metrics_hold_losses_norms_and_held_out_figures(finished: Path) -> None:
     assert held_out[0]["held_out/flow"] != held_out[1]["held_out/flow"]
 
 
-def train_and_interrupt(config: TrainConfig) -> None:
-    """Ctrl-C after step 4."""
-    real = training.run_loop
-
-    def interrupted(*args: object, **kwargs: object) -> object:
-        *head, hooks, quiet = args
-        return real(*head, (*hooks, Every(4, lambda _: signal.raise_signal(signal.SIGINT))), quiet, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "run_loop", interrupted)
-        assert not training.train(config, quiet=True)
-    assert CheckpointStore(config.run / "checkpoints").latest() == 4
-
-
 def test_interrupted_and_resumed_equals_uninterrupted(finished: Path, data: Path, tmp_path: Path) -> None:
-    train_and_interrupt(settings(data, tmp_path / "run"))
+    train_and_interrupt(settings(data, tmp_path / "run"), after=4)
     assert training.train(TrainConfig(run=tmp_path / "run", resume=True), quiet=True)
     resumed, whole = final_params(tmp_path / "run", SMALL), final_params(finished, SMALL)
     assert difference(resumed, whole) == 0.0
@@ -123,7 +109,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished: Path, data: Path
 def test_a_run_goes_on_with_other_devices(finished: Path, data: Path, tmp_path: Path) -> None:
     """On four that share the model, then on two that each have it: what one device alone would have trained."""
     run = tmp_path / "run"
-    train_and_interrupt(settings(data, run, mesh=MeshConfig(fsdp=4)))
+    train_and_interrupt(settings(data, run, mesh=MeshConfig(fsdp=4)), after=4)
     assert training.train(TrainConfig(run=run, resume=True, mesh=MeshConfig(data=2, fsdp=1)), quiet=True)
 
     many, one = (by_leaf(final_params(folder, SMALL)) for folder in (run, finished))
@@ -132,6 +118,40 @@ def test_a_run_goes_on_with_other_devices(finished: Path, data: Path, tmp_path: 
 
     with pytest.raises(InputError, match="batch_size 4 does not divide into 8 equal parts"):
         training.train(settings(data, tmp_path / "uneven", mesh=MeshConfig()))
+
+
+@pytest.mark.parametrize("file", ["assets/config.json", "train_state"])
+def test_a_damaged_checkpoint_is_set_aside(
+    finished: Path, tmp_path: Path, file: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run goes on from the one before it, to the same weights; the damaged one is kept. Serving refuses it."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    path = run / "checkpoints" / "6" / file
+    path = path if path.is_file() else max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+    if file == "assets/config.json":
+        with pytest.raises(InsulaError):
+            Policy.load(run)
+    assert training.train(TrainConfig(run=run, resume=True), quiet=True)
+    assert f"{path.relative_to(run / 'checkpoints' / '6')} has changed; going on from step 3" in caplog.text
+    assert difference(final_params(run, SMALL), final_params(finished, SMALL)) == 0.0
+    assert (run / "damaged" / "6" / file).exists() and (run / "checkpoints" / "6").is_dir()
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_moved(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for step in ("3", "6"):
+        (run / "checkpoints" / step / "manifest" / "metadata").write_bytes(b"")
+    with pytest.raises(
+        CheckpointError, match="no checkpoint is as it was written: step 6: manifest/metadata has changed; step 3"
+    ):
+        training.train(TrainConfig(run=run, resume=True), quiet=True)
+    assert (run / "checkpoints" / "6").is_dir() and not (run / "damaged").exists()
 
 
 def test_a_checkpoint_alone_serves(finished: Path, tmp_path: Path) -> None:

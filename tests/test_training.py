@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import optax
 import pytest
 from small import SMALL, by_leaf, difference, jit, largest, model
 
+from insula.checkpoints.seal import SEAL_FILE, find_damage
 from insula.checkpoints.store import CheckpointStore
 from insula.errors import CheckpointError, NonFiniteError
 from insula.losses import count_scored, draw, share_of_loss
@@ -236,6 +238,66 @@ def test_a_damaged_checkpoint_is_named(damage, usual, saved, tmp_path: Path) -> 
         pytest.raises(CheckpointError, match="checkpoints/2/train_state"),
     ):
         store.restore("train_state", start())
+
+
+def flip_one_bit(path: Path, where: float, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(where * len(data))] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def test_every_file_of_a_checkpoint_is_sealed(saved, tmp_path: Path) -> None:
+    """Two hundred single bits anywhere, files cut short, gone or longer, and one too many: all found, and nothing where
+    nothing is wrong. `sha256sum` reads the same sums."""
+    folder = tmp_path / "2"
+    shutil.copytree(saved[0] / "2", folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL_FILE)
+    assert {"params", "train_state", "assets", "manifest"} <= {path.relative_to(folder).parts[0] for path in files}
+    assert find_damage(folder) is None
+    assert subprocess.run(["sha256sum", "-c", "--quiet", SEAL_FILE], cwd=folder, check=False).returncode == 0
+
+    rng = np.random.default_rng(0)
+    filled = [path for path in files if path.stat().st_size]
+    for n in range(200):
+        path = filled[n % len(filled)]
+        before = path.read_bytes()
+        flip_one_bit(path, rng.uniform(), int(rng.integers(8)))
+        assert find_damage(folder) == f"{path.relative_to(folder)} has changed"
+        path.write_bytes(before)
+    for damage in (truncate, Path.unlink, lambda path: path.write_bytes(path.read_bytes() + b"x")):
+        before = filled[0].read_bytes()
+        damage(filled[0])
+        assert find_damage(folder) is not None
+        filled[0].write_bytes(before)
+    assert find_damage(folder) is None
+    (folder / "assets" / "more.json").write_text("{}")
+    assert find_damage(folder) == "assets/more.json was not there when it was sealed"
+    assert find_damage(folder, {"params"}) is None
+
+
+@pytest.mark.parametrize("text", ["", "hello", "00  x"])
+def test_a_seal_that_is_none_is_damage(saved, tmp_path: Path, text: str) -> None:
+    shutil.copytree(saved[0] / "2", tmp_path / "2")
+    (tmp_path / "2" / SEAL_FILE).write_text(text)
+    with pytest.raises(CheckpointError, match="no list of SHA-256 sums"):
+        find_damage(tmp_path / "2")
+
+
+def test_a_file_that_comes_later_is_sealed_too(saved, tmp_path: Path) -> None:
+    shutil.copytree(saved[0], tmp_path / "checkpoints")
+    with CheckpointStore(tmp_path / "checkpoints") as store:
+        store.add_file(2, "late.txt", lambda path: path.write_text("late"))
+    assert find_damage(tmp_path / "checkpoints" / "2") is None
+    (tmp_path / "checkpoints" / "2" / "assets" / "late.txt").write_text("last")
+    assert find_damage(tmp_path / "checkpoints" / "2") == "assets/late.txt has changed"
+
+
+def test_the_newest_and_every_so_many_steps_are_kept(tmp_path: Path) -> None:
+    tree = {"w": jnp.zeros(3)}
+    with CheckpointStore(tmp_path, keep=2, keep_every=4) as store:
+        for step in range(1, 9):
+            store.save(step, tree, tree, lambda path: None)
+    assert sorted(int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()) == [4, 7, 8]
 
 
 # The loop knows nothing of models: a counter will do.

@@ -13,6 +13,8 @@ RUN/
     certificate.json    its insulation, measured
     robots/NAME/        normalization, cameras, horizon
     tokenizer/          text tokenizer, FAST codec, dialect
+    SHA256SUMS          of every file beside it, for `sha256sum -c`
+  damaged/STEP/       checkpoints that were not as they had been written
 """
 
 SETTINGS_FILE = "train.json"
@@ -26,6 +28,7 @@ PRETRAIN_FILE = "pretrain.json"
 """The settings of a pretraining, in a folder of its own."""
 TENSORBOARD_FOLDER = "tensorboard"
 CHECKPOINTS_FOLDER = "checkpoints"
+DAMAGED_FOLDER = "damaged"
 
 MODEL_FILE = "config.json"
 CERTIFICATE_FILE = "certificate.json"

@@ -56,6 +56,10 @@ class TrainConfig:
     decided when the run starts, and stored with it."""
     evaluate_every: int = 500
     checkpoint_every: int = 1000
+    keep: int = 3
+    """How many of the newest checkpoints stay."""
+    keep_every: int | None = None
+    """Checkpoints whose step it divides stay as well."""
     log_every: int = 20
     certify: bool = True
     """Measure the insulation of every checkpoint and store it there (insula.certificate). Costs a few seconds, and for
@@ -66,8 +70,10 @@ class TrainConfig:
     that is safe (steps, data that moved, how often something is done, the optimizer), and refused by name elsewhere."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "evaluate_every", "checkpoint_every", "log_every"):
+        for name in ("steps", "batch_size", "accumulate", "evaluate_every", "checkpoint_every", "keep", "log_every"):
             check_integer(name, getattr(self, name), 1)
+        if self.keep_every is not None:
+            check_integer("keep_every", self.keep_every, 1)
         check_integer("workers", self.workers, 0, 1024)
         check_seed("seed", self.seed)
         check_number("held_out_fraction", self.held_out_fraction, "≥ 0 and < 1", lambda share: 0 <= share < 1)

@@ -103,12 +103,9 @@ def run_loop(
             if pending:
                 rows = jax.device_get(pending)
                 seconds = (time.perf_counter() - since) / len(rows)
-                finite = skipped.leave_out(done - len(rows), rows)
-                averages = {name: sum(float(row[name]) for row in finite) / len(finite) for name in rows[0] if finite}
+                averages = means(skipped.leave_out(done - len(rows), rows))
                 metrics_log.write(done, averages | {"step_seconds": seconds, "data_wait_seconds": waited / len(rows)})
-
-                figures = " ".join(f"{k} {averages[k]:.3f}" for k in ("total", "flow", "fast") if k in averages)
-                bar.update(task, figures=f"{figures} {seconds * 1e3:.0f} ms/step")
+                bar.update(task, figures=f"{_figures(averages)} {seconds * 1e3:.0f} ms/step")
             pending, waited, since = [], 0.0, time.perf_counter()
 
         while done < steps and not interrupted():
@@ -135,6 +132,15 @@ def run_loop(
 
         report()  # the caller saves what it gets
         return state, done >= steps
+
+
+def means(rows: list[dict[str, Any]]) -> MetricRow:
+    """Of each metric over updates; none where there are no updates."""
+    return {name: sum(float(row[name]) for row in rows) / len(rows) for name in (rows[0] if rows else ())}
+
+
+def _figures(averages: MetricRow) -> str:
+    return " ".join(f"{name} {averages[name]:.3f}" for name in ("total", "flow", "fast") if name in averages)
 
 
 class Skipped:

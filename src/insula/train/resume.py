@@ -29,6 +29,8 @@ MAY_CHANGE = frozenset(
         "evaluate_every",
         "checkpoint_every",
         "log_every",
+        "keep",
+        "keep_every",
         "certify",
         "tensorboard",
         "reading.on_overflow",

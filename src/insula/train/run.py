@@ -32,6 +32,7 @@ from insula.runs.assets import read_assets
 from insula.runs.folder import (
     CERTIFICATE_FILE,
     CHECKPOINTS_FOLDER,
+    DAMAGED_FOLDER,
     INIT_FILE,
     LOCK_FILE,
     METRICS_FILE,
@@ -73,8 +74,10 @@ def train(config: TrainConfig, quiet: bool = False, base: TrainConfig | None = N
         stored, config = resumed_settings(config, base)
 
     check_output_folder(config.run, "run")
-    with only_trainer(config.run), CheckpointStore(config.run / CHECKPOINTS_FOLDER) as store:
-        newest = store.latest()
+    folder = config.run / CHECKPOINTS_FOLDER
+    # The lock first: opening a store clears away what an interrupted save left, which may be another process's.
+    with only_trainer(config.run), CheckpointStore(folder, config.keep, config.keep_every) as store:
+        newest = store.latest() if stored is None else store.set_damaged_aside(config.run / DAMAGED_FOLDER)
         if stored is None and newest is not None:
             raise CheckpointError(f"{config.run} holds a run at step {newest}; resume it, or choose another folder")
 
@@ -128,9 +131,8 @@ def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointSto
         # Certifying comes last, since it waits until the save is on disk; losses are measured meanwhile.
         hooks = [Every(config.checkpoint_every, save)]
         if unseen:
-            hooks.append(
-                Every(config.evaluate_every, make_held_out_losses(config, data.mapping, unseen, eval_rng, mesh))
-            )
+            look = make_held_out_losses(config, data.mapping, unseen, eval_rng, mesh)
+            hooks.append(Every(config.evaluate_every, look))
         hooks.append(Every(config.checkpoint_every, certify))
         if config.reading.on_bad_sample == "quarantine":
             hooks.append(Every(config.log_every, lambda _: {"quarantined": float(quarantined(mixture))}))
@@ -263,8 +265,7 @@ def make_certifier(
 
         proof = measure(state.ema_params, some, rng)  # of the averaged weights, which are what is served
         about = {"step": step, "seed": config.seed, "samples": samples}
-        store.wait()  # a save goes on in the background, and renames its folder at the end
-        write_certificate(store.assets(step) / CERTIFICATE_FILE, proof, config.model, about)
+        store.add_file(step, CERTIFICATE_FILE, lambda path: write_certificate(path, proof, config.model, about))
         if proof.outcome == "leaks":
             proof.check()
 

@@ -1,0 +1,83 @@
+"""A SHA-256 of every file of a finished checkpoint, in the form that `sha256sum -c SHA256SUMS` reads.
+
+Orbax restores a flipped bit without complaint, and what travels beside the weights (settings, tokenizer, normalization)
+may be changed into something else that can be read as well.
+"""
+
+import hashlib
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path, PurePosixPath
+
+from insula.errors import CheckpointError
+from insula.files import is_named, read_bytes
+
+SEAL_FILE = "SHA256SUMS"
+
+
+def seal(folder: Path) -> None:
+    """Write the sums of all files below `folder`: whole or not at all."""
+    lines = "".join(_line(folder, path) for path in sorted(_files(folder)))
+    _write(folder, lines)
+
+
+def add_to_seal(folder: Path, path: Path) -> None:
+    """A file that came later. Where `folder` has no seal it gets none."""
+    if (folder / SEAL_FILE).is_file():
+        _write(folder, read_bytes(folder / SEAL_FILE).decode() + _line(folder, path))
+
+
+def find_damage(folder: Path, parts: Collection[str] | None = None) -> str | None:
+    """The first file that is not as it was sealed, with what is wrong with it; None where all are, or there is no seal,
+    as in checkpoints of older versions. `parts`: of these folders alone, since hashing reads every byte.
+
+    Raises CheckpointError where the seal itself cannot be read.
+    """
+    if not is_named(folder / SEAL_FILE):
+        return None
+
+    expected = _read(folder)
+    found = {path.relative_to(folder).as_posix() for path in _files(folder)}
+    for name in sorted(expected.keys() | found):
+        if parts is not None and PurePosixPath(name).parts[0] not in parts:
+            continue
+        if name not in found:
+            return f"{name} is gone"
+        if name not in expected:
+            return f"{name} was not there when it was sealed"
+        if _digest(folder / name) != expected[name]:
+            return f"{name} has changed"
+
+    return None
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for root, _, names in os.walk(folder):
+        yield from (Path(root) / name for name in names if name != SEAL_FILE)
+
+
+def _line(folder: Path, path: Path) -> str:
+    return f"{_digest(path)}  {path.relative_to(folder).as_posix()}\n"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(folder: Path) -> dict[str, str]:
+    lines = read_bytes(folder / SEAL_FILE).decode("utf-8", "replace").splitlines()
+    pairs = [line.partition("  ") for line in lines]
+    if not pairs or any(len(digest) != 64 or not name for digest, _, name in pairs):
+        raise CheckpointError(f"{folder / SEAL_FILE}: no list of SHA-256 sums; this checkpoint is damaged")
+    return {name: digest for digest, _, name in pairs}
+
+
+def _write(folder: Path, lines: str) -> None:
+    # A seal cut short by a crash would condemn a checkpoint that is whole.
+    unfinished = folder / f"{SEAL_FILE}.unfinished"
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(folder / SEAL_FILE)

@@ -1,7 +1,7 @@
 """What a delay costs a policy, and what real-time chunking wins back: success and jumps in the world of `posts`.
 
     python benchmarks/delay.py --folder runs/posts              demonstrations, two policies, the table
-    python benchmarks/delay.py --folder runs/posts --episodes 20        the table again, shorter
+    python benchmarks/delay.py --folder runs/posts --episodes 500 --delays 0 8        two rows of it, narrower
 
 One policy is trained plainly, the other with training-time real-time chunking (arXiv 2512.05964) and nothing else
 changed. The robot looks again every `PERIOD` steps, half a chunk, and gets its answer `delay` steps later. The plain
@@ -27,7 +27,7 @@ from insula.files import write_json
 from insula.policy import Policy
 
 HORIZON, PERIOD = 16, 8
-EPISODES, STEPS = 800, 3000
+EPISODES, STEPS = 2000, 12_000
 PLAIN, TRAINED = "plain", "trained"
 SETTINGS = [
     # The state as a token and not as text, which a backbone that never saw this world would have to learn to read.
@@ -54,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--episodes", type=int, default=100)
+    parser.add_argument("--delays", type=int, nargs="+", help="these steps alone, without jitter")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     folder: Path = given.folder
@@ -66,7 +67,7 @@ def main() -> None:
     policies = {name: Policy.load(folder / name, seed=given.seed) for name in (PLAIN, TRAINED)}
     table = Table("delay", "jitter", *(f"{name}, {stitching}" for name, stitching in METHODS))
     rows = []
-    for delay in DELAYS:
+    for delay in DELAYS if given.delays is None else map(Delay, given.delays):
         cells = []
         for name, stitching in METHODS:
             waits = dataclasses.replace(delay, stitching=stitching)

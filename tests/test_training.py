@@ -18,7 +18,7 @@ from small import SMALL, by_leaf, difference, jit, largest, model
 
 from insula.checkpoints.seal import SEAL_FILE, find_damage
 from insula.checkpoints.store import CheckpointStore
-from insula.errors import CheckpointError, NonFiniteError
+from insula.errors import CheckpointError, FileError, NonFiniteError
 from insula.losses import count_scored, draw, share_of_loss
 from insula.model.params import Params
 from insula.train.loop import Every, MetricsLog, run_loop
@@ -273,6 +273,15 @@ def test_every_file_of_a_checkpoint_is_sealed(saved, tmp_path: Path) -> None:
     (folder / "assets" / "more.json").write_text("{}")
     assert find_damage(folder) == "assets/more.json was not there when it was sealed"
     assert find_damage(folder, {"params"}) is None
+
+
+def test_a_pipe_among_the_files_is_not_waited_for(saved, tmp_path: Path) -> None:
+    shutil.copytree(saved[0] / "2", tmp_path / "2")
+    note = tmp_path / "2" / "assets" / "note.txt"
+    note.unlink()
+    os.mkfifo(note)
+    with pytest.raises(FileError, match="is a named pipe"):
+        find_damage(tmp_path / "2")
 
 
 @pytest.mark.parametrize("text", ["", "hello", "00  x"])

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
 from insula.errors import CheckpointError
-from insula.files import is_named, read_bytes
+from insula.files import is_named, read_bytes, regular_size
 
 SEAL_FILE = "SHA256SUMS"
 
@@ -31,7 +31,7 @@ def find_damage(folder: Path, parts: Collection[str] | None = None) -> str | Non
     """The first file that is not as it was sealed, with what is wrong with it; None where all are, or there is no seal,
     as in checkpoints of older versions. `parts`: of these folders alone, since hashing reads every byte.
 
-    Raises CheckpointError where the seal itself cannot be read.
+    Raises CheckpointError where the seal itself cannot be read, FileError where something in the folder is no file.
     """
     if not is_named(folder / SEAL_FILE):
         return None
@@ -61,6 +61,7 @@ def _line(folder: Path, path: Path) -> str:
 
 
 def _digest(path: Path) -> str:
+    regular_size(path)  # raises for a pipe, which would be read for ever
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -75,6 +75,13 @@ COMMANDS = {
     "train": Command(
         "a knowledge-insulated policy", "insula.train.command", "TrainConfig", "run_train", default="train_defaults"
     ),
+    "plan": Command(
+        "what training on some devices would need",
+        "insula.train.plan",
+        "PlanConfig",
+        "run_plan",
+        default="plan_defaults",
+    ),
     "evaluate": Command("a trained policy in closed loop", "insula.evaluate.command", "EvaluateConfig", "run_evaluate"),
     "serve": Command(
         "a trained policy for robots, over openpi's protocol", "insula.serve.command", "ServeConfig", "run_serve"

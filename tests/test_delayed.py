@@ -44,20 +44,25 @@ def test_without_a_delay_the_policy_is_as_it_is() -> None:
 
 def test_the_last_chunk_is_executed_until_the_next_one_is_there() -> None:
     policy = DelayedPolicy(Counts(), Delay(2), period=3, hold=HOLD)
-    assert play(policy, 3) == [0, 0, 2, 3, 4, 302, 303, 304, 602]  # held for two steps, then always two steps late
+    # Held for two steps, then from the first chunk's start on, as it has not moved; then always two steps late.
+    assert play(policy, 3) == [0, 0, 0, 1, 2, 302, 303, 304, 602]
 
 
 def test_nothing_is_executed_from_behind_a_chunks_end() -> None:
     policy = DelayedPolicy(Counts(horizon=4), Delay(4), period=4, hold=HOLD)
     played = policy.act_batch([{}], [(7, 0)])[0]
     assert played.tolist() == [[0, 0]] * 4  # no gripper was closed before
-    assert policy.act_batch([{}], [(7, 4)])[0].tolist() == [[0, 0]] * 4  # its chunk had ended when it came
+    assert policy.act_batch([{}], [(7, 4)])[0].tolist() == [[0, 1], [1, 1], [2, 1], [3, 1]]
+    assert policy.act_batch([{}], [(7, 8)])[0].tolist() == [[0, 1]] * 4  # that of step 4 had ended when it came
 
 
 def test_a_held_gripper_stays_as_it_was() -> None:
     policy = DelayedPolicy(Counts(horizon=5), Delay(4), period=5, hold=HOLD)
-    assert policy.act_batch([{}], [(7, 0)])[0].tolist() == [[0, 0]] * 4 + [[4, 1]]
-    assert policy.act_batch([{}], [(7, 5)])[0].tolist()[:4] == [[0, 1]] * 4
+    assert policy.act_batch([{}], [(7, 0)])[0].tolist() == [[0, 0]] * 4 + [[0, 1]]
+    assert policy.act_batch([{}], [(7, 5)])[0].tolist() == [[1, 1], [2, 1], [3, 1], [4, 1], [504, 1]]
+    assert policy.act_batch([{}], [(7, 10)])[0].tolist() == [[0, 1]] * 4 + [
+        [1000, 1]
+    ]  # held until then: from its start
 
 
 def test_an_episode_does_not_see_its_neighbors_or_what_was_before() -> None:
@@ -86,13 +91,13 @@ def test_real_time_chunking_is_told_what_is_left_and_how_long_it_takes() -> None
     first, second = counts.asked
     assert "previous" not in first
     assert second["previous"]["delay"] == 2
-    assert second["previous"]["actions"][:, 0].tolist() == [3, 4, 5, 6, 7]
+    assert second["previous"]["actions"][:, 0].tolist() == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_jumps_are_where_one_chunk_follows_another() -> None:
     policy = DelayedPolicy(Counts(), Delay(2), period=3, hold=HOLD, moves=slice(0, 1))
     play(policy, 3)
-    assert policy.jumps == [302 - 4, 602 - 304]
+    assert policy.jumps == [302 - 2, 602 - 304]
 
 
 @pytest.mark.parametrize(("steps", "jitter"), [(-1, 0), (2, 3), (0, 1)])

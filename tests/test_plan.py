@@ -30,6 +30,17 @@ def test_a_chunk_that_comes_late_starts_in_its_middle() -> None:
     assert due(plan, range(8, 13)) == [202, 203, 204, 205, None]
 
 
+def test_a_chunk_starts_later_for_a_robot_that_has_held() -> None:
+    """And ends later; but an action is as old as what was seen."""
+    plan = Plan(max_age=5)
+    plan.add(4, np.arange(4.0)[:, None], start=7)
+    assert plan.action(6) is None and plan.origin(7) == 4
+    assert [plan.action(step) for step in (7, 8, 9)] == [0.0, 1.0, 2.0]
+    assert plan.left(8) is not None and plan.left(8).tolist() == [[1.0], [2.0], [3.0]]
+    assert not plan.add(4, np.zeros((4, 1)), start=9)
+    assert plan.action(10) is None  # six steps after it was seen
+
+
 def test_an_older_chunk_never_comes_back() -> None:
     plan = Plan()
     assert plan.add(6, chunk(2))

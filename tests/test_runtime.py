@@ -98,10 +98,11 @@ def make_loop(world: World, arm: Arm, recorder: Recorder | None = None, **settin
     return loop
 
 
-def test_it_holds_until_the_first_chunk_and_then_acts_in_its_middle() -> None:
+def test_it_holds_until_the_first_chunk_and_then_acts_from_its_start() -> None:
+    """It has not moved since the observation: the middle of the chunk is for a robot that has."""
     arm, summary = drive(World(), steps=4)
     assert arm.done[:2] == [None, None]
-    assert arm.done[2:4] == [2.0, 3.0]  # the chunk of step 0, from its step 2
+    assert arm.done[2:4] == [0.0, 1.0]  # the chunk of step 0
     assert summary.held == 2 and summary.steps == 4
 
 
@@ -109,23 +110,24 @@ def test_no_action_is_executed_twice_and_none_behind_a_chunks_end() -> None:
     world = World(delay=lambda step: 2 if step == 0 else 1000, horizon=5)
     arm, summary = drive(world, steps=12)
     executed = [action for action in arm.done if action is not None]
-    assert executed == [2.0, 3.0, 4.0]
-    assert arm.done[5:] == [None] * 8  # and once more at the end: it is left holding
+    assert executed == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert arm.done[7:] == [None] * 6  # and once more at the end: it is left holding
     assert summary.replies == 1
 
 
 def test_an_action_older_than_its_bound_is_not_executed() -> None:
     world = World(delay=lambda step: 2 if step == 0 else 1000, horizon=50)
     arm, _ = drive(world, steps=12, max_age_s=0.5)
-    assert [action for action in arm.done if action is not None] == [2.0, 3.0, 4.0, 5.0]
+    assert [action for action in arm.done if action is not None] == [0.0, 1.0, 2.0, 3.0]  # at steps 2 to 5
 
 
 def test_after_an_error_it_holds_and_asks_anew() -> None:
-    world = World(horizon=4)
+    world = World(horizon=3)
     world.errors[2] = ServerError("gone")
     arm, _ = drive(world, steps=9)
     assert [int(asked["state"][0]) for asked in world.asked][:3] == [0, 2, 4]
-    assert arm.done[:9] == [None, None, 2.0, 3.0, None, None, 402.0, 403.0, 602.0]
+    # It moved after it had seen what 4 and 6 were asked with, so these chunks are executed at their own place in time.
+    assert arm.done[:9] == [None, None, 0.0, 1.0, 2.0, None, 402.0, None, 602.0]
 
 
 def test_a_first_observation_that_is_refused_ends_it_with_the_reason() -> None:
@@ -136,11 +138,11 @@ def test_a_first_observation_that_is_refused_ends_it_with_the_reason() -> None:
 
 
 def test_a_later_refusal_is_counted_and_held_through() -> None:
-    world = World(horizon=4)
+    world = World(horizon=3)
     world.errors[2] = ProtocolError("stale", "", "waited")
     arm, summary = drive(world, steps=9)
     assert summary.refused == 1 and summary.replies >= 2
-    assert None in arm.done[4:6]
+    assert arm.done[5] is None
 
 
 def test_real_time_chunking_sends_what_is_left_and_the_longest_delay() -> None:
@@ -149,7 +151,16 @@ def test_real_time_chunking_sends_what_is_left_and_the_longest_delay() -> None:
     first, second = world.asked[0], world.asked[1]
     assert "previous" not in first and first["max_age_ms"] == 2000
     assert second["previous"]["delay"] == 3
-    assert second["previous"]["actions"][:, 0].tolist() == [3, 4, 5, 6, 7]  # from the step of this observation on
+    assert second["previous"]["actions"][:, 0].tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+    ]  # from the step of this observation on
 
 
 def test_a_delay_longer_than_the_policy_was_trained_for_is_not_sent() -> None:
@@ -173,7 +184,7 @@ def test_steps_that_were_missed_are_left_out_and_never_made_up_for() -> None:
     summary = make_loop(world, arm, replan_steps=100).run(14)
     executed = [action for action in arm.done if action is not None]
     assert summary.missed == 5 and summary.steps == 9
-    assert executed == [1.0, 2.0, 3.0, 4.0, 10.0, 11.0, 12.0, 13.0]
+    assert executed == [0.0, 1.0, 2.0, 3.0, 9.0, 10.0, 11.0, 12.0]
 
 
 def test_the_log_has_every_step_reply_and_error(tmp_path: Path) -> None:

@@ -126,6 +126,7 @@ class Loop:
         self._refused = 0
         self._started = 0.0
         self._dim: int | None = None
+        self._acted = -1  # the step of the last action
 
     def run(self, steps: int | None = None, should_stop: Callable[[], bool] = lambda: False) -> Summary:
         """Act until control step `steps`, or until told to stop. The robot is left holding.
@@ -179,6 +180,7 @@ class Loop:
             self.robot.hold()
         else:
             self.robot.act(action)
+            self._acted = step
 
         if self.recorder is not None:
             self.recorder.step(Tick(step, self._clock() - self._started, seen, action, origin, self._asker.connected))
@@ -204,7 +206,8 @@ class Loop:
             self._delays.append(step - answer.step)
             self._delay_ms.append(answer.reply.round_trip_ms)
             self._replies += 1
-            self.plan.add(answer.step, answer.reply.actions)
+            held = self._acted < answer.step
+            self.plan.add(answer.step, answer.reply.actions, start=step if held else None)
             if self.recorder is not None:
                 self.recorder.reply(answer.step, step, answer.reply)
 

@@ -4,6 +4,8 @@
     executed          old chunk   | new chunk, from its own step `delay` on
                       k … k + delay − 1       … k + period − 1
 
+An episode begins with a robot that holds until its first chunk is there, and then executes it from its first action on.
+
 The plan of chunks is the very one a robot's loop runs (`insula.client.plan`). Time stands still while the policy acts,
 so a delay here is exactly what it says, on any machine.
 """
@@ -51,6 +53,8 @@ class _Episode:
     last: np.ndarray | None = None
     origin: int | None = None
     """The step of the observation that `last` was predicted from; None where it was held."""
+    acted: int = -1
+    """The step of the last action that was not held."""
 
 
 class DelayedPolicy:
@@ -114,7 +118,7 @@ class DelayedPolicy:
         rows: list[np.ndarray] = []
         for step in range(first, first + self.period):
             if step == first + late:
-                episode.plan.add(first, chunk)
+                self._add(episode, first, chunk, step)
 
             action, origin = episode.plan.action(step), episode.plan.origin(step)
             if action is None:
@@ -125,11 +129,17 @@ class DelayedPolicy:
 
             episode.last = action
             episode.origin = origin
+            episode.acted = step if origin is not None else episode.acted
             rows.append(action)
 
-        episode.plan.add(first, chunk)  # one that is as late as the next request
+        if late == self.period:  # there with the next request
+            self._add(episode, first, chunk, first + late)
         episode.late.append(late)
         return np.stack(rows)
+
+    @staticmethod
+    def _add(episode: _Episode, seen: int, chunk: np.ndarray, step: int) -> None:
+        episode.plan.add(seen, chunk, start=step if episode.acted < seen else None)
 
     def _late(self, seed: tuple[int, ...]) -> int:
         """Of the seed alone, so that an episode evaluated alone is the same."""

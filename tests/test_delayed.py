@@ -60,9 +60,7 @@ def test_a_held_gripper_stays_as_it_was() -> None:
     policy = DelayedPolicy(Counts(horizon=5), Delay(4), period=5, hold=HOLD)
     assert policy.act_batch([{}], [(7, 0)])[0].tolist() == [[0, 0]] * 4 + [[0, 1]]
     assert policy.act_batch([{}], [(7, 5)])[0].tolist() == [[1, 1], [2, 1], [3, 1], [4, 1], [504, 1]]
-    assert policy.act_batch([{}], [(7, 10)])[0].tolist() == [[0, 1]] * 4 + [
-        [1000, 1]
-    ]  # held until then: from its start
+    assert policy.act_batch([{}], [(7, 10)])[0].tolist() == [[0, 1]] * 4 + [[1000, 1]]  # as it had held
 
 
 def test_an_episode_does_not_see_its_neighbors_or_what_was_before() -> None:

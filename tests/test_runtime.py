@@ -151,16 +151,7 @@ def test_real_time_chunking_sends_what_is_left_and_the_longest_delay() -> None:
     first, second = world.asked[0], world.asked[1]
     assert "previous" not in first and first["max_age_ms"] == 2000
     assert second["previous"]["delay"] == 3
-    assert second["previous"]["actions"][:, 0].tolist() == [
-        0,
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
-        7,
-    ]  # from the step of this observation on
+    assert second["previous"]["actions"][:, 0].tolist() == list(range(8))  # from the step of this observation on
 
 
 def test_a_delay_longer_than_the_policy_was_trained_for_is_not_sent() -> None:

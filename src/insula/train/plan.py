@@ -214,17 +214,17 @@ def show(config: PlanConfig, mesh: Mesh, needs: Needs, found: Estimate) -> None:
 
     memory = Table("memory of one device", "GiB")
     for name, size in needs.kept.items():
-        memory.add_row(name, f"{size / GIB:.2f}")
-    memory.add_row("batch", f"{needs.batch / GIB:.3f}")
-    memory.add_row("gradients, activations, logits", f"{needs.working / GIB:.2f}")
-    memory.add_row("in all", f"{needs.memory / GIB:.2f}", style="bold")
-    memory.add_row(f"there is, less {1 - USABLE:.0%}", f"{USABLE * device.memory / GIB:.2f}")
+        memory.add_row(name, f"{size / GIB:,.3g}")
+    memory.add_row("batch", f"{needs.batch / GIB:,.3g}")
+    memory.add_row("gradients, activations, logits", f"{needs.working / GIB:,.3g}")
+    memory.add_row("in all", f"{needs.memory / GIB:,.3g}", style="bold")
+    memory.add_row(f"there is, less {1 - USABLE:.0%}", f"{USABLE * device.memory / GIB:,.3g}")
     console.print(memory)
 
     if needs.messages:
         sent = Table("messages of one device, a step", "number", "GiB sent")
         for kind, message in needs.messages.items():
-            sent.add_row(kind, str(message.count), f"{message.sent / GIB:.3f}")
+            sent.add_row(kind, str(message.count), f"{message.sent / GIB:,.3g}")
         console.print(sent)
 
     rate = config.batch_size / found.seconds

@@ -268,7 +268,8 @@ def token_loss(
         nothing = jnp.zeros(())
         return nothing, {"scored_tokens": nothing, "token_accuracy": nothing}
 
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    # Few rows: float32, because their gradient is summed over the pieces of the vocabulary.
+    rows = hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32)
     labels = targets.labels.reshape(-1)
     loss, correct = cross_entropy(rows, embedding, labels, config.compute.dtype, config.compute.vocab_chunk)
 

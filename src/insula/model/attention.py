@@ -3,7 +3,8 @@
 Queries arrive scaled and rotated. Scores and softmax are float32; a masked score is so low that its weight is exactly
 zero, which is what makes hidden columns hidden and not merely faint.
 
-Everything is written as `einsum`, for every letter to be seen.
+Each is written as `einsum`, for every letter to be seen: that is the reference, and the fastest on a CPU. What arrives
+in fewer bits, as on accelerators, goes through JAX's own attention, as one call (`_fused`).
 """
 
 import jax
@@ -24,6 +25,9 @@ def attend(
     mask: Bool[Array, "B queries J"] | None,
 ) -> Float[Array, "B queries N E"]:
     """Softmax attention; `mask[b, i, j]`: may query i see key j? None: everything."""
+    if q.dtype != jnp.float32:
+        return _fused(q, k, v, None if mask is None else mask[:, None])
+
     queries = _fold(q, k.shape[-2])  # [B, Q = queries·R, G, E]
     scores = jnp.einsum("bqge,bjge->bgqj", queries, k)
 
@@ -46,6 +50,9 @@ def attend_with_memory(
 ) -> Float[Array, "B K A N E"]:
     """One softmax over memory and self, as if both stood in one sequence: the expert's layers share the backbone's
     attention (π0 §IV). No output depends on another flow sample."""
+    if q.dtype != jnp.float32:
+        return _attend_to_one_sequence(q, k, v, memory_k, memory_v, memory_mask, self_mask)
+
     batch, samples = q.shape[:2]
     queries = _fold(q, k.shape[-2])  # [B, K, Q = A·R, G, E]
     per_sample, groups = queries.shape[2], queries.shape[3]
@@ -67,6 +74,7 @@ def memory_weights(
     self_mask: Bool[Array, "A A"],
 ) -> Float[Array, "B K A N M+A"]:
     """How much each query of `attend_with_memory` reads of each column: memory, then self. Rows sum to one."""
+    q, k, memory_k = (x.astype(jnp.float32) for x in (q, k, memory_k))
     queries = _fold(q, k.shape[-2])
     weights = _memory_weights(queries, k, memory_k, memory_mask, self_mask)
     split = weights.reshape(*weights.shape[:2], *queries.shape[1:3], -1)  # [B, G, K, A·R, M+A]
@@ -90,6 +98,27 @@ def _memory_weights(queries: Array, k: Array, memory_k: Array, memory_mask: Arra
 
     # One softmax over both: two would give memory half of the weight however little it has to say.
     return jax.nn.softmax(jnp.concatenate([to_memory, to_self], axis=-1), axis=-1)
+
+
+def _attend_to_one_sequence(
+    q: Array, k: Array, v: Array, memory_k: Array, memory_v: Array, memory_mask: Array, self_mask: Array
+) -> Array:
+    """`attend_with_memory`, with all flow samples in the one sequence [memory | sample 1 | … | sample K]."""
+    batch, samples, length = q.shape[:3]
+    own = jnp.kron(jnp.eye(samples, dtype=bool), self_mask)  # each sample sees its own actions alone
+    memory = jnp.broadcast_to(memory_mask[:, None, :], (batch, samples * length, memory_mask.shape[-1]))
+    mask = jnp.concatenate([memory, jnp.broadcast_to(own[None], (batch, *own.shape))], axis=-1)
+
+    def join(memory: Array, x: Array) -> Array:
+        return jnp.concatenate([memory.astype(x.dtype), x.reshape(batch, -1, *x.shape[3:])], axis=1)
+
+    flat = q.reshape(batch, samples * length, *q.shape[3:])
+    return _fused(flat, join(memory_k, k), join(memory_v, v), mask[:, None]).reshape(q.shape)
+
+
+def _fused(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    """JAX's attention: float32 scores and softmax of inputs of any type. `mask`: [B, 1, queries, J]."""
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=1.0)
 
 
 def _fold(q: Array, groups: int) -> Array:

@@ -101,7 +101,7 @@ def embed(
         # Gemma's factor: the table serves as token head too and has small entries; times √W they have the size of
         # everything else in the residual stream. Image tokens come from a projection of their own and take none.
         text = layers.look_up(backbone.embedding, observation.tokens) * backbone.embedding.shape[-1] ** 0.5
-        x = jnp.concatenate([x, text], axis=1)
+        x = jnp.concatenate([x, layers.enter(text, config.compute)], axis=1)
 
     return x, *column_masks(config, observation, ar_mask)
 

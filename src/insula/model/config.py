@@ -135,7 +135,11 @@ class ComputeConfig:
     """How it is computed; none of it changes what is computed beyond rounding. Raises InputError for contradictions."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What matrix products read. They accumulate in float32, and all else is float32, either way."""
+    """What matrix products read. They accumulate in float32 either way."""
+    stream: Literal["auto", "float32", "dtype"] = "auto"
+    """What layers hand on: the residual stream, queries, keys and values, and what products give. Norms, softmax, rotary
+    angles, losses and the optimizer are float32 whatever it is. "auto": float32 on a CPU, where nothing else is as fast,
+    and `dtype` on an accelerator, where float32 takes twice the memory."""
     scan_layers: bool = False
     """Walk depth by one compiled loop: less compilation, slower for small models."""
     remat: Literal["none", "dots", "all"] = "none"
@@ -146,6 +150,7 @@ class ComputeConfig:
 
     def __post_init__(self) -> None:
         _check_choice("compute: dtype", self.dtype, ("float32", "bfloat16"))
+        _check_choice("compute: stream", self.stream, ("auto", "float32", "dtype"))
         _check_choice("compute: remat", self.remat, ("none", "dots", "all"))
         if self.vocab_chunk is not None:  # None: all at once
             check_integer("compute: vocab_chunk", self.vocab_chunk, 1)

@@ -112,6 +112,7 @@ def run_expert(
     x = linear(noisy_actions, expert.action_in, dtype)
     x, condition = _enter_time(expert, config, x, layers.time_embedding(time, width))
     x, condition = _enter_state(expert, config, x, condition, state)
+    x = layers.enter(x, config.compute)
 
     # No mask for steps past the episode's end: a policy that acts has every step of its chunk before it. In training
     # they are read like the others and add no loss (`losses.flow_matching_loss`).
@@ -146,8 +147,8 @@ def run_expert(
     x, _ = layers.walk(layer, x, (expert.layers, memory.keys, memory.values), config.compute)
     x, _ = norm(x, expert.norm)
 
-    # Without the state's token, which predicts nothing.
-    return linear(x[:, :, -horizon:], expert.action_out, dtype)
+    # Without the state's token, which predicts nothing. A velocity is float32: its error is a difference.
+    return linear(x[:, :, -horizon:].astype(jnp.float32), expert.action_out, dtype)
 
 
 def _enter_time(

@@ -1,8 +1,11 @@
 """The small functions every tower is made of. All are plain functions of (weights, inputs).
 
-Precision, in one place: matrix products read `dtype` and accumulate in float32. Norms, softmax, rotary angles, the
-residual stream and the loss are float32 always: in bfloat16 a residual stream of many layers stops taking in small
-updates, and a mean of squares loses its last digits.
+Precision, in one place. Matrix products read `dtype` and accumulate in float32. What they give, as all that layers hand
+on, has the type of what they are given: `enter` decides it once, where a sequence enters its tower. Norms, softmax,
+rotary angles and the loss are computed in float32 whatever is handed on: a mean of squares would lose its last digits.
+
+    on a CPU             handed on in float32: products with a bfloat16 result are the slowest there are
+    on an accelerator    handed on in bfloat16: half of the memory, and of what is read and written between products
 """
 
 import dataclasses
@@ -22,6 +25,12 @@ from insula.model.config import ComputeConfig
 from insula.model.lora import LoRA
 from insula.shapes import AnyArray, Array, Float, Int, Leaf, Shaped
 
+def enter(x: Float[Array, "*b W"], compute: ComputeConfig) -> Float[Array, "*b W"]:
+    """The same values in the type that layers hand on (`ComputeConfig.stream`)."""
+    wide = compute.stream == "float32" or (compute.stream == "auto" and jax.default_backend() == "cpu")
+    return x.astype("float32" if wide else compute.dtype)
+
+
 PRODUCT = "product"
 """The name of a matrix product's result, for `ComputeConfig.remat`: JAX's own policies do not see into `_product`."""
 BATCH_AXES = ("data", "fsdp")
@@ -32,9 +41,9 @@ BATCH_AXES = ("data", "fsdp")
 # On a CPU with AVX-512, bfloat16 in and float32 out is the fastest, and bfloat16 in and out the slowest.
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: Array, w: Array, dtype: str) -> Array:
-    """[..., i] @ [i, o]. Reads `dtype`, accumulates float32, forwards and backwards."""
+    """[..., i] @ [i, o]. Reads `dtype`, accumulates float32 and gives the type of x, forwards and backwards."""
     return lax.dot_general(
-        x.astype(dtype), w.astype(dtype), (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        x.astype(dtype), w.astype(dtype), (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=x.dtype
     )
 
 
@@ -46,9 +55,10 @@ def _product_backward(dtype: str, residuals: tuple[Array, Array], g: Array) -> t
     x, w = residuals
     rows = tuple(range(x.ndim - 1))
     g16, x16, w16 = g.astype(dtype), x.astype(dtype), w.astype(dtype)
-    dx = lax.dot_general(g16, w16, (((g.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    dx = lax.dot_general(g16, w16, (((g.ndim - 1,), (1,)), ((), ())), preferred_element_type=x.dtype)
+    # Always in float32: gradients of parts of a batch are added up.
     dw = lax.dot_general(x16, g16, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
-    return dx.astype(x.dtype), dw.astype(w.dtype)
+    return dx, dw.astype(w.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)
@@ -88,7 +98,12 @@ class Linear:
 def linear(x: Float[Array, "*b i"], weight: Linear, dtype: str) -> Float[Array, "..."]:
     """x · kernel + bias. Further axes of the kernel (heads) come out as they are, with a bias of their own."""
     y = matmul(x, weight.kernel, dtype)
-    return y + widen(weight.bias, y.ndim)
+    return add_bias(y, weight.bias)
+
+
+def add_bias(y: Float[Array, "..."], bias: Float[Array, "*o"]) -> Float[Array, "..."]:
+    """An offset of the last axes, in the type of y."""
+    return y + widen(bias, y.ndim).astype(y.dtype)
 
 
 def merge_heads(x: Float[Array, "*b N E"], w: Float[Array, "N E W"] | LoRA, dtype: str) -> Float[Array, "*b W"]:
@@ -100,7 +115,7 @@ def rms_norm(x: Float[Array, "*b W"], scale: Float[Array, "W"]) -> Float[Array, 
     """Gemma's RMSNorm over the last axis."""
     # The learned scale is an offset from one, so that zeros are the identity. Gemma's files hold that offset: without
     # the 1 they would load without an error and answer nonsense.
-    return _unit_rms(x) * (1 + widen(scale, x.ndim))
+    return (_unit_rms(x) * (1 + widen(scale, x.ndim))).astype(x.dtype)
 
 
 def ada_rms_norm(
@@ -116,10 +131,11 @@ def ada_rms_norm(
         modulation = modulation[:, :, None, :]
 
     scale, shift, gate = jnp.split(modulation, 3, axis=-1)  # openpi's order; weights are read in it
-    return _unit_rms(x) * (1 + scale) + shift, gate
+    return (_unit_rms(x) * (1 + scale) + shift).astype(x.dtype), gate.astype(x.dtype)
 
 
 def _unit_rms(x: Array) -> Array:
+    x = x.astype(jnp.float32)
     # 1e-6 as in Gemma: small beside any real activation, and a row of zeros stays zeros rather than NaN.
     return x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
 
@@ -127,9 +143,10 @@ def _unit_rms(x: Array) -> Array:
 def layer_norm(x: Float[Array, "*b W"], scale: Float[Array, "W"], bias: Float[Array, "W"]) -> Float[Array, "*b W"]:
     """Over the last axis, as in the ViT. Here the scale is a plain factor, not an offset from one."""
     # From centered values: the mean of squares less the square of the mean would cancel in float32.
-    centered = x - jnp.mean(x, axis=-1, keepdims=True)
+    exact = x.astype(jnp.float32)
+    centered = exact - jnp.mean(exact, axis=-1, keepdims=True)
     unit = centered * lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + 1e-6)
-    return unit * widen(scale, x.ndim) + widen(bias, x.ndim)
+    return (unit * widen(scale, x.ndim) + widen(bias, x.ndim)).astype(x.dtype)
 
 
 def geglu(x: Array, gate: Array | LoRA, up: Array | LoRA, down: Array | LoRA, dtype: str) -> Array:
@@ -152,8 +169,8 @@ def rope(
 
     # The first half turns against the second, as in Gemma. Neighbors turning in pairs, as the paper has it, is the same
     # function of other weights, so weights of one kind are worthless in the other.
-    a, b = x[..., :half], x[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 def time_embedding(

@@ -145,16 +145,17 @@ def _encode(vision: Vision, config: ModelConfig, x: Float[Array, "I h w 3"]) -> 
     c, dtype = config.vision, config.compute.dtype
 
     # A GELU between two steps of the stem; none before the first, which reads pixels.
+    x = layers.enter(x, config.compute)
     for i, (patch, weight) in enumerate(zip(c.patch_sizes, vision.stem, strict=True)):
         x = linear(_patchify(jax.nn.gelu(x) if i else x, patch), weight, dtype)
 
-    x = x.reshape(x.shape[0], c.num_patches, c.width) + vision.position[None]
+    x = layers.add_bias(x.reshape(x.shape[0], c.num_patches, c.width), vision.position)
 
     def layer(x: Array, p: VisionLayer) -> tuple[Array, None]:
         y = layers.layer_norm(x, p.attention_norm.scale, p.attention_norm.bias)
         q, k, v = (linear(y, a, dtype) for a in (p.query, p.key, p.value))
         y = attend(q * q.shape[-1] ** -0.5, k, v, None)  # an image is never padded, so there is no mask
-        x = x + layers.merge_heads(y, p.out.kernel, dtype) + layers.widen(p.out.bias, x.ndim)
+        x = x + layers.add_bias(layers.merge_heads(y, p.out.kernel, dtype), p.out.bias)
 
         y = layers.layer_norm(x, p.mlp_norm.scale, p.mlp_norm.bias)
         return x + linear(jax.nn.gelu(linear(y, p.up, dtype)), p.down, dtype), None

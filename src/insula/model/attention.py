@@ -105,7 +105,7 @@ def _attend_to_one_sequence(
 ) -> Array:
     """`attend_with_memory`, with all flow samples in the one sequence [memory | sample 1 | … | sample K]."""
     batch, samples, length = q.shape[:3]
-    own = jnp.kron(jnp.eye(samples, dtype=bool), self_mask)  # each sample sees its own actions alone
+    own = jax.scipy.linalg.block_diag(*[self_mask] * samples)  # each sample sees its own actions alone
     memory = jnp.broadcast_to(memory_mask[:, None, :], (batch, samples * length, memory_mask.shape[-1]))
     mask = jnp.concatenate([memory, jnp.broadcast_to(own[None], (batch, *own.shape))], axis=-1)
 

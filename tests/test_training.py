@@ -252,7 +252,7 @@ def test_every_file_of_a_checkpoint_is_sealed(saved, tmp_path: Path) -> None:
     folder = tmp_path / "2"
     shutil.copytree(saved[0] / "2", folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL_FILE)
-    assert {"params", "train_state", "assets", "manifest"} <= {path.relative_to(folder).parts[0] for path in files}
+    assert {"params", "train_state", "assets"} <= {path.relative_to(folder).parts[0] for path in files}
     assert find_damage(folder) is None
     assert subprocess.run(["sha256sum", "-c", "--quiet", SEAL_FILE], cwd=folder, check=False).returncode == 0
 

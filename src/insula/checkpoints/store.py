@@ -1,9 +1,11 @@
-"""A run's checkpoints, written by Orbax: `<step>/{params, train_state, manifest, assets}`.
+"""A run's checkpoints, written by Orbax: `<step>/{params, train_state, assets}` and a seal.
 
 `params` is the running average, what evaluation and serving load. `assets` holds every file that must travel with it
-(config, tokenizer, normalization), so one step directory is enough to serve. Two checks, because Orbax restores a
-damaged shard without complaint: `manifest` holds a checksum of each leaf as it was in memory, and a step that is on
-disk is sealed by a SHA-256 of each file (insula.checkpoints.seal).
+(config, tokenizer, normalization), so one step directory is enough to serve. Orbax restores a damaged shard without
+complaint, so a step that is on disk is sealed by a SHA-256 of each file (insula.checkpoints.seal).
+
+A save costs the caller almost nothing: a thread writes while training goes on. Where several processes train, each
+writes its own pieces of the arrays, and process 0 all that is no array.
 """
 
 import dataclasses
@@ -12,16 +14,16 @@ import logging
 import shutil
 import sys
 import traceback
-import zlib
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
-from insula.checkpoints.seal import add_to_seal, find_damage, seal
+from insula.checkpoints.seal import SEAL_FILE, add_to_seal, find_damage, seal
+from insula.checkpoints.snapshot import snapshot
 from insula.errors import CheckpointError, InsulaError, brief
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,8 @@ class _AssetsHandler(ocp.CheckpointHandler):
     """Runs the caller's writer inside Orbax' atomic save."""
 
     def save(self, directory: Any, args: "_AssetsSave") -> None:
-        args.write(Path(directory))
+        if _is_main():
+            args.write(Path(directory))
 
     def restore(self, directory: Any, args: Any = None) -> Path:
         return Path(directory)
@@ -73,9 +76,8 @@ def _hush_other_reads() -> None:
     sys.unraisablehook = hook
 
 
-def checksums(tree: Any) -> dict[str, int]:
-    """CRC-32 of each leaf's bytes, by its path."""
-    return {name: zlib.crc32(np.ascontiguousarray(leaf).data) for name, leaf in _named_leaves(tree).items()}
+def _is_main() -> bool:
+    return jax.process_index() == 0
 
 
 def _free(path: Path) -> Path:
@@ -89,50 +91,110 @@ class CheckpointStore:
 
     def __init__(self, directory: Path, keep: int = 3, keep_every: int | None = None):
         """The newest `keep` steps stay, and those that `keep_every` divides."""
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every, create=True)
-        self._saved: list[int] = []  # by this process, and not sealed yet
+        directory = Path(directory).absolute()
+        directory.mkdir(parents=True, exist_ok=True)
+
+        # Named one by one, processes wait for each other at JAX's coordinator. Else they would by a program on their
+        # devices, which from a thread beside the training would come between its own, here before and there after one.
+        count = jax.process_count()
+        processes = ocp.options.MultiprocessingOptions(active_processes=set(range(count)) if count > 1 else None)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            keep_period=keep_every,
+            create=False,
+            enable_async_checkpointing=False,  # all of a save is in our thread, not only what Orbax defers
+            multiprocessing_options=processes,
+        )
+        self._manager = ocp.CheckpointManager(directory, options=options)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._writing: list[tuple[int, Future]] = []
         self._sound: set[int] = set()  # looked at already: hashing reads every byte
-        self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
+
+    # --- writing -----------------------------------------------------------------------------------------------------
 
     def save(self, step: int, params: Any, train_state: Any, assets: WriteAssets) -> None:
-        """Write step `step`; a step that is already there is left alone."""
-        if self.has(step):
+        """Write step `step` in the background; a step that is already there is left alone. The arrays may be donated at
+        once. Waits for the save before. Raises CheckpointError where that one could not be written."""
+        self.wait()  # one at a time: each holds a copy of the state
+        if step in self._manager.all_steps():
             return
 
-        # Checksums of what is in memory now: of the file they would vouch for whatever the disk made of it.
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
-            train_state=ocp.args.StandardSave(train_state),
-            manifest=ocp.args.JsonSave({"params": checksums(params), "train_state": checksums(train_state)}),
-            assets=_AssetsSave(assets),
-        )
-        self.wait()
-        try:
-            self._manager.save(step, args=items)
-        except Exception as error:  # Orbax raises dozens of kinds; each means the same to the caller
-            raise self._unwritten(step, error) from error
-        self._saved.append(step)
+        held = snapshot({"params": params, "train_state": train_state})
+        self._later(step, lambda: self._write(step, held, assets))
+
+    def add_file(self, step: int, name: str, write: WriteAssets) -> None:
+        """Let one more file travel with a step, once that is on disk: `write` is given its path."""
+
+        def add() -> None:
+            path = self._step(step) / "assets" / name
+            write(path)
+            add_to_seal(self._step(step), path)
+
+        if _is_main():
+            self._later(step, add)
+
+    def check(self) -> None:
+        """Raises CheckpointError where a save has failed meanwhile. Waits for nothing."""
+        while self._writing and self._writing[0][1].done():
+            step, work = self._writing.pop(0)
+            self._raise_failure(step, work)
 
     def wait(self) -> None:
-        """Until every save is on disk, whole and by its name. Raises CheckpointError where one cannot be written."""
+        """Until all that was begun is on disk, whole and by its name. Raises CheckpointError where it cannot be."""
+        while self._writing:
+            step, work = self._writing.pop(0)
+            self._raise_failure(step, work)
+
+    def _later(self, step: int, work: Callable[[], None]) -> None:
+        self._writing.append((step, self._thread.submit(work)))
+
+    def _write(self, step: int, held: dict[str, Any], assets: WriteAssets) -> None:
+        items = {name: ocp.args.StandardSave(tree) for name, tree in held.items()}
+        self._manager.save(step, args=ocp.args.Composite(**items, assets=_AssetsSave(assets)))
+        if _is_main():
+            seal(self._step(step))
+
+    def _raise_failure(self, step: int, work: Future) -> None:
         try:
-            self._manager.wait_until_finished()
-            while self._saved:
-                seal(self._step(self._saved[0]))
-                self._saved.pop(0)
-        except Exception as error:
-            raise self._unwritten("that is being written", error) from error
+            work.result()
+        except Exception as error:  # Orbax raises dozens of kinds; each means the same to the caller
+            raise CheckpointError(
+                f"{self._manager.directory}: step {step} cannot be written ({brief(error)}); "
+                "earlier steps are whole. Make room, or mend the folder, and resume"
+            ) from error
+
+    def close(self) -> None:
+        """Wait for what is being written, and end."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._manager.close()
+
+    def __enter__(self) -> "CheckpointStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def latest(self) -> int | None:
+        """The newest step, None where there is none."""
+        self.wait()
+        return self._manager.latest_step()
+
+    def assets(self, step: int | None = None) -> Path:
+        """The folder of files that travel with a step."""
+        self.wait()
+        step = self._manager.latest_step() if step is None else step
+        if step is None or not (self._step(step) / "assets").is_dir():
+            raise CheckpointError(f"{self._manager.directory}: no finished checkpoint (step {step})")
+        return self._step(step) / "assets"
 
     def has_file(self, step: int, name: str) -> bool:
         """Whether a file travels with a finished step."""
         return (self._step(step) / "assets" / name).is_file()
-
-    def add_file(self, step: int, name: str, write: WriteAssets) -> None:
-        """Let one more file travel with a step, once that is on disk: `write` is given its path."""
-        self.wait()
-        path = self.assets(step) / name
-        write(path)
-        add_to_seal(self._step(step), path)
 
     def set_damaged_aside(self, to: Path) -> int | None:
         """Move every step that is newer than the newest sound one into the folder `to`, and say so. Returns that sound
@@ -149,6 +211,10 @@ class CheckpointStore:
         told = "; ".join(f"step {step}: {damage}" for step, damage in damaged.items())
         if damaged and sound is None:
             raise CheckpointError(f"{self._manager.directory}: no checkpoint is as it was written: {told}")
+
+        # Killed between a step and its seal, or written before there were seals.
+        if sound is not None and not (self._step(sound) / SEAL_FILE).is_file():
+            seal(self._step(sound))
 
         for step in damaged:
             to.mkdir(exist_ok=True)
@@ -168,20 +234,13 @@ class CheckpointStore:
     def _step(self, step: int) -> Path:
         return Path(self._manager.directory) / str(step)
 
-    def has(self, step: int) -> bool:
-        """Whether a step is there, or being written."""
-        return step in self._manager.all_steps()
-
-    def latest(self) -> int | None:
-        """The newest step, None where there is none."""
-        return self._manager.latest_step()
-
     def restore(self, item: str, like: Any, step: int | None = None) -> Any:
         """`item` ("params" or "train_state") in the shapes of `like`; the newest step unless told. Its leaves live
         where those of `like` do, else on one device of this process: they may have been saved on others.
 
         Raises CheckpointError where there is none, a shape differs, or a leaf is damaged.
         """
+        self.wait()
         step = self._manager.latest_step() if step is None else step
 
         where = f"{self._manager.directory}/{step}/{item}"
@@ -190,8 +249,8 @@ class CheckpointStore:
             raise CheckpointError(f"{self._manager.directory}: no checkpoint at step {step}; there are: {known}")
 
         # What is read here, and what it is read by.
-        parts = {item, "manifest", "assets"}
-        if step not in self._sound and (damage := find_damage(self._step(step), parts)):
+        parts = {item, "assets"}
+        if _is_main() and step not in self._sound and (damage := find_damage(self._step(step), parts)):
             raise CheckpointError(f"{where}: damaged, {damage}. {self._fall_back(step)}")
 
         # Shapes and dtypes, so that Orbax checks them before it reads, and places: it would look for the devices of the
@@ -201,22 +260,22 @@ class CheckpointStore:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here), like
         )
         try:
-            wanted = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)}, manifest=ocp.args.JsonRestore())
-            restored = self._manager.restore(step, args=wanted)
+            wanted = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
+            restored = self._manager.restore(step, args=wanted)[item]
         except Exception as error:  # Orbax raises dozens of kinds; each means the same to the caller
             _hush_other_reads()
             raise CheckpointError(
                 f"{where} cannot be read ({brief(error)}); it is damaged or of another model. {self._fall_back(step)}"
             ) from error
 
-        self._verify(where, restored[item], like, restored["manifest"][item])
-        return restored[item]
+        self._check_shapes(where, restored, like)
+        return restored
 
     def _fall_back(self, step: int) -> str:
         return f"Remove {self._step(step)} to fall back to an earlier step; training --resume does so by itself"
 
     @staticmethod
-    def _verify(where: str, tree: Any, like: Any, expected: dict[str, int]) -> None:
+    def _check_shapes(where: str, tree: Any, like: Any) -> None:
         wanted = _named_leaves(like)
 
         # Orbax cuts or pads a leaf of another shape where it can.
@@ -225,36 +284,3 @@ class CheckpointStore:
                 raise CheckpointError(
                     f"{where}: {name} has shape {leaf.shape}, the config expects {wanted[name].shape}"
                 )
-
-        for name, value in checksums(tree).items():
-            if value != expected.get(name):
-                raise CheckpointError(
-                    f"{where}: {name} is damaged, its checksum does not match the manifest; "
-                    "remove this step to fall back to an earlier one"
-                )
-
-    def assets(self, step: int | None = None) -> Path:
-        """The folder of files that travel with a step."""
-        step = self._manager.latest_step() if step is None else step
-        if step is None or not (self._step(step) / "assets").is_dir():
-            raise CheckpointError(f"{self._manager.directory}: no finished checkpoint (step {step})")
-        return self._step(step) / "assets"
-
-    def close(self) -> None:
-        """Wait for what is being written, and end."""
-        try:
-            self.wait()
-        finally:
-            self._manager.close()
-
-    def _unwritten(self, step: object, error: Exception) -> CheckpointError:
-        return CheckpointError(
-            f"{self._manager.directory}: step {step} cannot be written ({brief(error)}); "
-            "earlier steps are whole. Make room, or mend the folder, and resume"
-        )
-
-    def __enter__(self) -> "CheckpointStore":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

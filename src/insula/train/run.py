@@ -128,12 +128,11 @@ def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointSto
             certify(state)
 
         # Saving comes first. Measuring takes longer, and may raise or be killed: the updates must not be lost to it.
-        # Certifying comes last, since it waits until the save is on disk; losses are measured meanwhile.
         hooks = [Every(config.checkpoint_every, save)]
         if unseen:
             look = make_held_out_losses(config, data.mapping, unseen, eval_rng, mesh)
             hooks.append(Every(config.evaluate_every, look))
-        hooks.append(Every(config.checkpoint_every, certify))
+        hooks += [Every(config.checkpoint_every, certify), Every(config.log_every, lambda _: store.check())]
         if config.reading.on_bad_sample == "quarantine":
             hooks.append(Every(config.log_every, lambda _: {"quarantined": float(quarantined(mixture))}))
 
@@ -267,6 +266,7 @@ def make_certifier(
         about = {"step": step, "seed": config.seed, "samples": samples}
         store.add_file(step, CERTIFICATE_FILE, lambda path: write_certificate(path, proof, config.model, about))
         if proof.outcome == "leaks":
+            store.wait()  # the certificate keeps this checkpoint from being resumed: it must be there before we end
             proof.check()
 
     return certify

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from small import SMALL, VARIANTS, by_leaf, gradients, largest, loss, model, prefix
 
 from insula.decode.flow import sample_actions
 from insula.losses import compute_loss
@@ -16,7 +17,6 @@ from insula.model.params import abstract_params
 from insula.testing import fake_batch
 from insula.train.optimizer import DEFAULT, make_optimizer
 from insula.train.step import make_train_state, make_train_step
-from small import SMALL, VARIANTS, by_leaf, gradients, jit, largest, loss, model, prefix
 
 NARROW = SMALL.with_compute(dtype="bfloat16", stream="dtype")
 WIDE = SMALL.with_compute(dtype="bfloat16", stream="float32")
@@ -115,9 +115,7 @@ def test_gradients_point_the_same_way() -> None:
     params, batch = model()
     narrow, wide = (gradients(params, c, batch)["total"] for c in (NARROW, WIDE))
     for part in ("vision", "backbone", "expert"):
-        a, b = (
-            np.concatenate([leaf.ravel() for leaf in by_leaf(getattr(g, part)).values()]) for g in (narrow, wide)
-        )
+        a, b = (np.concatenate([leaf.ravel() for leaf in by_leaf(getattr(g, part)).values()]) for g in (narrow, wide))
         assert a.dtype == np.float32
         assert 0.99 < a @ b / np.linalg.norm(a) / np.linalg.norm(b) < 1 - 1e-9, part
 

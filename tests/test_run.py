@@ -148,7 +148,7 @@ def test_where_every_checkpoint_is_damaged_nothing_is_moved(finished: Path, tmp_
     for step in ("3", "6"):
         (run / "checkpoints" / step / "assets" / "config.json").write_bytes(b"")
     with pytest.raises(
-        CheckpointError, match="no checkpoint is as it was written: step 6: assets/config.json has changed; step 3"
+        CheckpointError, match=r"no checkpoint is as it was written: step 6: assets/config\.json has changed; step 3"
     ):
         training.train(TrainConfig(run=run, resume=True), quiet=True)
     assert (run / "checkpoints" / "6").is_dir() and not (run / "damaged").exists()

@@ -69,7 +69,7 @@ def train(config: ModelConfig, where: MeshConfig, steps: int = STEPS, parts: int
         step = jit(step, out_shardings=(places, None))
         losses = []
         for i in range(steps):
-            state, metrics = step(state, put_batch(batches[i % len(batches)], mesh))
+            state, metrics = step(state, put_batch(batches[i % len(batches)], mesh, 8))
             losses.append(float(metrics["total"]))
     return state, losses
 

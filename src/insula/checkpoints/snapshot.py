@@ -21,7 +21,7 @@ def snapshot(tree: Any) -> Any:
 
 
 def _is_on_cpu(x: jax.Array) -> bool:
-    return next(iter(x.sharding.device_set)).platform == "cpu"
+    return all(piece.device.platform == "cpu" for piece in x.addressable_shards)
 
 
 def _alias(x: jax.Array) -> jax.Array:

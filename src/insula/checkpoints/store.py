@@ -220,10 +220,14 @@ class CheckpointStore:
             to.mkdir(exist_ok=True)
             shutil.move(self._step(step), _free(to / str(step)))
         if damaged:
-            self._manager.reload()
+            self.look_again()
             log.warning("damaged, moved to %s: %s; going on from step %s", to, told, sound)
 
         return sound
+
+    def look_again(self) -> None:
+        """After another process has moved steps away."""
+        self._manager.reload()
 
     def _damage(self, step: int) -> str | None:
         try:

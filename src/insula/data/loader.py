@@ -15,6 +15,7 @@ AHEAD = 2
 """Batches kept ready."""
 # As good as endless, and an int: Grain wants a range that ends.
 LAST_STEP = 2**40
+ALL_ROWS = slice(None)
 
 
 class Loader:
@@ -24,9 +25,9 @@ class Loader:
             batch = next(batches)
 
     Which samples a batch holds depends on (seed, step) alone: a loader started at a step continues as if it had never
-    stopped, whatever `workers` is (0: a thread; else this many processes). `shard` = (number, of how many): this host's
-    part of every batch; all hosts together see what one would. An exception while making a batch is raised by the
-    `next()` that would have returned it. `close()` ends thread and processes.
+    stopped, whatever `workers` is (0: a thread; else this many processes). `rows`: those of every batch that this host
+    makes; all hosts together see what one would. An exception while making a batch is raised by the `next()` that would
+    have returned it. `close()` ends thread and processes.
     """
 
     def __init__(
@@ -36,21 +37,16 @@ class Loader:
         seed: int,
         start_step: int = 0,
         workers: int = 0,
-        shard: tuple[int, int] = (0, 1),
+        rows: slice = ALL_ROWS,
     ):
         if start_step < 0:
             raise InputError(f"loader: got start_step {start_step}, expected 0 or more")
-
-        # Parts must be equal: every host compiles for one shape.
-        number, shards = shard
-        if not 0 <= number < shards or batch_size % shards:
-            raise InputError(f"loader: batch size {batch_size} does not fall into {shards} equal parts, or no {number}")
 
         self.mixture = mixture
         self.order = mixture.order(batch_size, seed)
 
         # By step and nothing else: no iterator's state has to be saved with a checkpoint.
-        make = _Make(mixture, self.order, number, shards)
+        make = _Make(mixture, self.order, rows)
 
         # One thread: it is many times as fast as a step takes, and Grain's default would take the step's own cores.
         read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)
@@ -106,13 +102,12 @@ def _leave_signals_to_the_parent(number: int, count: int) -> None:
 class _Make(grain.transforms.Map):
     """A step's batch, or this host's part of it."""
 
-    def __init__(self, mixture: Mixture, order: Order, number: int, shards: int):
+    def __init__(self, mixture: Mixture, order: Order, rows: slice):
         self.mixture = mixture
         self.order = order
-        self.number = number
-        self.shards = shards
+        self.rows = rows
 
     def map(self, element: int) -> Batch:
         # Every host computes the whole order, which is cheap, and makes only its own rows.
         source, rows = self.order[element]
-        return self.mixture.batch(source[self.number :: self.shards], rows[self.number :: self.shards])
+        return self.mixture.batch(source[self.rows], rows[self.rows])

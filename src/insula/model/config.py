@@ -137,9 +137,9 @@ class ComputeConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What matrix products read. They accumulate in float32 either way."""
     stream: Literal["auto", "float32", "dtype"] = "auto"
-    """What layers hand on: the residual stream, queries, keys and values, and what products give. Norms, softmax, rotary
-    angles, losses and the optimizer are float32 whatever it is. "auto": float32 on a CPU, where nothing else is as fast,
-    and `dtype` on an accelerator, where float32 takes twice the memory."""
+    """What layers hand on: the residual stream, queries, keys and values, and what products give. Norms, softmax,
+    rotary angles, losses and the optimizer are float32 whatever it is. "auto": float32 on a CPU, where nothing else is
+    as fast, and `dtype` on an accelerator, where float32 takes twice the memory."""
     scan_layers: bool = False
     """Walk depth by one compiled loop: less compilation, slower for small models."""
     remat: Literal["none", "dots", "all"] = "none"

@@ -25,16 +25,16 @@ from insula.model.config import ComputeConfig
 from insula.model.lora import LoRA
 from insula.shapes import AnyArray, Array, Float, Int, Leaf, Shaped
 
-def enter(x: Float[Array, "*b W"], compute: ComputeConfig) -> Float[Array, "*b W"]:
-    """The same values in the type that layers hand on (`ComputeConfig.stream`)."""
-    wide = compute.stream == "float32" or (compute.stream == "auto" and jax.default_backend() == "cpu")
-    return x.astype("float32" if wide else compute.dtype)
-
-
 PRODUCT = "product"
 """The name of a matrix product's result, for `ComputeConfig.remat`: JAX's own policies do not see into `_product`."""
 BATCH_AXES = ("data", "fsdp")
 """Axes of the mesh (insula.parallel) over which samples are split."""
+
+
+def enter(x: Float[Array, "*b W"], compute: ComputeConfig) -> Float[Array, "*b W"]:
+    """The same values in the type that layers hand on (`ComputeConfig.stream`)."""
+    wide = compute.stream == "float32" or (compute.stream == "auto" and jax.default_backend() == "cpu")
+    return x.astype("float32" if wide else compute.dtype)
 
 
 # A custom backward pass, because the one JAX derives would multiply the float32 gradient of the result, not `dtype`.

@@ -10,6 +10,7 @@ A single device is a mesh of one: there is no other code for it.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -80,6 +81,16 @@ def everywhere(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def local_rows(mesh: Mesh, batch_size: int) -> slice:
+    """The rows of a batch that devices of this process have. Where several processes share a sample, each of them makes
+    it."""
+    places = split_batch(mesh).addressable_devices_indices_map((batch_size,)).values()
+    spans = sorted({index[0].indices(batch_size)[:2] for index in places if index is not None})
+    # Devices stand in the mesh in the order of their processes (`make_mesh`).
+    assert all(end == start for (_, end), (start, _) in itertools.pairwise(spans))
+    return slice(spans[0][0], spans[-1][1])
+
+
 def check_batch_size(mesh: Mesh, batch_size: int, parts: int = 1) -> None:
     """Raises InputError unless every device gets as many samples, of each of `parts` parts."""
     pieces = batch_shards(mesh) * parts
@@ -91,10 +102,14 @@ def check_batch_size(mesh: Mesh, batch_size: int, parts: int = 1) -> None:
         )
 
 
-def put_batch(tree: Any, mesh: Mesh) -> Any:
-    """A batch on the devices. Each process gives the rows of its own devices, all together are the batch."""
+def put_batch(tree: Any, mesh: Mesh, batch_size: int) -> Any:
+    """A batch on the devices. Each process gives its rows (`local_rows`), all together are the batch."""
     sharding = split_batch(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+
+    def put(x: Any) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x), (batch_size, *x.shape[1:]))
+
+    return jax.tree.map(put, tree)
 
 
 def put_everywhere(tree: Any, mesh: Mesh) -> Any:

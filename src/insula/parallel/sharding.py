@@ -16,6 +16,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from insula.model.config import ModelConfig
@@ -74,6 +75,6 @@ def put(tree: Any, sharding: Any) -> Any:
     def place(x: Any, where: NamedSharding) -> jax.Array:
         if where.is_fully_addressable:
             return jax.device_put(x, where)
-        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+        return jax.make_array_from_callback(x.shape, where, lambda index: np.asarray(x)[index])
 
     return jax.tree.map(place, tree, sharding)

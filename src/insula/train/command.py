@@ -1,11 +1,14 @@
 """What `insula train` does."""
 
 import argparse
+import dataclasses
+import logging
 from pathlib import Path
 
 import tyro
 
 from insula.errors import InputError
+from insula.parallel.processes import ALONE, is_main, join_processes, together
 from insula.train.config import TrainConfig as TrainConfig
 from insula.train.config import training_preset
 from insula.train.resume import stored_settings
@@ -35,10 +38,18 @@ def train_defaults(preset: str | None, arguments: list[str]) -> TrainConfig:
 
 def run_train(config: TrainConfig) -> int:
     """Train, and say how to go on where that was interrupted. Returns the exit code. Raises as `train`."""
-    complete = train(config, base=stored_settings(config.run) if config.resume else None)
+    join_processes(config.processes)
+    if not is_main():  # one process speaks for all
+        logging.disable(logging.WARNING)
+
+    config = dataclasses.replace(config, processes=ALONE)
+    with together():
+        complete = train(config, quiet=not is_main(), base=stored_settings(config.run) if config.resume else None)
+    if is_main():
+        print(
+            f"done {config.run}" if complete else f"interrupted; go on with: insula train --resume --run {config.run}"
+        )
     if complete:
-        print(f"done {config.run}")
         return 0
 
-    print(f"interrupted; go on with: insula train --resume --run {config.run}")
     return 130  # as of any process that Ctrl-C ends; a script must not take half a run for a whole one

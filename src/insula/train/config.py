@@ -12,6 +12,7 @@ from insula.errors import InputError, did_you_mean
 from insula.files import as_path, read_json
 from insula.model.config import PI0, PI05, TINY_BFLOAT16, ModelConfig, build, check_object, config_from_dict
 from insula.parallel.mesh import ALL_DEVICES, MeshConfig
+from insula.parallel.processes import ALONE, ProcessesConfig
 from insula.train.optimizer import DEFAULT, PI0_OPTIMIZER, PI05_OPTIMIZER, OptimizerConfig
 
 
@@ -29,6 +30,8 @@ class TrainConfig:
     optimizer: OptimizerConfig = DEFAULT
     mesh: MeshConfig = ALL_DEVICES
     """How the devices share the work (insula.parallel.mesh); unless told, each has a part of the model."""
+    processes: ProcessesConfig = ALONE
+    """The other processes of this training, where there is one for each of several hosts (docs/scale.md)."""
     steps: int = 2500
     """Updates of the whole run. The learning rates' schedule ends there."""
     batch_size: int = 32
@@ -110,6 +113,7 @@ _READING_PATHS = ("text_tokenizer", "fast")
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """Plain JSON values, which `read_config` reads back."""
     raw = dataclasses.asdict(config)
+    del raw["processes"]  # of this start, and different in each of them
     # None stays None: "None" would come back as a path of that name.
     raw["reading"] |= {name: raw["reading"][name] and str(raw["reading"][name]) for name in _READING_PATHS}
     return raw | {name: raw[name] and str(raw[name]) for name in _PATHS}

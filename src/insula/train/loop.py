@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from insula.errors import NonFiniteError
@@ -37,9 +39,11 @@ class Every:
 
 
 class MetricsLog:
-    """One JSON object per line and step. TensorBoard as well where a writer is given."""
+    """One JSON object per line and step. TensorBoard as well where a writer is given. Without a path nothing is
+    written: one of several processes does."""
 
-    def __init__(self, path: Path, tensorboard: Any = None):
+    def __init__(self, path: Path | None, tensorboard: Any = None):
+        path = Path(os.devnull) if path is None else path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")  # a resumed run writes on; some steps may be there twice
         self._tensorboard = tensorboard
@@ -108,12 +112,12 @@ def run_loop(
                 bar.update(task, figures=f"{_figures(averages)} {seconds * 1e3:.0f} ms/step")
             pending, waited, since = [], 0.0, time.perf_counter()
 
-        while done < steps and not interrupted():
+        while done < steps and not interrupted(done):
             before = time.perf_counter()
             try:
                 batch = next(batches)
             except Exception:
-                if interrupted():  # a signal for all our processes ends those that make batches, too
+                if interrupted(done):  # a signal for all our processes ends those that make batches, too
                     break
                 raise
             waited += time.perf_counter() - before
@@ -193,26 +197,32 @@ def _progress(quiet: bool) -> Iterator[Progress]:
 
 
 @contextlib.contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
+def _interrupts() -> Iterator[Callable[[int], bool]]:
     """Ctrl-C, SIGTERM and SIGHUP set a flag instead of tearing through a half-made update: the old state is donated to
-    it, so an exception then would leave none to save.
+    it, so an exception then would leave none to save. What is yielded says whether to end before the update after so
+    many.
 
     Only a person's second Ctrl-C ends at once: schedulers and terminals send several signals for one ending.
     """
     seen: set[int] = set()
+    several = jax.process_count() > 1
 
     def note(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and number in seen:
             raise KeyboardInterrupt
         seen.add(number)  # no more: a handler runs between any two instructions, with locks held
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    numbers = [signal.SIGINT, signal.SIGTERM]
+    # Several processes must end before the same update, whichever of them is told to. JAX's coordinator agrees on one:
+    # it listens for SIGTERM, and is told of the others as of one.
+    numbers = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup: the terminal may go
         numbers.append(signal.SIGHUP)
 
     previous = {number: signal.signal(number, note) for number in numbers}
     try:
-        yield lambda: bool(seen)
+        yield multihost_utils.reached_preemption_sync_point if several else lambda done: bool(seen)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -10,7 +10,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from insula.checkpoints.store import CheckpointStore
 from insula.errors import CheckpointError, InputError
 from insula.runs.folder import CHECKPOINTS_FOLDER, SETTINGS_FILE
 from insula.train.config import TrainConfig, read_config
@@ -59,11 +58,12 @@ def stored_settings(run: Path) -> TrainConfig:
 def newest_step(run: Path) -> int | None:
     """The newest checkpoint of a run, None where there is none."""
     folder = run / CHECKPOINTS_FOLDER
-    if not folder.is_dir():  # the store would make one
+    if not folder.is_dir():
         return None
 
-    with CheckpointStore(folder) as store:
-        return store.latest()
+    # By name, without a store: Orbax would look for devices, before this process could have joined others.
+    steps = (int(path.name) for path in folder.iterdir() if path.name.isdigit() and path.is_dir())
+    return max(steps, default=None)
 
 
 def resumed_settings(asked: TrainConfig, base: TrainConfig | None = None) -> tuple[TrainConfig, TrainConfig]:

@@ -26,7 +26,8 @@ from insula.errors import CheckpointError, FileError, InputError
 from insula.files import check_output_folder, write_json
 from insula.losses import compute_loss
 from insula.model.params import Params, add_lora, init_params
-from insula.parallel.mesh import check_batch_size, make_mesh, put_batch, put_everywhere
+from insula.parallel.mesh import check_batch_size, local_rows, make_mesh, put_batch, put_everywhere
+from insula.parallel.processes import check_same, is_main, on_main
 from insula.parallel.sharding import put
 from insula.runs.assets import read_assets
 from insula.runs.folder import (
@@ -68,16 +69,17 @@ def train(config: TrainConfig, quiet: bool = False, base: TrainConfig | None = N
 
     Raises InputError, DatasetError, CheckpointError, InsulationError or NonFiniteError, each with what to do about it.
     """
-    refuse_several_processes()
     stored = None
     if config.resume:
         stored, config = resumed_settings(config, base)
 
-    check_output_folder(config.run, "run")
+    on_main(lambda: check_output_folder(config.run, "run"))
     folder = config.run / CHECKPOINTS_FOLDER
     # The lock first: opening a store clears away what an interrupted save left, which may be another process's.
     with only_trainer(config.run), CheckpointStore(folder, config.keep, config.keep_every) as store:
-        newest = store.latest() if stored is None else store.set_damaged_aside(config.run / DAMAGED_FOLDER)
+        aside = config.run / DAMAGED_FOLDER
+        newest = on_main(lambda: store.latest() if stored is None else store.set_damaged_aside(aside))
+        store.look_again()
         if stored is None and newest is not None:
             raise CheckpointError(f"{config.run} holds a run at step {newest}; resume it, or choose another folder")
 
@@ -95,6 +97,7 @@ def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointSto
     """From the data to the last checkpoint. `stored`: the settings so far, of a run that goes on."""
     mesh = make_mesh(config.mesh)
     check_batch_size(mesh, config.batch_size, config.accumulate)
+    check_same("settings", json.dumps(to_dict(config)))
     with contextlib.closing(_metrics_log(config)) as metrics, jax.set_mesh(mesh):
         moved = config.data if stored is not None and config.data != stored.data else None
         data = open_data(config, moved)
@@ -104,8 +107,9 @@ def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointSto
 
         # Only once all data could be opened: a run that could not start leaves no settings. And before the first
         # update, since a checkpoint without them could not be resumed.
-        write_json(config.run / SETTINGS_FILE, to_dict(dataclasses.replace(config, resume=False)))
-        write_data(config, data)
+        if is_main():
+            write_json(config.run / SETTINGS_FILE, to_dict(dataclasses.replace(config, resume=False)))
+            write_data(config, data)
 
         init_rng, step_rng, eval_rng = jax.random.split(jax.random.key(config.seed), 3)
         optimizer = make_optimizer(config.optimizer, config.model, config.steps)
@@ -136,8 +140,9 @@ def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointSto
         if config.reading.on_bad_sample == "quarantine":
             hooks.append(Every(config.log_every, lambda _: {"quarantined": float(quarantined(mixture))}))
 
-        with Loader(mixture, config.batch_size, config.seed, int(state.step), config.workers) as loader:
-            batches = (put_batch(batch, mesh) for batch in loader)
+        rows = local_rows(mesh, config.batch_size)
+        with Loader(mixture, config.batch_size, config.seed, int(state.step), config.workers, rows) as loader:
+            batches = (put_batch(batch, mesh, config.batch_size) for batch in loader)
             tell = make_skipped_log(config, mixture)
             state, complete = run_loop(
                 state, step, batches, config.steps, metrics, config.log_every, tuple(hooks), quiet, tell
@@ -172,19 +177,13 @@ def start_state(
     return start(params, optimizer), places
 
 
-def refuse_several_processes() -> None:
-    """Raises InputError where JAX was started as one of several processes: each would train a model of its own."""
-    # Data parallelism alone would not do: JAX's preemption notifier then takes SIGTERM, and our loop never sees it.
-    if jax.process_count() > 1:
-        raise InputError(
-            f"training on several processes is not supported yet (this is process {jax.process_index()} of "
-            f"{jax.process_count()}); start a single one, without jax.distributed.initialize"
-        )
-
-
 @contextlib.contextmanager
 def only_trainer(run: Path) -> Iterator[None]:
-    """Keeps a second process out of the folder of a run. Raises FileError where there is one in it already."""
+    """Keeps a second training out of the folder of a run. Raises FileError where there is one in it already."""
+    if not is_main():  # process 0 holds the lock for all of its training
+        yield
+        return
+
     with (run / LOCK_FILE).open("a", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel's, gone with this process however it ends
@@ -220,7 +219,8 @@ def start_params(config: TrainConfig, rng: PRNGKeyArray) -> Params:
     else:
         params, report = load_params(local(config.init), plain, rng, config.fresh, config.ignore)
         log.warning("%s", report.summary())
-        report.write(config.run / INIT_FILE)
+        if is_main():
+            report.write(config.run / INIT_FILE)
         trained_expert = not any(name.startswith("expert.layers.") for name in report.fresh)
 
     if lora is None:
@@ -257,10 +257,13 @@ def make_certifier(
     sources = list(mixture.sources.values())
     samples = [sources[source[i]].where(int(rows[i])) for i in chosen]
 
+    certified: set[int] = set()  # of which some may not be on disk yet
+
     def certify(state: TrainState) -> None:
         step = int(state.step)
-        if store.has_file(step, CERTIFICATE_FILE):
+        if step in certified or on_main(lambda: store.has_file(step, CERTIFICATE_FILE)):
             return
+        certified.add(step)
 
         proof = measure(state.ema_params, some, rng)  # of the averaged weights, which are what is served
         about = {"step": step, "seed": config.seed, "samples": samples}
@@ -277,6 +280,8 @@ def make_skipped_log(config: TrainConfig, mixture: Mixture) -> Callable[[int], N
     sources = list(mixture.sources.values())
 
     def tell(step: int) -> None:
+        if not is_main():
+            return
         source, rows = mixture.order(config.batch_size, config.seed)[step - 1]  # the update to step 1 has batch 0
         samples = [sources[i].where(int(row)) for i, row in zip(source, rows, strict=True)]
         with (config.run / SKIPPED_FILE).open("a", encoding="utf-8") as file:
@@ -329,4 +334,4 @@ def _metrics_log(config: TrainConfig) -> MetricsLog:
             raise InputError("tensorboard=True needs the extra: pip install 'insula[tensorboard]'") from error
         writer = SummaryWriter(str(config.run / TENSORBOARD_FOLDER))
 
-    return MetricsLog(config.run / METRICS_FILE, writer)
+    return MetricsLog(config.run / METRICS_FILE if is_main() else None, writer)

@@ -1,0 +1,43 @@
+"""One process of a training: python one_of_several.py SETTINGS COORDINATOR COUNT INDEX [MORE …], where MORE is
+"resume", "signal:NUMBER:STEP" or "settings:OTHER"."""
+
+import dataclasses
+import logging
+import os
+import sys
+from pathlib import Path
+
+from insula.cli import execute
+from insula.parallel.processes import ProcessesConfig
+from insula.train import command
+from insula.train import run as training
+from insula.train.config import TrainConfig, read_config
+from insula.train.loop import Every
+
+
+def signal_after(step: int, number: int) -> None:
+    """This signal to oneself, once so many steps are made."""
+    real = training.run_loop
+
+    def signaled(*args: object, **named: object) -> object:
+        place = next(i for i, one in enumerate(args) if isinstance(one, tuple))
+        hooks = (*args[place], Every(step, lambda state: int(state.step) == step and os.kill(os.getpid(), number)))
+        return real(*args[:place], hooks, *args[place + 1 :], **named)
+
+    training.run_loop = signaled
+
+
+if __name__ == "__main__":
+    path, coordinator, count, index, *more = sys.argv[1:]
+    logging.basicConfig(level=logging.WARNING, format="insula: %(message)s")
+    other = [Path(one.removeprefix("settings:")) for one in more if one.startswith("settings:")]
+    found = read_config(other[0] if other else Path(path))
+    processes = ProcessesConfig(False, coordinator, int(count), int(index))
+    config: TrainConfig = dataclasses.replace(found, processes=processes, resume="resume" in more)
+    for one in more:
+        if one.startswith("signal:"):
+            signal_after(int(one.split(":")[2]), int(one.split(":")[1]))
+
+    # As `insula train` with these settings: its errors, its exit codes.
+    command.train_defaults = lambda preset, arguments: config  # type: ignore[assignment]
+    sys.exit(execute(["train"]))

@@ -1,0 +1,205 @@
+"""Several processes that train one model: real ones, over the loopback."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from small import difference
+
+from insula.checkpoints.store import CheckpointStore
+from insula.collect.demonstrations import collect
+from insula.data.config import DataConfig
+from insula.errors import InputError
+from insula.files import write_json
+from insula.model.config import TINY, TransformerConfig, VisionConfig
+from insula.model.params import abstract_params
+from insula.parallel import processes
+from insula.parallel.mesh import ONE_DEVICE, MeshConfig
+from insula.parallel.processes import EXIT_LOST, Heard, ProcessesConfig, on_main
+from insula.train import run as training
+from insula.train.config import TrainConfig, to_dict
+from insula.train.optimizer import OptimizerConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = dataclasses.replace(
+    TINY.with_compute(dtype="float32"),
+    name="small",
+    vision=VisionConfig(64, (16,), (), width=128, depth=1, mlp_dim=128, num_heads=2),
+    backbone=TransformerConfig(128, 1, 128, 2, 1, 16),
+    expert=TransformerConfig(128, 1, 128, 2, 1, 16),
+    max_fast_len=40,
+)
+"""Weights large enough to be split."""
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return collect(tmp_path_factory.mktemp("data") / "demos", episodes=4, processes=1).root
+
+
+def settings(data: Path, run: Path, **changes: object) -> TrainConfig:
+    config = TrainConfig(
+        run=run,
+        data=data,
+        model=MODEL,
+        optimizer=OptimizerConfig(warmup_steps=2),
+        steps=STEPS,
+        batch_size=8,
+        mesh=MeshConfig(),
+        from_scratch=True,
+        held_out_fraction=0.25,
+        evaluate_every=4,
+        checkpoint_every=4,
+        log_every=1,
+        reading=DataConfig(fast_vocab=512),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def written(config: TrainConfig, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, to_dict(config))
+    return path
+
+
+def start(config: TrainConfig, count: int, devices: int, *more: str, **of_one: str) -> list[subprocess.Popen]:
+    """The processes of one training. `of_one`: an argument more for process n, as `process_n`."""
+    path = written(config, config.run.parent / f"{config.run.name}.json")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    environment = os.environ | {"XLA_FLAGS": f"{' '.join(flags)} --xla_force_host_platform_device_count={devices}"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "tests/one_of_several.py", str(path), coordinator, str(count), str(i), *more]
+            + ([of_one[f"process_{i}"]] if f"process_{i}" in of_one else []),
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(count)
+    ]
+
+
+def finish(started: list[subprocess.Popen], seconds: float = 300) -> list[tuple[int, str]]:
+    """Exit code and all output of each."""
+    try:
+        found = [process.communicate(timeout=seconds) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, out + error) for process, (out, error) in zip(started, found, strict=True)]
+
+
+def losses(run: Path) -> dict[int, float]:
+    """By step; of those that were made twice, the last."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["total"] for row in rows if "total" in row}
+
+
+def params(run: Path) -> object:
+    with CheckpointStore(run / "checkpoints") as store:
+        return jax.device_get(store.restore("params", abstract_params(MODEL)))
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, one device."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    assert training.train(settings(data, run, mesh=ONE_DEVICE), quiet=True)
+    return run
+
+
+def test_two_processes_train_what_one_does(alone: Path, data: Path, tmp_path: Path) -> None:
+    """Four devices each. One of them speaks, and its checkpoints hold all of the model, its certificate too."""
+    config = settings(data, tmp_path / "run")
+    found = finish(start(config, 2, 4))
+    assert [code for code, _ in found] == [0, 0], found
+    assert f"done {config.run}" in found[0][1] and "done" not in found[1][1]
+
+    assert losses(config.run).keys() == losses(alone).keys() == set(range(1, STEPS + 1))
+    np.testing.assert_allclose(list(losses(config.run).values()), list(losses(alone).values()), rtol=1e-5)
+    assert 0 <= difference(params(config.run), params(alone)) < 2e-3  # rates of 1e-3, eight steps
+    for step in ("4", "8"):
+        certificate = json.loads((config.run / "checkpoints" / step / "assets" / "certificate.json").read_text())
+        assert certificate["outcome"] == "holds", certificate["findings"]
+
+
+def test_one_is_killed_and_one_goes_on(alone: Path, data: Path, tmp_path: Path) -> None:
+    """The other ends with a line rather than waiting for ever; then a single process takes over."""
+    config = settings(data, tmp_path / "run")
+    kill = f"signal:{int(signal.SIGKILL)}:6"
+    found = finish(start(config, 2, 2, process_1=kill))
+    assert [code for code, _ in found] == [EXIT_LOST, -signal.SIGKILL], found
+    assert "process 1 of 2 is gone" in found[0][1] and "--resume" in found[0][1]
+
+    assert training.train(TrainConfig(run=config.run, resume=True, mesh=ONE_DEVICE), quiet=True)
+    np.testing.assert_allclose(list(losses(config.run).values()), list(losses(alone).values()), rtol=1e-5)
+
+
+def test_a_signal_to_one_ends_all_at_one_step(alone: Path, data: Path, tmp_path: Path) -> None:
+    """With a checkpoint, from which two processes go on."""
+    config = settings(data, tmp_path / "run", steps=200, checkpoint_every=100, evaluate_every=100, certify=False)
+    found = finish(start(config, 2, 2, process_1=f"signal:{int(signal.SIGTERM)}:3"))
+    assert [code for code, _ in found] == [130, 130], found
+    assert "go on with" in found[0][1]
+    with CheckpointStore(config.run / "checkpoints") as store:
+        step = store.latest()
+    assert step is not None and 3 < step < 200
+
+    more = dataclasses.replace(config, steps=200)
+    found = finish(start(dataclasses.replace(more, steps=step + 2), 2, 2, "resume"))
+    assert [code for code, _ in found] == [0, 0], found
+
+
+def test_different_settings_are_refused(data: Path, tmp_path: Path) -> None:
+    """Each of them would train another model."""
+    config = settings(data, tmp_path / "run", steps=2)
+    other = dataclasses.replace(config, seed=1)
+    found = finish(start(config, 2, 1, **{"process_1": f"settings:{written(other, tmp_path / 'other.json')}"}))
+    assert {code for code, _ in found} <= {1, EXIT_LOST}, found
+    assert any("settings of [1] differ from those of process 0" in said for _, said in found)
+    assert not (config.run / "checkpoints" / "2").exists()
+
+
+# --- alone -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"coordinator": "host:1"}, "count, index is missing"),
+        ({"coordinator": "host", "count": 2, "index": 0}, "expected HOST:PORT"),
+        ({"coordinator": "host:1", "count": 2, "index": 2}, "index"),
+    ],
+)
+def test_half_of_an_address_is_refused(values: dict, match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        ProcessesConfig(**values)
+
+
+def test_who_is_lost() -> None:
+    """Whose sign has not changed for long, by the clock of who looks."""
+    heard = Heard(2, now=0.0)
+    assert heard.lost({0: "1", 1: "1"}, now=1.0) == []
+    assert heard.lost({0: "2", 1: "1"}, now=processes.LOST) == []
+    assert heard.lost({0: "3", 1: "1"}, now=processes.LOST + 2) == [1]
+    assert heard.lost({0: "4", 1: processes.GONE}, now=processes.LOST + 3) == []
+    assert heard.lost({}, now=10 * processes.LOST) == [0]
+
+
+def test_alone_the_main_process_decides() -> None:
+    assert on_main(lambda: 3) == 3 and on_main(lambda: None) is None

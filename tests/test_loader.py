@@ -340,7 +340,7 @@ def test_a_worker_that_ends_by_itself_is_named(samples, monkeypatch):
     monkeypatch.setattr(loading, "CLOSING", 0.3)
     with (
         Loader(Mixture({"robot": Ending(samples)}), 4, seed=0, start_step=6, workers=1) as loader,
-        pytest.raises(WorkerError, match="ended with exit code 0.*the batch of step 7 will not come"),
+        pytest.raises(WorkerError, match=r"ended with exit code 0.*the batch of step 7 will not come"),
     ):
         next(loader)
 

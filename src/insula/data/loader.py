@@ -37,8 +37,8 @@ class Loader:
     Which samples a batch holds depends on (seed, step) alone: a loader started at a step continues as if it had never
     stopped, whatever `workers` is (0: a thread; else this many processes). `shard` = (number, of how many): this host's
     part of every batch; all hosts together see what one would. An exception while making a batch is raised by the
-    `next()` that would have returned it; WorkerError where a process has died. A batch that does not come is told of, with
-    what it is waited for, and waited for still. `close()` ends thread and processes.
+    `next()` that would have returned it; WorkerError where a process has died. A batch that does not come is told of,
+    and waited for still. `close()` ends thread and processes.
     """
 
     def __init__(
@@ -135,8 +135,8 @@ class Loader:
             parts.append(f"{names[number]} ({len(mine)} samples, the first is {first})")
 
         return (
-            f"loader: the batch of step {self.step + 1} has not come for {waited:.0f} s. {self._workers} should make it "
-            f"from {'; '.join(parts)}. Training waits on; a disk or a network mount that hangs is the usual reason"
+            f"loader: the batch of step {self.step + 1} has not come for {waited:.0f} s. {self._workers} should make "
+            f"it from {'; '.join(parts)}. Training waits on; a disk or a network mount that hangs is the usual reason"
         )
 
     def close(self) -> None:

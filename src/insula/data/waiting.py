@@ -107,6 +107,6 @@ def _death(code: int, step: int) -> str:
         how = f"was killed by {name}" + (f", {_CAUSES[-code]}" if -code in _CAUSES else "")
 
     return (
-        f"loader: a process that makes batches {how}; the batch of step {step + 1} will not come. Go on from the newest "
-        "checkpoint with --resume, and where memory is short with fewer --workers"
+        f"loader: a process that makes batches {how}; the batch of step {step + 1} will not come. Go on from the "
+        "newest checkpoint with --resume, and where memory is short with fewer --workers"
     )

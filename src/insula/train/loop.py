@@ -129,7 +129,8 @@ def run_loop(
             waited = time.perf_counter() - before
 
             profile.before(done + 1, state)
-            state, metrics = update(state, batch)
+            with jax.profiler.StepTraceAnnotation("update", step_num=done + 1):  # a trace is read by its steps
+                state, metrics = update(state, batch)
             meter.add(metrics, waited)
             done += 1
             profile.after(done, state)

@@ -9,7 +9,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from insula.errors import FileError, InputError, brief
 from insula.runs.folder import NAME_FILE, TENSORBOARD_FOLDER
@@ -19,6 +19,7 @@ PROJECT = "insula"
 """Unless WANDB_PROJECT or TRACKIO_PROJECT says another."""
 
 
+@runtime_checkable
 class Sink(Protocol):
     """What takes metrics. It may raise anything: the log then goes on without it."""
 

@@ -326,7 +326,7 @@ def test_a_worker_that_is_killed_is_named(samples):
         next(loader)
         (worker,) = set(multiprocessing.active_children()) - others
         os.kill(worker.pid, signal.SIGKILL)
-        said = r"killed by SIGKILL, .* want of memory; the batch of step \d+ will not come.*--resume.* fewer --workers"
+        said = r"killed by SIGKILL \(.* want of memory\); the batch of step \d+ will not come.*--resume.* --workers"
         with pytest.raises(WorkerError, match=said):
             for _ in range(20):
                 next(loader)

@@ -15,7 +15,7 @@ Made = tuple[Any, BaseException | None]
 """What was asked for, or why it is not there."""
 _GRAINS_WORDS = re.compile(r"Worker process was terminated unexpectedly with exit code (-?\d+)")
 _CAUSES: dict[int, str] = {
-    signal.SIGKILL: "mostly the kernel's, for want of memory",
+    signal.SIGKILL: "mostly by the kernel, for want of memory",
     signal.SIGBUS: "mostly since /dev/shm is full (docker run --shm-size)",
 }
 
@@ -104,7 +104,7 @@ def _death(code: int, step: int) -> str:
             name = signal.Signals(-code).name
         except ValueError:  # a real-time signal has a number alone
             name = f"signal {-code}"
-        how = f"was killed by {name}" + (f", {_CAUSES[-code]}" if -code in _CAUSES else "")
+        how = f"was killed by {name}" + (f" ({_CAUSES[-code]})" if -code in _CAUSES else "")
 
     return (
         f"loader: a process that makes batches {how}; the batch of step {step + 1} will not come. Go on from the "

@@ -137,7 +137,7 @@ def read_config(path: Path) -> TrainConfig:
     reading = build(DataConfig, _with_paths(raw["reading"], _READING_PATHS, f"{path}: reading"), f"{path}: reading")
     optimizer = build(OptimizerConfig, raw["optimizer"], f"{path}: optimizer")
     mesh = build(MeshConfig, raw.get("mesh", {}), f"{path}: mesh")  # older runs knew one device alone
-    if "tensorboard" in raw:  # as runs before 0.3 said it
+    if "tensorboard" in raw:  # a switch, in runs that knew no other place
         raw = {name: value for name, value in raw.items() if name != "tensorboard"} | (
             {"log_to": ["tensorboard"]} if raw["tensorboard"] else {}
         )

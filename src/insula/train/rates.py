@@ -25,7 +25,7 @@ class Rates:
         self._flops: int | None = None
 
     def __call__(self, seconds: float) -> dict[str, float]:
-        """ "samples_per_second", and "mfu" as a share of 1 where the peak is known."""
+        """The metrics `samples_per_second`, and `mfu` as a share of 1 where the peak is known."""
         found = {"samples_per_second": self._samples / seconds}
         if self._peak is not None and self._flops is None:
             try:

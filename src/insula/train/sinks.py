@@ -101,7 +101,7 @@ OPEN: dict[str, Callable[[Path, str, dict[str, Any]], Sink]] = {
     "trackio": Trackio,
 }
 """By name, which is that of the extra as well: what opens one for a run's folder, its name and its settings."""
-_HINTS = {"wandb": "; log in with `wandb login`, or set WANDB_MODE=offline"}
+_HINTS = {"wandb": "; without a login, set WANDB_MODE=offline"}
 
 
 def open_sinks(kinds: Iterable[str], run: Path, settings: dict[str, Any]) -> dict[str, Sink]:

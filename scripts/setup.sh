@@ -101,7 +101,7 @@ write_constraints() {
     local venv=.cache/constraints
     rm -rf "$venv"
     "$1" -m venv "$venv"
-    "$venv/bin/python" -m pip install -q --upgrade -e ".[test,gemma,tensorboard,parity]"
+    "$venv/bin/python" -m pip install -q --upgrade -e ".[test,gemma,tensorboard,wandb,parity]"
     "$venv/bin/python" -m pip install -q --upgrade --no-deps lerobot-dataset openpi-client inspect-robots
     {
         echo "# Exact versions insula is tested with, resolved for Python $("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])')."

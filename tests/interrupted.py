@@ -14,9 +14,9 @@ def train_and_interrupt(config: TrainConfig, after: int) -> None:
     """Train until step `after`, where the signal comes."""
     real = training.run_loop
 
-    def interrupted(*args: object) -> object:
+    def interrupted(*args: object, **named: object) -> object:
         *head, hooks, quiet, tell = args
-        return real(*head, (*hooks, Every(after, lambda _: signal.raise_signal(signal.SIGINT))), quiet, tell)
+        return real(*head, (*hooks, Every(after, lambda _: signal.raise_signal(signal.SIGINT))), quiet, tell, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "run_loop", interrupted)

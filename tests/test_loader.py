@@ -2,11 +2,15 @@
 
 import dataclasses
 import logging
+import multiprocessing
+import os
+import signal
 import threading
 
 import numpy as np
 import pytest
 
+from insula.data import loader as loading
 from insula.data import normalize as normalize
 from insula.data.chunks import chunk_indices
 from insula.data.fitting import action_chunks, fit_stats
@@ -18,7 +22,8 @@ from insula.data.mixture import Mixture, Order
 from insula.data.observe import Sizes
 from insula.data.robot import Robot
 from insula.data.samples import Samples
-from insula.errors import DatasetError
+from insula.data.waiting import is_due
+from insula.errors import DatasetError, WorkerError
 from insula.tokens import text
 from insula.tokens.fast import FASTCodec
 from insula.tokens.sequence import FASTTokenizer
@@ -293,6 +298,108 @@ def test_an_error_in_the_thread_reaches_the_consumer(samples, monkeypatch):
             next(loader)
         with pytest.raises(RuntimeError, match="after an error"):
             next(loader)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ending:
+    """Samples, the making of which ends the process, and not as an error would."""
+
+    samples: Samples
+    quarantined: int = 0
+
+    def __len__(self):
+        return len(self.samples)
+
+    def batch(self, rows):
+        os._exit(0)
+
+    def where(self, row):
+        return self.samples.where(row)
+
+
+def test_a_worker_that_is_killed_is_named(samples):
+    """By what killed it, and with what to do; the batches it had made are still given."""
+    others = set(multiprocessing.active_children())
+    with Loader(Mixture({"robot": samples}), 4, seed=0, workers=1) as loader:
+        next(loader)
+        (worker,) = set(multiprocessing.active_children()) - others
+        os.kill(worker.pid, signal.SIGKILL)
+        said = r"killed by SIGKILL \(.* want of memory\); the batch of step \d+ will not come.*--resume.* --workers"
+        with pytest.raises(WorkerError, match=said):
+            for _ in range(20):
+                next(loader)
+        with pytest.raises(RuntimeError, match="after an error"):
+            next(loader)
+
+
+def test_a_worker_that_ends_by_itself_is_named(samples, monkeypatch):
+    """Grain would wait for ever: it asks a process for its exit code, and 0 is none to it."""
+    monkeypatch.setattr(loading, "LOOK_EVERY", 0.05)
+    monkeypatch.setattr(loading, "CLOSING", 0.3)
+    with (
+        Loader(Mixture({"robot": Ending(samples)}), 4, seed=0, start_step=6, workers=1) as loader,
+        pytest.raises(WorkerError, match=r"ended with exit code 0.*the batch of step 7 will not come"),
+    ):
+        next(loader)
+
+
+def test_a_loader_closes_though_a_worker_is_stuck(samples, monkeypatch):
+    """As by a disk that hangs; stopped, it answers no signal but the last."""
+    monkeypatch.setattr(loading, "CLOSING", 0.5)
+    others = set(multiprocessing.active_children())
+    with Loader(Mixture({"robot": samples}), 4, seed=0, workers=1) as loader:
+        next(loader)
+        (worker,) = set(multiprocessing.active_children()) - others
+        os.kill(worker.pid, signal.SIGSTOP)
+        assert worker.is_alive()
+    worker.join(10)
+    assert worker.exitcode == -signal.SIGKILL
+
+
+def test_a_batch_that_does_not_come_is_told_of(samples, data, dataset, monkeypatch, caplog):
+    """Whose turn it is, and of what; twice, then it comes after all, and is the right one. Control: no word where each
+    comes at once."""
+    mixture = Mixture({"robot": samples})
+    good, stuck = mixture.batch, threading.Event()
+
+    class Heard(logging.Handler):
+        def emit(self, record):
+            if len(caplog.records) > 1:
+                stuck.set()
+
+    def late(source, rows):
+        assert stuck.wait(60)
+        return good(source, rows)
+
+    with Loader(mixture, 4, seed=0) as loader:
+        next(loader)
+    assert not caplog.records
+
+    monkeypatch.setattr(loading, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(loading, "FIRST_WARNING", 0.0)
+    monkeypatch.setattr(mixture, "batch", late)
+    heard = Heard()
+    loading.log.addHandler(heard)
+    try:
+        with Loader(mixture, 4, seed=0, start_step=3) as loader:
+            same(next(loader), good(*mixture.order(4, 0)[3]))
+    finally:
+        loading.log.removeHandler(heard)
+
+    assert len(caplog.records) >= 2
+    episode, frame = dataset.episodes.locate(int(mixture.order(4, 0)[3][1][0]))
+    said = f"robot (4 samples, the first is data set {data.path}, episode {episode}, frame {frame})"
+    for record in caplog.records:
+        assert "the batch of step 4 has not come for 0 s. A thread should make it from" in record.message
+        assert said in record.message
+
+
+def test_waits_are_told_of_less_and_less_often():
+    told = [0.0]
+    for waited in np.arange(1.0, 1000.0).tolist():
+        if is_due(waited, told[-1], 60.0):
+            told.append(waited)
+    assert told[1:] == [60, 120, 240, 480, 960]
 
 
 def test_a_loader_of_nothing_is_refused(samples):

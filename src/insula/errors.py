@@ -77,6 +77,10 @@ class CheckpointError(InsulaError, RuntimeError):
     """A checkpoint is missing, damaged, or of another model."""
 
 
+class WorkerError(InsulaError, RuntimeError):
+    """A process that makes batches has died, so the batch that is due will never come."""
+
+
 class InsulationError(InsulaError, RuntimeError):
     """Insulation is not what this model has, or this batch cannot show it."""
 

@@ -1,6 +1,9 @@
 """Batches of a mixture, made ahead of the train step by a thread or by worker processes."""
 
+import logging
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,13 +12,21 @@ from absl import flags
 
 from insula.batch import Batch
 from insula.data.mixture import Mixture, Order
+from insula.data.waiting import Puller, Workers, is_due
 from insula.errors import InputError
 
+log = logging.getLogger(__name__)
 AHEAD = 2
 """Batches kept ready."""
 # As good as endless, and an int: Grain wants a range that ends.
 LAST_STEP = 2**40
 ALL_ROWS = slice(None)
+LOOK_EVERY = 1.0
+"""Seconds between two looks at what a batch is waited for."""
+FIRST_WARNING = 60.0
+"""Seconds until a wait is told of, then twice as many and so on. A first batch takes some, since workers start."""
+CLOSING = 5.0
+"""Seconds that thread and processes have to end by themselves. They need a half."""
 
 
 class Loader:
@@ -26,8 +37,9 @@ class Loader:
 
     Which samples a batch holds depends on (seed, step) alone: a loader started at a step continues as if it had never
     stopped, whatever `workers` is (0: a thread; else this many processes). `rows`: those of every batch that this host
-    makes; all hosts together see what one would. An exception while making a batch is raised by the `next()` that would
-    have returned it. `close()` ends thread and processes.
+    makes; all hosts together see what one would. An exception while making a batch is raised by the
+    `next()` that would have returned it; WorkerError where a process has died. A batch that does not come is told of,
+    and waited for still. `close()` ends thread and processes.
     """
 
     def __init__(
@@ -61,7 +73,11 @@ class Loader:
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
             batches = batches.mp_prefetch(options, _leave_signals_to_the_parent)
 
+        self.step = start_step
+        """Of the batch that comes next."""
         self._batches: Any = iter(batches)
+        self._workers = Workers(workers)
+        self._puller = Puller(self._batches)
         self._closed = False
 
     def __iter__(self) -> Iterator[Batch]:
@@ -73,17 +89,69 @@ class Loader:
             raise RuntimeError("loader: next() after close() or after an error; make a new one at the same position")
 
         try:
-            return next(self._batches)
+            batch = self._wait()
         except BaseException:
             # Also at Ctrl-C: threads and processes left behind would keep the command from ending.
             self.close()
             raise
 
+        self.step += 1
+        return batch
+
+    def _wait(self) -> Batch:
+        """The next batch. Raises what making it raised, or WorkerError."""
+        self._workers.find()
+        self._puller.ask()
+
+        told, since = 0.0, time.monotonic()
+        while (made := self._puller.made(LOOK_EVERY)) is None:
+            # Grain tells of some deaths itself, but waits for ever where a process ended as if all were well.
+            self._workers.check(self.step)
+
+            waited = time.monotonic() - since
+            if is_due(waited, told, FIRST_WARNING):
+                log.warning("%s", self.describe(waited))
+                told = waited
+
+        self._workers.find()
+        batch, error = made
+        if error is not None:
+            self._workers.explain(error, self.step)
+            raise error
+        return batch
+
+    def describe(self, waited: float) -> str:
+        """Which batch has not come for so many seconds, who makes it, and of what."""
+        names = list(self.mixture.sources)
+        source, rows = self.order[self.step]
+        parts = []
+        for number in dict.fromkeys(source.tolist()):  # in the order in which they are read
+            mine = rows[source == number]
+            first = self.mixture.sources[names[number]].where(int(mine[0]))
+            parts.append(f"{names[number]} ({len(mine)} samples, the first is {first})")
+
+        return (
+            f"loader: the batch of step {self.step + 1} has not come for {waited:.0f} s. {self._workers} should make "
+            f"it from {'; '.join(parts)}. Training waits on; a disk or a network mount that hangs is the usual reason"
+        )
+
     def close(self) -> None:
         """End thread and processes; a second call does nothing."""
-        if not self._closed:
-            self._closed = True
-            self._batches.close()
+        if self._closed:
+            return
+        self._closed = True
+        self._puller.close()
+
+        # Grain joins its threads, also one that reads from a disk that hangs or from a process that is no more: a
+        # command that should end would wait with it.
+        closing = threading.Thread(target=self._batches.close, name="insula-close", daemon=True)
+        closing.start()
+        closing.join(CLOSING)
+        if closing.is_alive():
+            self._workers.kill()
+            closing.join(CLOSING)
+        if closing.is_alive():
+            log.warning("loader: what makes batches does not end, and is left behind")
 
     def __enter__(self) -> "Loader":
         return self

@@ -39,3 +39,27 @@ def find_device(name: str) -> Device:
     if name not in DEVICES:
         raise InputError(f"no device {name!r}{did_you_mean(name, DEVICES)}; known: {', '.join(DEVICES)}")
     return DEVICES[name]
+
+
+KINDS = {
+    "NVIDIA A100-SXM4-40GB": "a100",  # less memory, the same peak
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+    "NVIDIA GeForce RTX 5090": "rtx5090",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+}
+"""JAX's names (`jax.devices()[0].device_kind`), whole: an H100 of PCIe has another peak than one of SXM."""
+
+
+def peak_of(kind: str) -> float | None:
+    """FLOP/s of a device by JAX's name for it. None for one that is not known, such as a CPU: a guess would look like a
+    measurement."""
+    return DEVICES[KINDS[kind]].peak if kind in KINDS else None

@@ -7,6 +7,9 @@ RUN/
   init.json           what `--init` loaded, left over and drew afresh
   lock                held by the process that trains here
   quarantine.jsonl    samples that were left out, and why
+  name                what the run is called by wandb and trackio
+  tensorboard/        and wandb/: what `--log-to` keeps here
+  profile/            traces of `--profile-steps`
   skipped.jsonl       updates that were left out since a loss was not finite, and their samples
   checkpoints/STEP/   weights, training state, and beside them:
     config.json         the model and the version that wrote it
@@ -24,9 +27,11 @@ INIT_FILE = "init.json"
 QUARANTINE_FILE = "quarantine.jsonl"
 SKIPPED_FILE = "skipped.jsonl"
 LOCK_FILE = "lock"
+NAME_FILE = "name"
 PRETRAIN_FILE = "pretrain.json"
 """The settings of a pretraining, in a folder of its own."""
 TENSORBOARD_FOLDER = "tensorboard"
+PROFILE_FOLDER = "profile"
 CHECKPOINTS_FOLDER = "checkpoints"
 DAMAGED_FOLDER = "damaged"
 

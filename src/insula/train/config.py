@@ -14,6 +14,7 @@ from insula.model.config import PI0, PI05, TINY_BFLOAT16, ModelConfig, build, ch
 from insula.parallel.mesh import ALL_DEVICES, MeshConfig
 from insula.parallel.processes import ALONE, ProcessesConfig
 from insula.train.optimizer import DEFAULT, PI0_OPTIMIZER, PI05_OPTIMIZER, OptimizerConfig
+from insula.train.sinks import SinkKind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,10 @@ class TrainConfig:
     certify: bool = True
     """Measure the insulation of every checkpoint and store it there (insula.certificate). Costs a few seconds, and for
     a moment the memory of a step in float32 without insulation."""
-    tensorboard: bool = False
+    log_to: tuple[SinkKind, ...] = ()
+    """Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio; each an extra (docs/scale.md)."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last update, counted from 1, of which a trace is written to the run's folder."""
     resume: bool = False
     """Go on from the newest checkpoint of `run`, with the settings stored there. What else is given is applied where
     that is safe (steps, data that moved, how often something is done, the optimizer), and refused by name elsewhere."""
@@ -80,6 +84,15 @@ class TrainConfig:
         check_integer("workers", self.workers, 0, 1024)
         check_seed("seed", self.seed)
         check_number("held_out_fraction", self.held_out_fraction, "≥ 0 and < 1", lambda share: 0 <= share < 1)
+
+        if repeated := {kind for kind in self.log_to if self.log_to.count(kind) > 1}:
+            raise InputError(f"log_to names {', '.join(sorted(repeated))} twice")
+        if self.profile_steps is not None:
+            first, last = self.profile_steps
+            if not 1 <= first <= last <= self.steps:
+                raise InputError(
+                    f"profile_steps is {first} {last}, expected a first and a last step, from 1 to steps = {self.steps}"
+                )
 
         # Only what can be seen without reading a file; `data` is looked for when the run is opened.
         if self.init is not None and self.from_scratch:
@@ -128,6 +141,10 @@ def read_config(path: Path) -> TrainConfig:
     reading = build(DataConfig, _with_paths(raw["reading"], _READING_PATHS, f"{path}: reading"), f"{path}: reading")
     optimizer = build(OptimizerConfig, raw["optimizer"], f"{path}: optimizer")
     mesh = build(MeshConfig, raw.get("mesh", {}), f"{path}: mesh")  # older runs knew one device alone
+    if "tensorboard" in raw:  # a switch, in runs that knew no other place
+        raw = {name: value for name, value in raw.items() if name != "tensorboard"} | (
+            {"log_to": ["tensorboard"]} if raw["tensorboard"] else {}
+        )
     nested = {"model": model, "optimizer": optimizer, "mesh": mesh, "reading": reading}
     return build(TrainConfig, _with_paths(raw, _PATHS, str(path)) | nested, str(path))
 

@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,11 +17,14 @@ import jax
 from jax.experimental import multihost_utils
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from insula.errors import NonFiniteError
+from insula.errors import NonFiniteError, brief
+from insula.train.profile import Profile
+from insula.train.sinks import Sink
 from insula.train.step import TrainState
 
 log = logging.getLogger(__name__)
 MetricRow = dict[str, float]
+Rates = Callable[[float], MetricRow]
 MOST_SKIPPED = 3
 """Updates in a row. One bad sample is passed over; a training that has run away does not come back."""
 REMEDY = (
@@ -39,14 +42,15 @@ class Every:
 
 
 class MetricsLog:
-    """One JSON object per line and step. TensorBoard as well where a writer is given. Without a path nothing is
-    written: one of several processes does."""
+    """One JSON object per line and step, and the same to each of `sinks`, by name. One that fails is told of once, and
+    left out from there on: the file has everything, and no training ends since a network is gone. Without a path
+    nothing is written: one of several processes does."""
 
-    def __init__(self, path: Path | None, tensorboard: Any = None):
+    def __init__(self, path: Path | None, sinks: Mapping[str, Sink] | None = None):
         path = Path(os.devnull) if path is None else path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")  # a resumed run writes on; some steps may be there twice
-        self._tensorboard = tensorboard
+        self._sinks = dict(sinks or {})
 
     def write(self, step: int, metrics: MetricRow) -> None:
         """Add a line. Raises NonFiniteError naming metric and step, after writing it: the log's last line tells why a
@@ -61,15 +65,30 @@ class MetricsLog:
         self._file.write(json.dumps({"step": step, **{k: _short(v) for k, v in metrics.items()}}) + "\n")
         self._file.flush()  # a killed process loses no line, and `tail -f` shows each
 
-        if self._tensorboard is not None:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, step)
+        for name, sink in list(self._sinks.items()):
+            with self._without(name):
+                sink.write(step, metrics)
 
-    def close(self) -> None:
-        """Close the file, and the writer of TensorBoard where there is one."""
+    def close(self, failed: bool = False) -> None:
+        """Close the file and the sinks, which are told whether an exception ends the run."""
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for name, sink in list(self._sinks.items()):
+            with self._without(name):
+                sink.close(failed)
+
+    @contextlib.contextmanager
+    def _without(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of any kind: they are others' code, and talk to disks and networks
+            del self._sinks[name]
+            log.warning("%s takes no more metrics (%s); metrics.jsonl still has all of them", name, brief(error))
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.close(failed=kind is not None)
 
 
 def _short(value: float) -> float | str:
@@ -86,32 +105,23 @@ def run_loop(
     hooks: tuple[Every, ...] = (),
     quiet: bool = False,
     on_skipped: Callable[[int], None] = lambda step: None,
+    *,
+    rates: Rates = lambda seconds: {},
+    profile: Profile | None = None,
 ) -> tuple[TrainState, bool]:
     """Update until `state.step == steps`. Returns the state, and whether all steps were made: Ctrl-C, SIGTERM and
     SIGHUP end the loop after the running update, a second Ctrl-C at once.
 
     Metrics are averaged every `log_every` updates and before a hook. An update whose metrics are not all finite has
     left the state as it was (`make_train_step`): its metrics are a line of their own, `on_skipped` is told, and more
-    than `MOST_SKIPPED` in a row raise NonFiniteError. For the main thread only, where Python can set signal handlers.
+    than `MOST_SKIPPED` in a row raise NonFiniteError. `rates(seconds)`: more metrics, of how long an update took. For
+    the main thread only, where Python can set signal handlers.
     """
     done = int(state.step)
-    skipped = Skipped(metrics_log, on_skipped)
-    # Still on the device. Fetching waits for the update, so fetching each would leave nothing queued behind it.
-    pending: list[dict[str, jax.Array]] = []
-    waited, since = 0.0, time.perf_counter()  # seconds
-    with _interrupts() as interrupted, _progress(quiet) as bar:
+    meter = _Meter(metrics_log, Skipped(metrics_log, on_skipped), rates)
+    profile = profile or Profile(Path())
+    with _interrupts() as interrupted, _progress(quiet) as bar, profile:
         task = bar.add_task("training", total=steps, completed=done, figures="")
-
-        def report() -> None:
-            nonlocal pending, waited, since
-            if pending:
-                rows = jax.device_get(pending)
-                seconds = (time.perf_counter() - since) / len(rows)
-                averages = means(skipped.leave_out(done - len(rows), rows))
-                metrics_log.write(done, averages | {"step_seconds": seconds, "data_wait_seconds": waited / len(rows)})
-                bar.update(task, figures=f"{_figures(averages)} {seconds * 1e3:.0f} ms/step")
-            pending, waited, since = [], 0.0, time.perf_counter()
-
         while done < steps and not interrupted(done):
             before = time.perf_counter()
             try:
@@ -120,22 +130,64 @@ def run_loop(
                 if interrupted(done):  # a signal for all our processes ends those that make batches, too
                     break
                 raise
-            waited += time.perf_counter() - before
-            state, metrics = update(state, batch)
-            pending.append(metrics)
+            waited = time.perf_counter() - before
+
+            profile.before(done + 1, state)
+            with jax.profiler.StepTraceAnnotation("update", step_num=done + 1):  # a trace is read by its steps
+                state, metrics = update(state, batch)
+            meter.add(metrics, waited)
             done += 1
+            profile.after(done, state)
             bar.update(task, completed=done)
 
             due = [hook for hook in hooks if done % hook.steps == 0 or done == steps]
             if due or done % log_every == 0:  # no hook, such as a checkpoint, gets a state nobody has looked at
-                report()
+                bar.update(task, figures=meter.report(done))
             for hook in due:
                 if found := hook.action(state):
                     metrics_log.write(done, found)
-                since = time.perf_counter()  # a checkpoint is no part of an update's time
+                meter.restart()  # a checkpoint is no part of an update's time
 
-        report()  # the caller saves what it gets
+        meter.report(done)  # the caller saves what it gets
         return state, done >= steps
+
+
+class _Meter:
+    """Metrics since the last report, and how long their updates took."""
+
+    def __init__(self, metrics_log: MetricsLog, skipped: "Skipped", rates: Rates):
+        self._log = metrics_log
+        self._skipped = skipped
+        self._rates = rates
+        # Still on the device. Fetching waits for the update, so fetching each would leave nothing queued behind it.
+        self._pending: list[dict[str, jax.Array]] = []
+        self._figures = ""
+        self.restart()
+
+    def restart(self) -> None:
+        """What was before counts no more."""
+        self._waited = 0.0  # seconds
+        self._since = time.perf_counter()
+
+    def add(self, metrics: dict[str, jax.Array], waited: float) -> None:
+        """Of an update, for whose batch the loop waited so many seconds."""
+        self._pending.append(metrics)
+        self._waited += waited
+
+    def report(self, done: int) -> str:
+        """Write the means of all that is pending, after so many steps. Returns them for the bar; those of the last time
+        where nothing is pending. Raises NonFiniteError as `run_loop`."""
+        if self._pending:
+            rows = jax.device_get(self._pending)
+            seconds = (time.perf_counter() - self._since) / len(rows)
+            averages = means(self._skipped.leave_out(done - len(rows), rows))
+            averages |= {"step_seconds": seconds, "data_wait_seconds": self._waited / len(rows)} | self._rates(seconds)
+            self._log.write(done, averages)
+            self._figures = _figures(averages)
+            self._pending = []
+
+        self.restart()
+        return self._figures
 
 
 def means(rows: list[dict[str, Any]]) -> MetricRow:
@@ -144,7 +196,14 @@ def means(rows: list[dict[str, Any]]) -> MetricRow:
 
 
 def _figures(averages: MetricRow) -> str:
-    return " ".join(f"{name} {averages[name]:.3f}" for name in ("total", "flow", "fast") if name in averages)
+    """Of the bar: losses, and how fast it goes."""
+    shown = [f"{name} {averages[name]:.3f}" for name in ("total", "flow", "fast") if name in averages]
+    shown.append(f"{averages['step_seconds'] * 1e3:.0f} ms/step")
+    if "samples_per_second" in averages:
+        shown.append(f"{averages['samples_per_second']:.3g} samples/s")
+    if "mfu" in averages:
+        shown.append(f"MFU {averages['mfu']:.1%}")
+    return " ".join(shown)
 
 
 class Skipped:

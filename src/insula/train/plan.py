@@ -5,6 +5,7 @@ No weight is ever made: the step is lowered from shapes, for as many pretended C
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from insula.parallel.devices import find_device
 from insula.parallel.mesh import ALL_DEVICES, MeshConfig, batch_shards, check_batch_size, make_mesh, split_batch
 from insula.train.config import training_preset
 from insula.train.optimizer import DEFAULT, OptimizerConfig, make_optimizer
-from insula.train.step import abstract_state, make_train_step
+from insula.train.step import TrainState, abstract_state, make_train_step
 
 USABLE = 0.92
 """Of a device's memory: the rest is the driver's, the compiler's and what lies between arrays."""
@@ -128,19 +129,8 @@ def run_plan(config: PlanConfig) -> int:
 
 def measure(config: PlanConfig, mesh: Mesh) -> Needs:
     """Compile the step, and read off what it needs."""
-    optimizer = make_optimizer(config.optimizer, config.model, steps=1000)
     with jax.set_mesh(mesh):
-        state = abstract_state(config.model, optimizer, mesh)
-        places = jax.tree.map(lambda leaf: leaf.sharding, state)
-        step = make_train_step(
-            config.model,
-            optimizer,
-            config.optimizer.ema_decay,
-            jax.random.key(0),
-            parts=config.accumulate,
-            places=places,
-        )
-        batch = abstract_batch(config.model, config.batch_size, split_batch(mesh))
+        step, state, batch = abstract_step(config, mesh)
         flops = count_flops(step, state, batch)
         compiled = step.lower(state, batch).compile()  # type: ignore[attr-defined]
 
@@ -154,6 +144,22 @@ def measure(config: PlanConfig, mesh: Mesh) -> Needs:
         flops=flops,
         messages=count_messages(compiled.as_text()),
     )
+
+
+def abstract_step(config: PlanConfig, mesh: Mesh) -> tuple[Callable[..., Any], TrainState, Batch]:
+    """The real step, and shapes of what it takes. For use in `jax.set_mesh(mesh)`."""
+    optimizer = make_optimizer(config.optimizer, config.model, steps=1000)
+    state = abstract_state(config.model, optimizer, mesh)
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = make_train_step(
+        config.model,
+        optimizer,
+        config.optimizer.ema_decay,
+        jax.random.key(0),
+        parts=config.accumulate,
+        places=places,
+    )
+    return step, state, abstract_batch(config.model, config.batch_size, split_batch(mesh))
 
 
 def abstract_batch(config: ModelConfig, batch_size: int, sharding: NamedSharding | None = None) -> Batch:

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from insula.batch import Batch
 from insula.certificate.gradients import make_prover
 from insula.certificate.stored import write_certificate
 from insula.checkpoints.hub import local
@@ -24,7 +25,7 @@ from insula.data.mapping import Mapping
 from insula.data.mixture import Mixture, SampleSource, quarantined
 from insula.errors import CheckpointError, FileError, InputError
 from insula.files import check_output_folder, write_json
-from insula.losses import compute_loss
+from insula.losses import Metrics, compute_loss
 from insula.model.params import Params, add_lora, init_params
 from insula.parallel.mesh import check_batch_size, local_rows, make_mesh, put_batch, put_everywhere
 from insula.parallel.processes import check_same, is_main, on_main
@@ -37,10 +38,10 @@ from insula.runs.folder import (
     INIT_FILE,
     LOCK_FILE,
     METRICS_FILE,
+    PROFILE_FOLDER,
     QUARANTINE_FILE,
     SETTINGS_FILE,
     SKIPPED_FILE,
-    TENSORBOARD_FOLDER,
 )
 from insula.runs.loading import refuse_leaking
 from insula.shapes import PRNGKeyArray
@@ -49,7 +50,10 @@ from insula.train.config import TrainConfig, to_dict
 from insula.train.data import fit_assets, held_out_sources, open_data, training_mixture, write_data
 from insula.train.loop import Every, MetricRow, MetricsLog, run_loop
 from insula.train.optimizer import make_optimizer
+from insula.train.profile import Profile
+from insula.train.rates import make_rates
 from insula.train.resume import resumed_settings, tell_changes
+from insula.train.sinks import open_sinks
 from insula.train.step import TrainState, abstract_state, make_train_state, make_train_step
 
 log = logging.getLogger(__name__)
@@ -98,7 +102,7 @@ def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointSto
     mesh = make_mesh(config.mesh)
     check_batch_size(mesh, config.batch_size, config.accumulate)
     check_same("settings", json.dumps(to_dict(config)))
-    with contextlib.closing(_metrics_log(config)) as metrics, jax.set_mesh(mesh):
+    with _metrics_log(config) as metrics, jax.set_mesh(mesh):
         moved = config.data if stored is not None and config.data != stored.data else None
         data = open_data(config, moved)
         assets = read_assets(store.assets()) if stored is not None else fit_assets(config, data)
@@ -108,7 +112,8 @@ def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointSto
         # Only once all data could be opened: a run that could not start leaves no settings. And before the first
         # update, since a checkpoint without them could not be resumed.
         if is_main():
-            write_json(config.run / SETTINGS_FILE, to_dict(dataclasses.replace(config, resume=False)))
+            kept = dataclasses.replace(config, resume=False, profile_steps=None)
+            write_json(config.run / SETTINGS_FILE, to_dict(kept))
             write_data(config, data)
 
         init_rng, step_rng, eval_rng = jax.random.split(jax.random.key(config.seed), 3)
@@ -140,14 +145,7 @@ def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointSto
         if config.reading.on_bad_sample == "quarantine":
             hooks.append(Every(config.log_every, lambda _: {"quarantined": float(quarantined(mixture))}))
 
-        rows = local_rows(mesh, config.batch_size)
-        with Loader(mixture, config.batch_size, config.seed, int(state.step), config.workers, rows) as loader:
-            batches = (put_batch(batch, mesh, config.batch_size) for batch in loader)
-            tell = make_skipped_log(config, mixture)
-            state, complete = run_loop(
-                state, step, batches, config.steps, metrics, config.log_every, tuple(hooks), quiet, tell
-            )
-
+        state, complete = update_all(config, state, step, mixture, mesh, metrics, tuple(hooks), quiet)
         save(state)
         store.wait()  # a scheduler kills soon after its signal: weights first, then their certificate
         certify(state)
@@ -155,6 +153,37 @@ def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointSto
     if bad := quarantined(mixture):
         log.warning("%d samples were left out, see %s", bad, config.run / QUARANTINE_FILE)
     return complete
+
+
+def update_all(
+    config: TrainConfig,
+    state: TrainState,
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    mixture: Mixture,
+    mesh: Mesh,
+    metrics: MetricsLog,
+    hooks: tuple[Every, ...],
+    quiet: bool,
+) -> tuple[TrainState, bool]:
+    """The loop over batches of the mixture. Returns and raises as `run_loop`, WorkerError as `Loader`."""
+    tell = make_skipped_log(config, mixture)
+    profile = Profile(config.run / PROFILE_FOLDER, config.profile_steps)
+    rows = local_rows(mesh, config.batch_size)
+    with Loader(mixture, config.batch_size, config.seed, int(state.step), config.workers, rows) as loader:
+        batches = (put_batch(batch, mesh, config.batch_size) for batch in loader)
+        return run_loop(
+            state,
+            step,
+            batches,
+            config.steps,
+            metrics,
+            config.log_every,
+            hooks,
+            quiet,
+            tell,
+            rates=make_rates(config, mesh),
+            profile=profile,
+        )
 
 
 def start_state(
@@ -326,12 +355,8 @@ def make_held_out_losses(
 
 
 def _metrics_log(config: TrainConfig) -> MetricsLog:
-    writer = None
-    if config.tensorboard:
-        try:  # here: an extra that few install
-            from tensorboardX import SummaryWriter
-        except ImportError as error:
-            raise InputError("tensorboard=True needs the extra: pip install 'insula[tensorboard]'") from error
-        writer = SummaryWriter(str(config.run / TENSORBOARD_FOLDER))
+    if not is_main():  # one of several processes tells
+        return MetricsLog(None)
 
-    return MetricsLog(config.run / METRICS_FILE if is_main() else None, writer)
+    sinks = open_sinks(config.log_to, config.run, to_dict(config))
+    return MetricsLog(config.run / METRICS_FILE, sinks)

@@ -106,9 +106,12 @@ def together() -> Iterator[None]:
         yield
         multihost_utils.sync_global_devices("insula: done")
         _sign(GONE)
-    except BaseException:
+    except BaseException as error:
         _sign(FAILED)
         time.sleep(2 * BEAT)  # the table of signs is process 0's, and goes with it
+        # A program of all devices that fails on ours: where it is not our memory, a connection to another was lost.
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            _end(f"another process of {jax.process_count()} is gone ({brief(error)})")
         atexit.register(_leave_at_once)  # JAX would wait for the others, for minutes
         raise
 
@@ -186,7 +189,8 @@ def _watch() -> None:
             _table().key_value_set(f"insula/alive/{me}", str(beat), allow_overwrite=True)
             signs = {int(key.rpartition("/")[2]): sign for key, sign in _table().key_value_dir_get("insula/alive")}
             if (lost := heard.lost(signs, time.monotonic())) and not _LEAVING.is_set():
-                _end(lost, count)
+                names = ", ".join(map(str, lost))
+                _end(f"process {names} of {count} is gone (it failed, or gave no sign of life for {LOST:.0f} s)")
 
 
 class Heard:
@@ -204,11 +208,7 @@ class Heard:
         return [i for i, (sign, since) in self.last.items() if sign == FAILED or (sign != GONE and now - since > LOST)]
 
 
-def _end(lost: list[int], count: int) -> None:
-    print(
-        f"insula: process {', '.join(map(str, lost))} of {count} is gone (it failed, or gave no sign of life for "
-        f"{LOST:.0f} s); go on from the newest checkpoint with --resume, on as many processes and devices as there are",
-        file=sys.stderr,
-        flush=True,
-    )
+def _end(what: str) -> None:
+    remedy = "go on from the newest checkpoint with --resume, on as many processes and devices as there are"
+    print(f"insula: {what}; {remedy}", file=sys.stderr, flush=True)
     os._exit(EXIT_LOST)

@@ -50,7 +50,7 @@ def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation,
 
 def make_train_step(
     config: ModelConfig,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     ema_decay: float,
     rng: PRNGKeyArray,
     *,
@@ -82,19 +82,22 @@ def make_train_step(
         norms = {f"gradient_norm/{part}": optax.tree.norm(getattr(gradients, part)) for part in PARTS}
         metrics |= norms | {"total": total}
 
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-
-        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))  # short memory while all is new
-        # Written so that what does not move, a frozen part, stays the same to the last bit in the average as well.
-        ema_params = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), state.ema_params, params)
-        new = TrainState(state.step, params, ema_params, optimizer_state)
-
         # One NaN in a gradient would be in every weight for good. The step counts all the same: the next one reads
         # other samples.
         finite = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
-        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
-        return dataclasses.replace(new, step=state.step + 1), metrics
+
+        def keep(after: Any, before: Any) -> Any:
+            # Chosen before anything is made of it: whatever reads both, what is new and what was, costs a copy.
+            return jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+
+        updates, moments = optimizer.update(gradients, state.optimizer, state.params, finite=finite)
+        params = keep(optax.apply_updates(state.params, updates), state.params)
+
+        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))  # short memory while all is new
+        # Written so that what does not move, a frozen part, stays the same to the last bit in the average as well.
+        average = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), state.ema_params, params)
+
+        return TrainState(state.step + 1, params, keep(average, state.ema_params), moments), metrics
 
     # Donated, a state is updated in place. Without, two of them are in memory: parameters, mean and two moments each.
     outputs = None if places is None else (places, None)

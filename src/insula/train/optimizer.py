@@ -5,13 +5,13 @@ first would shrink those of the second, and a larger λ would slow the expert.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from insula.checks import check_integer, check_number
+from insula.checks import check_choice, check_integer, check_number
 from insula.model.config import ModelConfig
 from insula.model.params import Params, trainable, weight_table
 from insula.model.weights import is_weight
@@ -42,8 +42,11 @@ class OptimizerConfig:
     """Largest gradient norm of each part, taken by itself."""
     beta1: float = 0.9
     beta2: float = 0.95
-    ema_decay: float = 0.999
-    """Of the averaged parameters that are evaluated and served."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the first moment, as it is kept between updates; the second is float32 always."""
+    ema_decay: float | None = 0.999
+    """Of the averaged parameters that are evaluated and served. None: there is no average, and the parameters
+    themselves are."""
 
     def __post_init__(self) -> None:
         for name in ("vision_lr", "backbone_lr", "expert_lr", "weight_decay"):
@@ -51,11 +54,18 @@ class OptimizerConfig:
         check_integer("optimizer: warmup_steps", self.warmup_steps, 0)
         check_number("optimizer: clip_norm", self.clip_norm, "> 0", lambda norm: norm > 0)
         check_number("optimizer: final_fraction", self.final_fraction, "≥ 0 and ≤ 1", lambda part: 0 <= part <= 1)
-        for name in ("beta1", "beta2", "ema_decay"):
+        check_choice("optimizer: moment_dtype", self.moment_dtype, ("float32", "bfloat16"))
+        decays = ("beta1", "beta2") if self.ema_decay is None else ("beta1", "beta2", "ema_decay")
+        for name in decays:
             check_number(f"optimizer: {name}", getattr(self, name), "≥ 0 and < 1", lambda decay: 0 <= decay < 1)
 
 
 DEFAULT = OptimizerConfig()
+
+SMALL_OPTIMIZER = OptimizerConfig(
+    vision_lr=3e-4, backbone_lr=3e-4, expert_lr=3e-4, warmup_steps=1000, final_fraction=0.1
+)
+"""Usual rates for 300 M parameters that start from noise; not tuned."""
 
 PI05_OPTIMIZER = OptimizerConfig(
     vision_lr=5e-5,
@@ -84,6 +94,11 @@ def make_schedule(config: OptimizerConfig, rate: float, steps: int) -> optax.Sch
     """The learning rate of each update, whose peak is `rate`, for a training of `steps` updates."""
     warmup = min(config.warmup_steps, steps // 2)  # a short run would otherwise end before its rates are reached
     return optax.warmup_cosine_decay_schedule(0.0, rate, warmup, steps, config.final_fraction * rate)
+
+
+def averaged(config: OptimizerConfig, model: ModelConfig) -> Any:
+    """Which parameters have an average, as a prefix of their tree: those that learn, or none at all."""
+    return False if config.ema_decay is None else trainable(model)
 
 
 def make_optimizer(config: OptimizerConfig, model: ModelConfig, steps: int) -> optax.GradientTransformationExtraArgs:
@@ -118,7 +133,7 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig, steps: int) -> o
 
 def scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     """`optax.scale_by_adam`, whose state stays as it is where `finite` is given and False."""
-    start = optax.scale_by_adam(config.beta1, config.beta2).init
+    start = optax.scale_by_adam(config.beta1, config.beta2, mu_dtype=config.moment_dtype).init
 
     def update(
         gradients: optax.Updates, state: optax.OptState, params: Any = None, *, finite: Any = True, **others: Any
@@ -134,6 +149,8 @@ def scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformationExtraA
         count = state.count + 1
         first, second = 1 - config.beta1**count, 1 - config.beta2**count  # both moments start at zero
         updates = jax.tree.map(lambda m, v: m / first / (jnp.sqrt(v / second) + EPSILON), mu, nu)
+
+        mu = optax.tree.cast(mu, config.moment_dtype)
         return updates, optax.ScaleByAdamState(jnp.where(finite, count, state.count), mu, nu)
 
     return optax.GradientTransformationExtraArgs(start, update)

@@ -23,7 +23,7 @@ from insula.parallel.cost import Messages, count_flops, count_messages
 from insula.parallel.devices import find_device
 from insula.parallel.mesh import ALL_DEVICES, MeshConfig, batch_shards, check_batch_size, make_mesh, split_batch
 from insula.train.config import training_preset
-from insula.train.optimizer import DEFAULT, OptimizerConfig, make_optimizer
+from insula.train.optimizer import DEFAULT, OptimizerConfig, averaged, make_optimizer
 from insula.train.step import abstract_state, make_train_step
 
 USABLE = 0.92
@@ -130,7 +130,7 @@ def measure(config: PlanConfig, mesh: Mesh) -> Needs:
     """Compile the step, and read off what it needs."""
     optimizer = make_optimizer(config.optimizer, config.model, steps=1000)
     with jax.set_mesh(mesh):
-        state = abstract_state(config.model, optimizer, mesh)
+        state = abstract_state(config.model, optimizer, mesh, averaged(config.optimizer, config.model))
         places = jax.tree.map(lambda leaf: leaf.sharding, state)
         step = make_train_step(
             config.model,

@@ -266,9 +266,7 @@ def _gemma(width: int, mlp_dim: int) -> TransformerConfig:
 # limits are what the embedded tabletop needs: FAST of its chunks takes 20 tokens at most, then "|", and EOS.
 TINY = ModelConfig(
     name="tiny",
-    vision=VisionConfig(
-        image_size=64, patch_sizes=(4, 2, 2), stem_widths=(32, 96), width=128, depth=2, mlp_dim=256, num_heads=4
-    ),
+    vision=VisionConfig(64, (4, 2, 2), (32, 96), width=128, depth=2, mlp_dim=256, num_heads=4),
     backbone=TransformerConfig(width=128, depth=4, mlp_dim=384, num_heads=4, num_kv_heads=4, head_dim=32),
     expert=TransformerConfig(width=96, depth=4, mlp_dim=256, num_heads=4, num_kv_heads=4, head_dim=32),
     vocab_size=3200,
@@ -287,20 +285,18 @@ TINY_BFLOAT16 = TINY.with_compute(dtype="bfloat16")
 
 # Pictures as π0.5 sees them and towers a tenth of its own, with the embedded tokenizer: what a real model asks of a
 # machine, without a download. 304 M parameters. Limits leave room for other arms than the tabletop's.
-SMALL = ModelConfig(
+SMALL = dataclasses.replace(
+    TINY,
     name="small",
-    vision=VisionConfig(
-        image_size=224, patch_sizes=(16,), stem_widths=(), width=768, depth=12, mlp_dim=3072, num_heads=12
-    ),
+    vision=VisionConfig(224, (16,), (), width=768, depth=12, mlp_dim=3072, num_heads=12),
     backbone=TransformerConfig(width=1024, depth=12, mlp_dim=3072, num_heads=8, num_kv_heads=1, head_dim=128),
     expert=TransformerConfig(width=512, depth=12, mlp_dim=2048, num_heads=8, num_kv_heads=1, head_dim=128),
-    vocab_size=TINY.vocab_size,
-    cameras=TINY.cameras,
     max_prompt_len=48,
     max_fast_len=64,
     horizon=10,
     action_dim=14,
     state_dim=14,
+    objective=ObjectiveConfig(),
     compute=ComputeConfig(dtype="bfloat16", scan_layers=True, remat="all"),
 )
 
@@ -308,9 +304,7 @@ SMALL = ModelConfig(
 # state padded to 32. 257,152 entries: Gemma's 256,000, then PaliGemma's 1,024 locations and 128 segments.
 PI05 = ModelConfig(
     name="pi05",
-    vision=VisionConfig(
-        image_size=224, patch_sizes=(14,), stem_widths=(), width=1152, depth=27, mlp_dim=4304, num_heads=16
-    ),
+    vision=VisionConfig(224, (14,), (), width=1152, depth=27, mlp_dim=4304, num_heads=16),
     backbone=_gemma(2048, 16384),
     expert=_gemma(1024, 4096),
     vocab_size=257_152,
@@ -320,9 +314,8 @@ PI05 = ModelConfig(
     horizon=50,
     action_dim=32,
     state_dim=32,
-    compute=ComputeConfig(
-        dtype="bfloat16", scan_layers=True, remat="all", vocab_chunk=16_072
-    ),  # a sixteenth of the vocabulary
+    # A sixteenth of the vocabulary at a time.
+    compute=ComputeConfig(dtype="bfloat16", scan_layers=True, remat="all", vocab_chunk=16_072),
 )
 
 # The state is no text here, so the prompt is short.

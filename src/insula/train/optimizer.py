@@ -144,12 +144,14 @@ def scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformationExtraA
             return jax.tree.map(lambda g, m: jnp.where(finite, decay * m + (1 - decay) * g**order, m), gradients, old)
 
         assert isinstance(state, optax.ScaleByAdamState)
-        mu, nu = moment(config.beta1, 1, state.mu), moment(config.beta2, 2, state.nu)
+        kept = optax.tree.cast(state.mu, "float32")
+        mu, nu = moment(config.beta1, 1, kept), moment(config.beta2, 2, state.nu)
 
         count = state.count + 1
         first, second = 1 - config.beta1**count, 1 - config.beta2**count  # both moments start at zero
         updates = jax.tree.map(lambda m, v: m / first / (jnp.sqrt(v / second) + EPSILON), mu, nu)
 
+        # The updates are made of what was not rounded yet.
         mu = optax.tree.cast(mu, config.moment_dtype)
         return updates, optax.ScaleByAdamState(jnp.where(finite, count, state.count), mu, nu)
 

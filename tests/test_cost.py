@@ -172,6 +172,9 @@ def test_what_follows_for_a_device() -> None:
     assert not none.fits and none.largest_batch == 0
     said = "; ".join(remedies(config, make_mesh(MeshConfig(2, 1, 1)), NEEDS))
     assert "--accumulate 4" in said and "--mesh.data 1 --mesh.fsdp 2" in said
+    assert "--optimizer.ema-decay None" in said and "--optimizer.moment-dtype bfloat16" in said
+    bare = dataclasses.replace(config, optimizer=OptimizerConfig(ema_decay=None, moment_dtype="bfloat16"))
+    assert "optimizer" not in "; ".join(remedies(bare, make_mesh(MeshConfig(2, 1, 1)), NEEDS))
 
 
 def test_devices_have_their_published_figures() -> None:

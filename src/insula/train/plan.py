@@ -252,6 +252,10 @@ def remedies(config: PlanConfig, mesh: Mesh, needs: Needs) -> list[str]:
         found.append("--model.compute.vocab-chunk N")
     if mesh.shape["data"] > 1:
         found.append(f"--mesh.data 1 --mesh.fsdp {mesh.shape['data'] * mesh.shape['fsdp']} (no copies of the model)")
+    if config.optimizer.ema_decay is not None:
+        found.append("--optimizer.ema-decay None (no average: the parameters themselves are served)")
+    if config.optimizer.moment_dtype == "float32":
+        found.append("--optimizer.moment-dtype bfloat16")
     if config.model.lora is None:
         found.append("model.lora:lora-config (no moments of frozen weights)")
     return [*found, f"more devices than {config.count}, or larger ones"]

@@ -15,17 +15,15 @@ that `insula train` runs, and makes two updates:
 import argparse
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import jax
 
-from insula.model.config import ModelConfig
-from insula.model.params import count_params, init_params
+from insula.model.params import init_params
 from insula.parallel.mesh import ONE_DEVICE, make_mesh, put_batch
 from insula.parallel.sharding import put
 from insula.testing import fake_batch
@@ -38,32 +36,38 @@ GIB = 2**30
 
 
 def rows(preset: str, batch_size: int) -> dict[str, TrainConfig]:
-    """Each row has what the one before it has, and one measure more."""
+    """Nothing, each measure of activations alone, and then one more with each row."""
     start = dataclasses.replace(training_preset(preset, Path()), batch_size=batch_size, accumulate=1)
 
-    def computing(**compute: Any) -> ModelConfig:
-        return start.model.with_compute(scan_layers=True, **compute)
+    def computing(remat: Literal["none", "dots", "all"], parts: int = 1) -> TrainConfig:
+        model = start.model.with_compute(scan_layers=True, remat=remat)
+        return dataclasses.replace(start, model=model, accumulate=parts)
 
-    kept = dataclasses.replace(start, model=computing(remat="all"))
-    parts = dataclasses.replace(kept, accumulate=batch_size)
-    plain = dataclasses.replace(parts, optimizer=dataclasses.replace(parts.optimizer, ema_decay=None))
-    narrow = dataclasses.replace(plain.optimizer, moment_dtype="bfloat16")
-    frozen = parts.model.with_objective(freeze_backbone=True)
+    lean = computing("all", batch_size)
+    plain = dataclasses.replace(lean.optimizer, ema_decay=None)
+    narrow = dataclasses.replace(plain, moment_dtype="bfloat16")
+    frozen = lean.model.with_objective(freeze_backbone=True)
     return {
-        "none": dataclasses.replace(start, model=computing(remat="none")),
-        "remat dots": dataclasses.replace(start, model=computing(remat="dots")),
-        "remat all": kept,
-        f"and accumulate {batch_size}": parts,
-        "and no average": plain,
-        "and first moment in bfloat16": dataclasses.replace(plain, optimizer=narrow),
-        "accumulate, frozen backbone": dataclasses.replace(parts, model=frozen),
+        "none": computing("none"),
+        f"accumulate {batch_size}": computing("none", batch_size),
+        "remat dots": computing("dots"),
+        "remat all": computing("all"),
+        f"remat all, accumulate {batch_size}": lean,
+        "... and no average": dataclasses.replace(lean, optimizer=plain),
+        "... and the first moment in bfloat16": dataclasses.replace(lean, optimizer=narrow),
+        f"remat all, accumulate {batch_size}, frozen backbone": dataclasses.replace(lean, model=frozen),
     }
 
 
-def run_row(config: TrainConfig) -> dict[str, float]:
+def measure_row(config: TrainConfig) -> dict[str, float]:
     """Bytes and seconds of one row, of this process."""
     mesh = make_mesh(ONE_DEVICE)
-    optimizer = make_optimizer(config.optimizer, config.model, config.steps)
+    asked = PlanConfig(
+        model=config.model, optimizer=config.optimizer, batch_size=config.batch_size, accumulate=config.accumulate
+    )
+    planned = measure(asked, mesh).memory  # makes no weight, and has no part in the peak
+
+    optimizer = make_optimizer(config.optimizer, config.model, steps=1000)
     having = averaged(config.optimizer, config.model)
     with jax.set_mesh(mesh):
         like = abstract_state(config.model, optimizer, mesh, having)
@@ -77,7 +81,7 @@ def run_row(config: TrainConfig) -> dict[str, float]:
 
         batch = put_batch(jax.device_get(fake_batch(config.model, config.batch_size, jax.random.key(1))), mesh)
         decay, parts = config.optimizer.ema_decay, config.accumulate
-        step = make_train_step(config.model, optimizer, decay, jax.random.key(2), parts=parts, places=places)
+        step = make_train_step(config.model, optimizer, decay, jax.random.key(0), parts=parts, places=places)
         compiled = step.lower(state, batch).compile()  # type: ignore[attr-defined]
         said = compiled.memory_analysis()
 
@@ -87,20 +91,12 @@ def run_row(config: TrainConfig) -> dict[str, float]:
             jax.block_until_ready((state, metrics))
 
     return {
-        "parameters": count_params(state.params),
         "arguments": said.argument_size_in_bytes,
         "temporary": said.temp_size_in_bytes,
         "resident": peak_resident(),
         "seconds": time.perf_counter() - began,
+        "plan": planned,
     }
-
-
-def plan_row(config: TrainConfig) -> dict[str, float]:
-    """What `insula plan` would say, in a process of its own: it makes no weight, and is to have no part in the peak."""
-    asked = PlanConfig(
-        model=config.model, optimizer=config.optimizer, batch_size=config.batch_size, accumulate=config.accumulate
-    )
-    return {"plan": measure(asked, make_mesh(ONE_DEVICE)).memory}
 
 
 def peak_resident() -> int:
@@ -110,17 +106,13 @@ def peak_resident() -> int:
     return int(found.split()[1]) * 1024
 
 
-def measure_row(options: argparse.Namespace, name: str) -> dict[str, float]:
-    """Both halves of a row, each in a process of its own."""
-    found: dict[str, float] = {}
-    for half in ("run", "plan"):
-        flags = ["--preset", options.preset, "--batch-size", str(options.batch_size), "--row", name, "--half", half]
-        command = [sys.executable, __file__, *flags]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
-        if done.returncode:
-            sys.exit(f"{name}, {half}: exit code {done.returncode}\n{done.stderr[-2000:]}")
-        found |= json.loads(done.stdout.splitlines()[-1])
-    return found
+def in_a_process(options: argparse.Namespace, name: str) -> dict[str, float]:
+    """A row in a process of its own: a peak is that of all before it."""
+    flags = ["--preset", options.preset, "--batch-size", str(options.batch_size), "--row", name]
+    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{name}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -128,19 +120,17 @@ def main() -> None:
     parser.add_argument("--preset", default="small")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--row", help="measure this row alone, in this process")
-    parser.add_argument("--half", choices=("run", "plan"), default="run")
     options = parser.parse_args()
 
     table = rows(options.preset, options.batch_size)
     if options.row is not None:
-        half = run_row if options.half == "run" else plan_row
-        print(json.dumps(half(table[options.row])))
+        print(json.dumps(measure_row(table[options.row])))
         return
 
     print(f"{options.preset}, a batch of {options.batch_size}, scanned layers; GiB")
     print("| | arguments | temporary | peak resident | seconds | plan | off |\n|---|---|---|---|---|---|---|")
     for name in table:
-        found = measure_row(options, name)
+        found = in_a_process(options, name)
         needed = found["arguments"] + found["temporary"]
         cells = [found["arguments"], found["temporary"], found["resident"]]
         sizes = " | ".join(f"{cell / GIB:.2f}" for cell in cells)

@@ -146,13 +146,13 @@ def scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformationExtraA
         assert isinstance(state, optax.ScaleByAdamState)
         kept = optax.tree.cast(state.mu, "float32")
         mu, nu = moment(config.beta1, 1, kept), moment(config.beta2, 2, state.nu)
+        if config.moment_dtype != "float32":
+            # Rounded before it is used, and behind a barrier: XLA would keep the unrounded one as well, all of it.
+            mu = jax.lax.optimization_barrier(optax.tree.cast(mu, config.moment_dtype))
 
         count = state.count + 1
         first, second = 1 - config.beta1**count, 1 - config.beta2**count  # both moments start at zero
-        updates = jax.tree.map(lambda m, v: m / first / (jnp.sqrt(v / second) + EPSILON), mu, nu)
-
-        # The updates are made of what was not rounded yet.
-        mu = optax.tree.cast(mu, config.moment_dtype)
+        updates = jax.tree.map(lambda m, v: m.astype(v.dtype) / first / (jnp.sqrt(v / second) + EPSILON), mu, nu)
         return updates, optax.ScaleByAdamState(jnp.where(finite, count, state.count), mu, nu)
 
     return optax.GradientTransformationExtraArgs(start, update)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from insula.collect import demonstrations as module
+from insula.collect.command import CollectConfig, run_collect
 from insula.collect.demonstrations import collect, collect_questions
 from insula.data.lerobot import LeRobotDataset
-from insula.errors import DatasetError
+from insula.errors import DatasetError, InputError
 from insula.worlds.seeds import DEMONSTRATIONS, EVALUATION
 from insula.worlds.tabletop.demonstrator import rollout
 
@@ -45,6 +46,16 @@ def test_what_is_written_is_what_the_expert_did(tmp_path):
     np.testing.assert_array_equal(
         dataset.column("observation.state")[rows], np.stack([o["state"] for o in episode.observations])
     )
+
+
+def test_pictures_have_the_size_that_was_asked_for(tmp_path: Path) -> None:
+    """Control: 64 unless told."""
+    for size, flags in ((224, {"image_size": 224}), (64, {})):
+        run_collect(CollectConfig(tmp_path / str(size), episodes=1, **flags))
+        dataset = LeRobotDataset(tmp_path / str(size))
+        assert {dataset.feature(camera).size for camera in dataset.cameras} == {(size, size)}
+    with pytest.raises(InputError, match="image_size is 8, expected an integer from 16 to 1024"):
+        CollectConfig(tmp_path, image_size=8)
 
 
 @pytest.mark.slow

@@ -19,15 +19,16 @@ from insula.convert import convert_checkpoint
 from insula.data.config import DataConfig
 from insula.errors import CheckpointError, DatasetError, InputError, InsulaError, InsulationError
 from insula.model.config import TINY, ModelConfig, TransformerConfig, VisionConfig
-from insula.model.params import Params, abstract_params
-from insula.parallel.mesh import ONE_DEVICE, MeshConfig
+from insula.model.params import Params, abstract_params, count_params
+from insula.parallel.mesh import ONE_DEVICE, MeshConfig, make_mesh
 from insula.policy import Policy
 from insula.runs.assets import read_assets
 from insula.runs.folder import CERTIFICATE_FILE
 from insula.train import run as training
-from insula.train.config import TrainConfig
+from insula.train.config import TrainConfig, read_config, training_preset
 from insula.train.data import open_data
-from insula.train.optimizer import OptimizerConfig
+from insula.train.optimizer import OptimizerConfig, averaged, make_optimizer
+from insula.train.step import abstract_state
 
 SMALL = dataclasses.replace(
     TINY,
@@ -104,6 +105,47 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished: Path, data: Path
     other = settings(data, tmp_path / "other", seed=1)
     assert training.train(other, quiet=True)
     assert difference(final_params(other.run, SMALL), whole) > 0
+
+
+def test_a_run_without_an_average(data: Path, tmp_path: Path, finished: Path) -> None:
+    """It is trained as one with an average, interrupted or not, and serves its own parameters. No average can be made
+    up for it later; one that is there can be dropped, on the way."""
+    optimizer = OptimizerConfig(warmup_steps=2, ema_decay=None)
+    config = settings(data, tmp_path / "run", optimizer=optimizer, held_out_fraction=0.0)
+    train_and_interrupt(config, after=4)
+    asked = dataclasses.replace(optimizer, ema_decay=0.9)
+    with pytest.raises(InputError, match=r"--optimizer.ema-decay: stored None, got 0.9; this run has no average"):
+        training.train(TrainConfig(run=config.run, resume=True, optimizer=asked), quiet=True)
+    assert training.train(TrainConfig(run=config.run, resume=True), quiet=True)
+
+    whole = dataclasses.replace(config, run=tmp_path / "whole", optimizer=OptimizerConfig(warmup_steps=2))
+    assert training.train(whole, quiet=True)
+    served = final_params(config.run, SMALL)
+    assert difference(served, kept_params(whole)) == difference(served, kept_params(config)) == 0.0
+    assert difference(served, final_params(whole.run, SMALL)) > 0
+
+    dropped = TrainConfig(run=whole.run, resume=True, optimizer=OptimizerConfig(ema_decay=None), steps=STEPS + 1)
+    assert training.train(dropped, quiet=True)
+    assert difference(final_params(whole.run, SMALL), kept_params(dropped)) == 0.0
+
+
+def kept_params(config: TrainConfig) -> Params:
+    """Those that are trained, not their average, of a run's newest checkpoint."""
+    settings = read_config(config.run / "train.json")
+    mesh, optimizer = make_mesh(ONE_DEVICE), make_optimizer(settings.optimizer, SMALL, settings.steps)
+    like = abstract_state(SMALL, optimizer, mesh, averaged(settings.optimizer, SMALL))
+    with CheckpointStore(config.run / "checkpoints") as store:
+        return jax.device_get(store.restore("train_state", like).params)
+
+
+def test_the_preset_small_starts_from_random_weights(tmp_path: Path) -> None:
+    """Of 300 M parameters. Control: asked for the embedded backbone it is told that there is none of its size."""
+    preset = training_preset("small", tmp_path)
+    assert 250e6 < count_params(abstract_params(preset.model)) < 350e6 and preset.from_scratch
+    with pytest.raises(CheckpointError, match=r"fits the preset 'tiny' only, use --from-scratch"):
+        training.start_params(dataclasses.replace(preset, from_scratch=False), jax.random.key(0))
+    with pytest.raises(InputError, match=r"drop one of them \(--no-from-scratch"):
+        dataclasses.replace(preset, init=tmp_path)
 
 
 def test_a_run_goes_on_with_other_devices(finished: Path, data: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import types
 from collections.abc import Callable
 from typing import Any, Literal, Union, get_args, get_origin
 
-from insula.errors import InputError
+from insula.errors import InputError, did_you_mean
 
 LARGEST_INTEGER = 2**31 - 1
 """Of any setting. Beyond it the error would come from deep inside: arrays, generators and other languages count in 32
@@ -34,6 +34,12 @@ def check_number(name: str, value: object, expected: str, good: Callable[[float]
     numeric = isinstance(value, int | float) and not isinstance(value, bool)
     if not numeric or not math.isfinite(value) or not good(float(value)):  # type: ignore[arg-type]
         raise InputError(f"{name} is {value!r}, expected a number {expected}")
+
+
+def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    """Raises InputError with the nearest one unless `value` is one of `known`."""
+    if value not in known:
+        raise InputError(f"{name} is {value!r}, expected one of {known}{did_you_mean(str(value), known)}")
 
 
 def check_seed(name: str, value: object) -> None:

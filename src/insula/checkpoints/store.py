@@ -280,10 +280,16 @@ class CheckpointStore:
 
     @staticmethod
     def _check_shapes(where: str, tree: Any, like: Any) -> None:
-        wanted = _named_leaves(like)
+        wanted, found = _named_leaves(like), _named_leaves(tree)
+
+        # Where nothing was stored Orbax gives None for what was asked for.
+        if missing := sorted(wanted.keys() - found.keys()):
+            raise CheckpointError(
+                f"{where}: {missing[0]} is not in it, and {len(missing) - 1} more; it is of another run"
+            )
 
         # Orbax cuts or pads a leaf of another shape where it can.
-        for name, leaf in _named_leaves(tree).items():
+        for name, leaf in found.items():
             if leaf.shape != wanted[name].shape:
                 raise CheckpointError(
                     f"{where}: {name} has shape {leaf.shape}, the config expects {wanted[name].shape}"

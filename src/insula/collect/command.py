@@ -20,18 +20,28 @@ class CollectConfig:
     """Scene seeds count up from here."""
     noise: float = 0.3
     """DART noise on the executed moves, in action units; the clean action is recorded."""
+    image_size: int = 64
+    """Width and height of the pictures: the preset `small` looks at 224."""
     overwrite: bool = False
     """Replace what is in `out`."""
 
     def __post_init__(self) -> None:
         check_integer("episodes", self.episodes, 1)
+        check_integer("image_size", self.image_size, 16, 1024)  # as the world has it
         # No upper bound: where the expert begins to fail too often is found by trying, and `collect` says so.
         check_number("noise", self.noise, "≥ 0", lambda noise: noise >= 0)
 
 
 def run_collect(config: CollectConfig) -> None:
     """Write them, and say how many. Raises as `collect`."""
-    done = collect(config.out, config.episodes, config.first_seed, config.noise, overwrite=config.overwrite)
+    done = collect(
+        config.out,
+        config.episodes,
+        config.first_seed,
+        config.noise,
+        image_size=config.image_size,
+        overwrite=config.overwrite,
+    )
     print(f"{len(done.seeds)} demonstrations, {done.frames} frames, {len(done.discarded)} discarded: {done.root}")
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any, Literal, get_type_hints
 
-from insula.checks import check_integer, check_number, is_a, name_of
+from insula.checks import check_choice, check_integer, check_number, is_a, name_of
 from insula.errors import InputError, did_you_mean
 
 LARGEST_SIZE = 2**24
@@ -14,11 +14,6 @@ LARGEST_SIZE = 2**24
 def _check_sizes(what: str, config: Any, *names: str, least: int = 1) -> None:
     for name in names:
         check_integer(f"{what}{name}", getattr(config, name), least, LARGEST_SIZE)
-
-
-def _check_choice(what: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise InputError(f"{what} is {value!r}, expected one of {known}{did_you_mean(str(value), known)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +144,9 @@ class ComputeConfig:
     """Vocabulary entries per step of the token loss, a divisor of the vocabulary; None takes all at once."""
 
     def __post_init__(self) -> None:
-        _check_choice("compute: dtype", self.dtype, ("float32", "bfloat16"))
-        _check_choice("compute: stream", self.stream, ("auto", "float32", "dtype"))
-        _check_choice("compute: remat", self.remat, ("none", "dots", "all"))
+        check_choice("compute: dtype", self.dtype, ("float32", "bfloat16"))
+        check_choice("compute: stream", self.stream, ("auto", "float32", "dtype"))
+        check_choice("compute: remat", self.remat, ("none", "dots", "all"))
         if self.vocab_chunk is not None:  # None: all at once
             check_integer("compute: vocab_chunk", self.vocab_chunk, 1)
 
@@ -245,8 +240,8 @@ class ModelConfig:
                 f"patch, {math.prod(self.vision.patch_sizes)} px"
             )
 
-        _check_choice(f"{where}: state_input", self.state_input, ("prompt", "token"))
-        _check_choice(f"{where}: time_input", self.time_input, ("adarms", "mlp"))
+        check_choice(f"{where}: state_input", self.state_input, ("prompt", "token"))
+        check_choice(f"{where}: time_input", self.time_input, ("adarms", "mlp"))
 
         # With all steps given there would be none to learn.
         if self.objective.rtc_max_delay >= self.horizon:
@@ -271,9 +266,7 @@ def _gemma(width: int, mlp_dim: int) -> TransformerConfig:
 # limits are what the embedded tabletop needs: FAST of its chunks takes 20 tokens at most, then "|", and EOS.
 TINY = ModelConfig(
     name="tiny",
-    vision=VisionConfig(
-        image_size=64, patch_sizes=(4, 2, 2), stem_widths=(32, 96), width=128, depth=2, mlp_dim=256, num_heads=4
-    ),
+    vision=VisionConfig(64, (4, 2, 2), (32, 96), width=128, depth=2, mlp_dim=256, num_heads=4),
     backbone=TransformerConfig(width=128, depth=4, mlp_dim=384, num_heads=4, num_kv_heads=4, head_dim=32),
     expert=TransformerConfig(width=96, depth=4, mlp_dim=256, num_heads=4, num_kv_heads=4, head_dim=32),
     vocab_size=3200,
@@ -290,13 +283,28 @@ TINY = ModelConfig(
 TINY_BFLOAT16 = TINY.with_compute(dtype="bfloat16")
 """What training on a CPU with AVX-512 bfloat16 wants; docs/log.md has the ratios."""
 
+# Pictures as π0.5 sees them and towers a tenth of its own, with the embedded tokenizer: what a real model asks of a
+# machine, without a download. 304 M parameters. Limits leave room for other arms than the tabletop's.
+SMALL = dataclasses.replace(
+    TINY,
+    name="small",
+    vision=VisionConfig(224, (16,), (), width=768, depth=12, mlp_dim=3072, num_heads=12),
+    backbone=TransformerConfig(width=1024, depth=12, mlp_dim=3072, num_heads=8, num_kv_heads=1, head_dim=128),
+    expert=TransformerConfig(width=512, depth=12, mlp_dim=2048, num_heads=8, num_kv_heads=1, head_dim=128),
+    max_prompt_len=48,
+    max_fast_len=64,
+    horizon=10,
+    action_dim=14,
+    state_dim=14,
+    objective=ObjectiveConfig(),
+    compute=ComputeConfig(dtype="bfloat16", scan_layers=True, remat="all"),
+)
+
 # openpi's sizes, so that its weights load: SigLIP So400m/14, Gemma 2B and the 300M expert, three cameras, actions and
 # state padded to 32. 257,152 entries: Gemma's 256,000, then PaliGemma's 1,024 locations and 128 segments.
 PI05 = ModelConfig(
     name="pi05",
-    vision=VisionConfig(
-        image_size=224, patch_sizes=(14,), stem_widths=(), width=1152, depth=27, mlp_dim=4304, num_heads=16
-    ),
+    vision=VisionConfig(224, (14,), (), width=1152, depth=27, mlp_dim=4304, num_heads=16),
     backbone=_gemma(2048, 16384),
     expert=_gemma(1024, 4096),
     vocab_size=257_152,
@@ -306,15 +314,14 @@ PI05 = ModelConfig(
     horizon=50,
     action_dim=32,
     state_dim=32,
-    compute=ComputeConfig(
-        dtype="bfloat16", scan_layers=True, remat="all", vocab_chunk=16_072
-    ),  # a sixteenth of the vocabulary
+    # A sixteenth of the vocabulary at a time.
+    compute=ComputeConfig(dtype="bfloat16", scan_layers=True, remat="all", vocab_chunk=16_072),
 )
 
 # The state is no text here, so the prompt is short.
 PI0 = dataclasses.replace(PI05, name="pi0", state_input="token", time_input="mlp", max_prompt_len=48)
 
-PRESETS = {config.name: config for config in (TINY, PI05, PI0)}
+PRESETS = {config.name: config for config in (TINY, SMALL, PI05, PI0)}
 
 
 def preset(name: str) -> ModelConfig:

@@ -43,8 +43,8 @@ from insula.tokens.fast import FASTCodec
 from insula.tokens.sequence import FASTTokenizer
 from insula.tokens.text import TextTokenizer, embedded
 from insula.train.loop import Every, MetricRow, MetricsLog, run_loop
-from insula.train.optimizer import DEFAULT, OptimizerConfig, make_optimizer
-from insula.train.step import TrainState, make_train_state, make_train_step
+from insula.train.optimizer import DEFAULT, OptimizerConfig, averaged, make_optimizer
+from insula.train.step import TrainState, make_train_state, make_train_step, served_params
 from insula.worlds.seeds import PRETRAINING
 
 POINTING = ("scene", "view", "block", "bowl")  # kinds whose answers are places in an image
@@ -110,7 +110,7 @@ def pretrain(config: PretrainConfig, tokenizer: FASTTokenizer) -> Knowledge:
     step = make_train_step(model, optimizer, config.optimizer.ema_decay, step_key, share=language_share)
 
     def look(state: TrainState) -> MetricRow:
-        known = measure_knowledge(state.ema_params, model, tokenizer, held_out)
+        known = measure_knowledge(served_params(state), model, tokenizer, held_out)
         return {f"held_out/{k}": v for k, v in known.accuracy.items()} | {
             "held_out/location_error": known.location_error
         }
@@ -125,13 +125,14 @@ def pretrain(config: PretrainConfig, tokenizer: FASTTokenizer) -> Knowledge:
             write_json(config.out / PRETRAIN_FILE, _settings(config))
             params = ground(params, config, tokenizer.text, scenes, log)
 
-        state = make_train_state(params, optimizer)
+        state = make_train_state(params, optimizer, averaged(config.optimizer, model))
         if store.latest() is not None:
             _refuse_other_settings(config)
             state = store.restore("train_state", state)
 
         def save_state(state: TrainState) -> None:
-            store.save(int(state.step), state.ema_params, state, lambda folder: None)  # no assets: nobody serves these
+            # No assets: nobody serves these.
+            store.save(int(state.step), served_params(state), state, lambda folder: None)
 
         hooks = (Every(config.checkpoint_every, look), Every(config.checkpoint_every, save_state))
         batches = _batches(scenes, tokenizer, config, int(state.step))
@@ -141,8 +142,8 @@ def pretrain(config: PretrainConfig, tokenizer: FASTTokenizer) -> Knowledge:
     if not complete:
         raise KeyboardInterrupt("pretraining was interrupted; the same command goes on where it stopped")
 
-    known = measure_knowledge(state.ema_params, model, tokenizer, held_out)
-    save_backbone(config, state.ema_params, known, time.time() - started)
+    known = measure_knowledge(served_params(state), model, tokenizer, held_out)
+    save_backbone(config, served_params(state), known, time.time() - started)
     return known
 
 

@@ -10,17 +10,17 @@ from insula.checks import check_integer, check_number, check_seed
 from insula.data.config import DEFAULT_READING, DataConfig
 from insula.errors import InputError, did_you_mean
 from insula.files import as_path, read_json
-from insula.model.config import PI0, PI05, TINY_BFLOAT16, ModelConfig, build, check_object, config_from_dict
+from insula.model.config import PI0, PI05, SMALL, TINY_BFLOAT16, ModelConfig, build, check_object, config_from_dict
 from insula.parallel.mesh import ALL_DEVICES, MeshConfig
 from insula.parallel.processes import ALONE, ProcessesConfig
-from insula.train.optimizer import DEFAULT, PI0_OPTIMIZER, PI05_OPTIMIZER, OptimizerConfig
+from insula.train.optimizer import DEFAULT, PI0_OPTIMIZER, PI05_OPTIMIZER, SMALL_OPTIMIZER, OptimizerConfig
 from insula.train.sinks import SinkKind
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Train a knowledge-insulated policy. On the command line --preset (tiny, pi05, pi0) chooses what all other flags
-    start from. Raises InputError for values that cannot be."""
+    """Train a knowledge-insulated policy. On the command line --preset (tiny, small, pi05, pi0) chooses what all other
+    flags start from. Raises InputError for values that cannot be."""
 
     run: Path
     """Folder for everything: settings, metrics, checkpoints."""
@@ -96,12 +96,17 @@ class TrainConfig:
 
         # Only what can be seen without reading a file; `data` is looked for when the run is opened.
         if self.init is not None and self.from_scratch:
-            raise InputError(f"init is {self.init}, but from_scratch asks for random weights; drop one of them")
+            raise InputError(
+                f"init is {self.init}, but from_scratch asks for random weights; drop one of them (--no-from-scratch "
+                "where a preset asks for it)"
+            )
 
 
 _DEFAULTS = TrainConfig(run=Path())
 TRAINING = {
     "tiny": _DEFAULTS,
+    # From random weights: there are none of these sizes.
+    "small": dataclasses.replace(_DEFAULTS, model=SMALL, optimizer=SMALL_OPTIMIZER, steps=20_000, from_scratch=True),
     # As openpi trains them, except for the batch size: your memory decides that.
     "pi05": dataclasses.replace(_DEFAULTS, model=PI05, optimizer=PI05_OPTIMIZER, steps=30_000),
     "pi0": dataclasses.replace(

@@ -24,7 +24,7 @@ from insula.parallel.cost import Messages, count_flops, count_messages
 from insula.parallel.devices import find_device
 from insula.parallel.mesh import ALL_DEVICES, MeshConfig, batch_shards, check_batch_size, make_mesh, split_batch
 from insula.train.config import training_preset
-from insula.train.optimizer import DEFAULT, OptimizerConfig, make_optimizer
+from insula.train.optimizer import DEFAULT, OptimizerConfig, averaged, make_optimizer
 from insula.train.step import TrainState, abstract_state, make_train_step
 
 USABLE = 0.92
@@ -107,6 +107,10 @@ def run_plan(config: PlanConfig) -> int:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", config.count)
 
+    # As the device would hand on, where nothing else is asked for.
+    if config.model.compute.stream == "auto":
+        config = dataclasses.replace(config, model=config.model.with_compute(stream="dtype"))
+
     mesh = make_mesh(config.mesh)
     check_batch_size(mesh, config.batch_size, config.accumulate)
     if mesh.size < config.count:
@@ -149,7 +153,7 @@ def measure(config: PlanConfig, mesh: Mesh) -> Needs:
 def abstract_step(config: PlanConfig, mesh: Mesh) -> tuple[Callable[..., Any], TrainState, Batch]:
     """The real step, and shapes of what it takes. For use in `jax.set_mesh(mesh)`."""
     optimizer = make_optimizer(config.optimizer, config.model, steps=1000)
-    state = abstract_state(config.model, optimizer, mesh)
+    state = abstract_state(config.model, optimizer, mesh, averaged(config.optimizer, config.model))
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = make_train_step(
         config.model,
@@ -258,6 +262,10 @@ def remedies(config: PlanConfig, mesh: Mesh, needs: Needs) -> list[str]:
         found.append("--model.compute.vocab-chunk N")
     if mesh.shape["data"] > 1:
         found.append(f"--mesh.data 1 --mesh.fsdp {mesh.shape['data'] * mesh.shape['fsdp']} (no copies of the model)")
+    if config.optimizer.ema_decay is not None:
+        found.append("--optimizer.ema-decay None (no average: the parameters themselves are served)")
+    if config.optimizer.moment_dtype == "float32":
+        found.append("--optimizer.moment-dtype bfloat16")
     if config.model.lora is None:
         found.append("model.lora:lora-config (no moments of frozen weights)")
     return [*found, f"more devices than {config.count}, or larger ones"]

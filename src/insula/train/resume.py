@@ -90,6 +90,14 @@ def resumed_settings(asked: TrainConfig, base: TrainConfig | None = None) -> tup
         rest = ", ".join(f"{flag(name)} {_shown(new)}" for name, (_, new) in changes.items() if name not in refused)
         may = f" (what may change is {rest})" if rest else ""
         raise InputError(f"{asked.run}: cannot change while the run goes on; drop it, or start a new run: {told}{may}")
+
+    # An average can be dropped on the way. One that was never made cannot be read.
+    decay = settings.optimizer.ema_decay
+    if stored.optimizer.ema_decay is None and decay is not None:
+        raise InputError(
+            f"{asked.run}: --optimizer.ema-decay: stored None, got {decay}; this run has no average to go on with; "
+            "drop it, or start a new run"
+        )
     return stored, settings
 
 

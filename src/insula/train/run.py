@@ -49,12 +49,12 @@ from insula.train.augment import augment
 from insula.train.config import TrainConfig, to_dict
 from insula.train.data import fit_assets, held_out_sources, open_data, training_mixture, write_data
 from insula.train.loop import Every, MetricRow, MetricsLog, run_loop
-from insula.train.optimizer import make_optimizer
+from insula.train.optimizer import averaged, make_optimizer
 from insula.train.profile import Profile
 from insula.train.rates import make_rates
 from insula.train.resume import resumed_settings, tell_changes
 from insula.train.sinks import open_sinks
-from insula.train.step import TrainState, abstract_state, make_train_state, make_train_step
+from insula.train.step import TrainState, abstract_state, make_train_state, make_train_step, served_params
 
 log = logging.getLogger(__name__)
 CERTIFIED = 4
@@ -130,7 +130,7 @@ def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointSto
         )
 
         def save(state: TrainState) -> None:
-            store.save(int(state.step), state.ema_params, state, assets.write)
+            store.save(int(state.step), served_params(state), state, assets.write)
 
         certify = make_certifier(config, mixture, eval_rng, store, mesh) if config.certify else _nothing
         if stored is not None:  # the run may have been killed between its checkpoint and that one's certificate
@@ -196,14 +196,15 @@ def start_state(
 ) -> tuple[TrainState, TrainState]:
     """The newest state of a run that goes on, else the one before the first update; and where each leaf of it lives."""
     # Shapes are enough to restore into: what a run was started from (`init`) need not be there any more.
-    like = abstract_state(config.model, optimizer, mesh)
+    having = averaged(config.optimizer, config.model)
+    like = abstract_state(config.model, optimizer, mesh, having)
     places = jax.tree.map(lambda leaf: leaf.sharding, like)
     if stored is not None:
         return store.restore("train_state", like), places
 
     params = put(start_params(config, rng), places.params)
-    start = jax.jit(make_train_state, static_argnums=1, out_shardings=places, donate_argnums=0)
-    return start(params, optimizer), places
+    start = jax.jit(lambda params: make_train_state(params, optimizer, having), out_shardings=places, donate_argnums=0)
+    return start(params), places
 
 
 @contextlib.contextmanager
@@ -294,7 +295,7 @@ def make_certifier(
             return
         certified.add(step)
 
-        proof = measure(state.ema_params, some, rng)  # of the averaged weights, which are what is served
+        proof = measure(served_params(state), some, rng)
         about = {"step": step, "seed": config.seed, "samples": samples}
         store.add_file(step, CERTIFICATE_FILE, lambda path: write_certificate(path, proof, config.model, about))
         if proof.outcome == "leaks":
@@ -326,7 +327,7 @@ def _nothing(state: TrainState) -> None:
 def make_held_out_losses(
     config: TrainConfig, mapping: Mapping, unseen: dict[str, SampleSource], rng: PRNGKeyArray, mesh: Mesh
 ) -> Callable[[TrainState], MetricRow]:
-    """Mean losses of the averaged parameters on the same unseen samples, noise and times each time. The only robot's
+    """Mean losses of what would be served on the same unseen samples, noise and times each time. The only robot's
     are called "held_out/flow" and so on; those of other sources carry their name."""
     loss = jax.jit(lambda params, batch, key: compute_loss(params, config.model, batch, key))  # never augmented
     read: dict[str, Mixture] = {}
@@ -344,7 +345,8 @@ def make_held_out_losses(
         metrics: MetricRow = {}
         for name in unseen:
             made = (put_everywhere(read[name].batch(np.zeros_like(rows), rows), mesh) for rows in groups[name])
-            found = [loss(state.ema_params, batch, jax.random.fold_in(rng, i))[1] for i, batch in enumerate(made)]
+            params = served_params(state)
+            found = [loss(params, batch, jax.random.fold_in(rng, i))[1] for i, batch in enumerate(made)]
             # A question has no action: its flow loss is 0, which must not look like a very good one.
             prefix = "held_out" if name in mapping.robots and len(mapping.robots) == 1 else f"held_out/{name}"
             kinds = ("flow", "fast", "token_accuracy") if name in mapping.robots else ("fast", "token_accuracy")

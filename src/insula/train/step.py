@@ -23,7 +23,8 @@ Share = Callable[[Params, ModelConfig, Batch, Draws, Scored], tuple[Array, Metri
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that changes while training. `ema_params` is the running mean of `params` that is evaluated and served.
+    """All that changes while training. `ema_params` is the running mean of `params`, with None for each that has none:
+    what does not learn is not held a second time. What is evaluated and served is `served_params`.
 
     Parameters and their mean are float32 even where products read bfloat16: a mean that moves by a thousandth of the
     difference would not move at all in bfloat16, which keeps two to three digits.
@@ -35,23 +36,41 @@ class TrainState:
     optimizer: optax.OptState
 
 
-def make_train_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first update: no moments yet, and the mean is the parameters themselves."""
-    ema_params = jax.tree.map(jnp.copy, params)  # a buffer of its own: both are donated to the step
+def make_train_state(params: Params, optimizer: optax.GradientTransformation, averaged: Any = True) -> TrainState:
+    """The state before the first update: no moments yet, and the mean is the parameters themselves. `averaged`
+    (insula.train.optimizer) says which of them have one, as a prefix of their tree."""
+
+    def copy(yes: bool, part: Any) -> Any:
+        # A buffer of its own: both are donated to the step.
+        return jax.tree.map(jnp.copy if yes else lambda leaf: None, part)
+
+    ema_params = jax.tree.map(copy, averaged, params)
     return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params))
 
 
-def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def served_params(state: TrainState) -> Params:
+    """What is evaluated, certified, saved and served: the mean, and the parameters themselves where there is none."""
+    return _with_average(lambda mean, own: own if mean is None else mean, state.ema_params, state.params)
+
+
+def _with_average(join: Callable[[Array | None, Array], Any], average: Params, params: Params) -> Params:
+    """`join(mean, own)` of each parameter; its mean may be None."""
+    return jax.tree.map(join, average, params, is_leaf=lambda x: x is None)
+
+
+def abstract_state(
+    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, averaged: Any = True
+) -> TrainState:
     """Shapes, dtypes and where each leaf lives."""
-    shapes = jax.eval_shape(lambda params: make_train_state(params, optimizer), abstract_params(config))
+    shapes = jax.eval_shape(lambda params: make_train_state(params, optimizer, averaged), abstract_params(config))
     places = shard_like_params(shapes, config, mesh)
     return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, places)
 
 
 def make_train_step(
     config: ModelConfig,
-    optimizer: optax.GradientTransformation,
-    ema_decay: float,
+    optimizer: optax.GradientTransformationExtraArgs,
+    ema_decay: float | None,
     rng: PRNGKeyArray,
     *,
     share: Share = share_of_loss,
@@ -82,23 +101,36 @@ def make_train_step(
         norms = {f"gradient_norm/{part}": optax.tree.norm(getattr(gradients, part)) for part in PARTS}
         metrics |= norms | {"total": total}
 
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-
-        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))  # short memory while all is new
-        # Written so that what does not move, a frozen part, stays the same to the last bit in the average as well.
-        ema_params = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), state.ema_params, params)
-        new = TrainState(state.step, params, ema_params, optimizer_state)
-
         # One NaN in a gradient would be in every weight for good. The step counts all the same: the next one reads
         # other samples.
         finite = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
-        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
-        return dataclasses.replace(new, step=state.step + 1), metrics
+
+        def keep(after: Any, before: Any) -> Any:
+            # Chosen before anything is made of it: whatever reads both, what is new and what was, costs a copy.
+            return jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+
+        updates, moments = optimizer.update(gradients, state.optimizer, state.params, finite=finite)
+        params = keep(optax.apply_updates(state.params, updates), state.params)
+
+        average = follow(state, params, ema_decay)
+        return TrainState(state.step + 1, params, keep(average, state.ema_params), moments), metrics
 
     # Donated, a state is updated in place. Without, two of them are in memory: parameters, mean and two moments each.
     outputs = None if places is None else (places, None)
     return jax.jit(step, donate_argnums=0, out_shardings=outputs)
+
+
+def follow(state: TrainState, params: Params, ema_decay: float | None) -> Params:
+    """The mean of a state's parameters and of `params`, those after it."""
+    if ema_decay is None:
+        assert not jax.tree.leaves(state.ema_params)
+        return state.ema_params
+
+    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))  # short memory while all is new
+    # Written so that what does not move stays the same to the last bit in the average as well.
+    return _with_average(
+        lambda mean, own: None if mean is None else mean + (1 - decay) * (own - mean), state.ema_params, params
+    )
 
 
 def value_and_gradients(

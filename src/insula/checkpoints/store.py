@@ -11,6 +11,8 @@ writes its own pieces of the arrays, and process 0 all that is no array.
 import dataclasses
 import itertools
 import logging
+import os
+import re
 import shutil
 import sys
 import traceback
@@ -27,7 +29,8 @@ from insula.checkpoints.snapshot import snapshot
 from insula.errors import CheckpointError, InsulaError, brief
 
 log = logging.getLogger(__name__)
-logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every phase of every save
+# Orbax reports every phase of every save, and each piece of one that fails, with a traceback; we raise once.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 WriteAssets = Callable[[Path], None]
 
@@ -59,9 +62,9 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _hush_other_reads() -> None:
-    """Orbax reads many arrays at once. Once one has failed the others fail into nothing, some of them later, and Python
-    would print each with a traceback around the one line that says what is wrong."""
+def _hush_others() -> None:
+    """Orbax reads and writes many arrays at once. Once one has failed the others fail into nothing, some of them later,
+    and Python would print each with a traceback around the one line that says what is wrong."""
     previous = sys.unraisablehook
     if getattr(previous, "hushes", False):
         return
@@ -74,6 +77,12 @@ def _hush_other_reads() -> None:
 
     hook.hushes = True  # type: ignore[attr-defined]
     sys.unraisablehook = hook
+
+
+def _reason(error: Exception) -> str:
+    """What the system says, where TensorStore tells it behind the names of an array and three folders."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(found.group(1))) if found else brief(error)
 
 
 def _is_main() -> bool:
@@ -150,6 +159,7 @@ class CheckpointStore:
 
     def _write(self, step: int, held: dict[str, Any], assets: WriteAssets) -> None:
         items = {name: ocp.args.StandardSave(tree) for name, tree in held.items()}
+        _hush_others()
         self._manager.save(step, args=ocp.args.Composite(**items, assets=_AssetsSave(assets)))
         if _is_main():
             seal(self._step(step))
@@ -159,7 +169,7 @@ class CheckpointStore:
             work.result()
         except Exception as error:  # Orbax raises dozens of kinds; each means the same to the caller
             raise CheckpointError(
-                f"{self._manager.directory}: step {step} cannot be written ({brief(error)}); "
+                f"{self._manager.directory}: step {step} cannot be written ({_reason(error)}); "
                 "earlier steps are whole. Make room, or mend the folder, and resume"
             ) from error
 
@@ -267,7 +277,7 @@ class CheckpointStore:
             wanted = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
             restored = self._manager.restore(step, args=wanted)[item]
         except Exception as error:  # Orbax raises dozens of kinds; each means the same to the caller
-            _hush_other_reads()
+            _hush_others()
             raise CheckpointError(
                 f"{where} cannot be read ({brief(error)}); it is damaged or of another model. {self._fall_back(step)}"
             ) from error

@@ -15,11 +15,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help demo test setup lint format types examples figures lerobot fieldtrial fuzz bench slow constraints clean gl chromium
+.PHONY: help demo test setup lint format types examples figures lerobot fieldtrial gpu-check faults fuzz bench slow constraints clean gl chromium
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo gl  ## demonstrations, training, evaluation, one report.html
 	$(BIN)/insula demo $(DEMO_ARGS)
@@ -60,6 +60,12 @@ fieldtrial: $(VENV)/.demo gl  ## a blinded study of two checkpoints by fieldtria
 	$(PYTHON) -m venv .cache/fieldtrial
 	.cache/fieldtrial/bin/python -m pip --disable-pip-version-check install -q "fieldtrial[openpi]==0.3.0"
 	$(BIN)/python scripts/fieldtrial_study.py $(ARMS) --fieldtrial .cache/fieldtrial/bin/fieldtrial --folder runs/study
+
+gpu-check: $(VENV)/.test  ## on a machine with an accelerator: parity, certificate, speed, memory, to gpu.json
+	$(BIN)/python benchmarks/gpu_check.py --out gpu.json
+
+faults: $(VENV)/.test gl  ## kill -9, damaged checkpoints and failing disks against training
+	$(BIN)/python benchmarks/train_faults.py
 
 fuzz: $(VENV)/.test  ## a million mutated frames against what reads them
 	$(BIN)/python scripts/fuzz_frames.py --frames 1000000

@@ -79,7 +79,9 @@ def measure_row(config: TrainConfig) -> dict[str, float]:
         state = start(params)
         del params
 
-        batch = put_batch(jax.device_get(fake_batch(config.model, config.batch_size, jax.random.key(1))), mesh)
+        batch = put_batch(
+            jax.device_get(fake_batch(config.model, config.batch_size, jax.random.key(1))), mesh, config.batch_size
+        )
         decay, parts = config.optimizer.ema_decay, config.accumulate
         step = make_train_step(config.model, optimizer, decay, jax.random.key(0), parts=parts, places=places)
         compiled = step.lower(state, batch).compile()  # type: ignore[attr-defined]

@@ -151,12 +151,15 @@ def kill_once(run: Path, data: Path, said: Path, in_save: bool, rng: np.random.G
     """Start, and kill at a random instant once it trains. Returns whether it was killed, and in a save."""
     log = run / "metrics.jsonl"
     before = log.stat().st_size if log.exists() else 0
+    # Saves that it may finish first: else none would come further than to the first.
+    least = max(saved(run), default=0) + EVERY * int(rng.integers(0, 3))
     child = train(run, data, said)
 
-    def due() -> bool:
-        return is_saving(run) if in_save else log.exists() and log.stat().st_size > before
+    def training() -> bool:
+        return log.exists() and log.stat().st_size > before and max(saved(run), default=0) >= least
 
-    while not due():
+    # What an earlier kill left in mid-save is gone once it trains.
+    while not training() or (in_save and not is_saving(run)):
         if os.waitpid(child, os.WNOHANG)[0]:
             return False, False  # it was done, or had nothing left to do
         time.sleep(0.0005)

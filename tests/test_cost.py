@@ -123,7 +123,7 @@ def test_a_plan_agrees_with_the_step_that_trains() -> None:
     with jax.set_mesh(mesh):
         places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
         state = make_train_state(put(init_params(config, jax.random.key(0)), places.params), optimizer)
-        batch = put_batch(jax.device_get(fake_batch(config, size, jax.random.key(1))), mesh)
+        batch = put_batch(jax.device_get(fake_batch(config, size, jax.random.key(1))), mesh, size)
         step = make_train_step(config, optimizer, DEFAULT.ema_decay, jax.random.key(2), places=places)
         said = step.lower(state, batch).compile().memory_analysis()  # type: ignore[attr-defined]
     needed = said.argument_size_in_bytes + said.temp_size_in_bytes

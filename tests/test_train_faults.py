@@ -1,0 +1,72 @@
+"""What a killed training, damaged files and a failing disk end with: a few of each, for real."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import difference
+
+from insula.checkpoints import snapshot as module
+from insula.checkpoints.snapshot import snapshot
+from insula.checkpoints.store import CheckpointStore
+from insula.errors import CheckpointError
+
+ROOT = Path(__file__).resolve().parents[1]
+STATE = {"w": np.arange(12.0, dtype=np.float32).reshape(3, 4), "n": np.int32(3)}
+
+
+def test_a_dozen_faults() -> None:
+    """`make faults` is four times as many of each and more."""
+    command = [sys.executable, "benchmarks/train_faults.py", "--kills", "4", "--damages", "12", "--seed", "1"]
+    environment = os.environ | {"XLA_FLAGS": ""}  # as a user trains: one device, compiled well
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "every promise was kept" in found.stdout
+    assert "12 damages" in found.stdout and "12 found" in found.stdout
+
+
+@pytest.mark.parametrize("how", ["shared", "copied to the host"])
+def test_a_snapshot_stays_when_the_state_is_donated(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the memory itself is kept. As an accelerator would, it is copied; on the mesh it is in pieces."""
+    if how != "shared":
+        monkeypatch.setattr(module, "_is_on_cpu", lambda x: False)
+    mesh = jax.make_mesh((2,), ("fsdp",), devices=jax.devices()[:2])
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
+    state = {"w": jax.device_put(STATE["w"], split), "n": jnp.asarray(STATE["n"])}
+    update = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+
+    held = snapshot(state | {"again": state["w"]})
+    assert held["again"] is held["w"]  # copied once
+    after = update(state)
+    assert difference({"w": held["w"], "n": held["n"]}, STATE) == 0.0
+    assert difference(after["w"], STATE["w"]) == 1.0
+    update(after)
+    assert after["w"].is_deleted()  # the control: what nobody holds is written over
+
+
+def test_a_save_that_fails_is_told_once_and_earlier_steps_are_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the next look, or at the next save: the caller went on meanwhile."""
+    tree = jax.tree.map(jnp.asarray, STATE)
+    with CheckpointStore(tmp_path / "checkpoints") as store:
+        store.save(1, tree, tree, lambda folder: None)
+        store.wait()
+        store.check()
+
+        def fail(*_: object, **__: object) -> None:
+            raise ValueError("Error writing \"w\": Failed to write 9 bytes [os_error_code='28']")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store._manager, "save", fail)
+            store.save(2, tree, tree, lambda folder: None)
+            with pytest.raises(CheckpointError, match="step 2 cannot be written .No space left on device.; earlier"):
+                store.save(3, tree, tree, lambda folder: None)
+        store.check()
+        assert store.latest() == 1
+        assert difference(store.restore("params", tree), STATE) == 0.0

@@ -27,7 +27,7 @@ from insula.errors import CheckpointError, FileError, InputError
 from insula.files import check_output_folder, write_json
 from insula.losses import Metrics, compute_loss
 from insula.model.params import Params, add_lora, init_params
-from insula.parallel.mesh import check_batch_size, local_rows, make_mesh, put_batch, put_everywhere
+from insula.parallel.mesh import ONE_DEVICE, check_batch_size, local_rows, make_mesh, put_batch, put_everywhere
 from insula.parallel.processes import check_same, is_main, on_main
 from insula.parallel.sharding import put
 from insula.runs.assets import read_assets
@@ -202,7 +202,10 @@ def start_state(
     if stored is not None:
         return store.restore("train_state", like), places
 
-    params = put(start_params(config, rng), places.params)
+    # On one device of this process: each process makes or reads all of them, and gives its devices their pieces.
+    with jax.set_mesh(make_mesh(ONE_DEVICE, jax.local_devices()[:1])):
+        params = start_params(config, jax.device_get(rng))
+    params = put(params, places.params)
     start = jax.jit(lambda params: make_train_state(params, optimizer, having), out_shardings=places, donate_argnums=0)
     return start(params), places
 

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
+import logging
 import os
 import resource
 import shutil
@@ -178,6 +179,7 @@ def tail(path: Path) -> str:
 
 def try_damage(run: Path, folder: Path, damages: int, rng: np.random.Generator) -> list[str]:
     """Change a byte, or cut a file short; is it named, and the step before it taken?"""
+    logging.disable(logging.WARNING)  # it says so two hundred times
     good, newest = saved(run)[-2:]
     step = run / "checkpoints" / str(newest)
     files = sorted(path for path in step.rglob("*") if path.is_file() and path.stat().st_size)
@@ -229,7 +231,8 @@ def try_fault(fault: Callable[[Path, Path, Path], int], run: Path, data: Path, s
     """What was broken, if anything was."""
     code = fault(run, data, said)
     text = said.read_text(errors="replace")
-    if code != 1 or "Traceback" in text or f"insula: {run}" not in text:
+    told = text.rstrip().splitlines()[-1]
+    if code != 1 or "Traceback" in text or not told.startswith("insula: ") or str(run) not in told:
         return f"exit code {code}, and said: {tail(said)}"
     if not saved(run):
         return f"no checkpoint is left: {tail(said)}"

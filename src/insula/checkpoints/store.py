@@ -157,8 +157,8 @@ class CheckpointStore:
     def _later(self, step: int, work: Callable[[], None]) -> None:
         self._writing.append((step, self._thread.submit(work)))
 
-    def _write(self, step: int, held: dict[str, Any], assets: WriteAssets) -> None:
-        items = {name: ocp.args.StandardSave(tree) for name, tree in held.items()}
+    def _write(self, step: int, held: Callable[[], Any], assets: WriteAssets) -> None:
+        items = {name: ocp.args.StandardSave(tree) for name, tree in held().items()}
         _hush_others()
         self._manager.save(step, args=ocp.args.Composite(**items, assets=_AssetsSave(assets)))
         if _is_main():

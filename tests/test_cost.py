@@ -157,7 +157,17 @@ def test_shapes_of_a_batch_are_those_of_a_batch() -> None:
 
 
 KEPT = {"parameters": 40 * 10**9}
-NEEDS = Needs(parameters=10, kept=KEPT, batch=0, working=20 * 10**9, flops=10**15, messages={}, samples=4)
+NEEDS = Needs(
+    parameters=10,
+    kept=KEPT,
+    batch=0,
+    working=20 * 10**9,
+    gradients=8 * 10**9,
+    logits=10**9,
+    flops=10**15,
+    messages={},
+    samples=4,
+)
 
 
 def test_what_follows_for_a_device() -> None:

@@ -12,14 +12,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from small import difference
+from small import by_leaf
 
 from insula.checkpoints.store import CheckpointStore
 from insula.collect.demonstrations import collect
 from insula.data.config import DataConfig
 from insula.errors import InputError
 from insula.files import write_json
-from insula.model.config import TINY, TransformerConfig, VisionConfig
+from insula.model.config import TINY, LoraConfig, ModelConfig, TransformerConfig, VisionConfig
 from insula.model.params import abstract_params
 from insula.parallel import processes
 from insula.parallel.mesh import ONE_DEVICE, MeshConfig
@@ -38,7 +38,13 @@ MODEL = dataclasses.replace(
     max_fast_len=40,
 )
 """Weights large enough to be split."""
-STEPS = 8
+RECIPES = {
+    "insulated": MODEL,
+    "joint": MODEL.with_objective(knowledge_insulation=False),
+    "lora": dataclasses.replace(MODEL, lora=LoraConfig(rank=4)),
+    "frozen": MODEL.with_objective(freeze_backbone=True),
+}
+STEPS = 20
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +63,11 @@ def settings(data: Path, run: Path, **changes: object) -> TrainConfig:
         mesh=MeshConfig(),
         from_scratch=True,
         held_out_fraction=0.25,
-        evaluate_every=4,
-        checkpoint_every=4,
+        evaluate_every=10,
+        checkpoint_every=10,
         log_every=1,
         reading=DataConfig(fast_vocab=512),
+        certify=False,
     )
     return dataclasses.replace(config, **changes)
 
@@ -110,30 +117,39 @@ def losses(run: Path) -> dict[int, float]:
     return {row["step"]: row["total"] for row in rows if "total" in row}
 
 
-def params(run: Path) -> object:
+def params(run: Path, model: ModelConfig) -> dict[str, np.ndarray]:
     with CheckpointStore(run / "checkpoints") as store:
-        return jax.device_get(store.restore("params", abstract_params(MODEL)))
+        return by_leaf(jax.device_get(store.restore("params", abstract_params(model))))
 
 
 @pytest.fixture(scope="module")
 def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, one device."""
+    """One process, one device, insulated."""
     run = tmp_path_factory.mktemp("alone") / "run"
     assert training.train(settings(data, run, mesh=ONE_DEVICE), quiet=True)
     return run
 
 
-def test_two_processes_train_what_one_does(alone: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=[] if name == "insulated" else pytest.mark.slow) for name in RECIPES]
+)
+def test_two_processes_train_what_one_does(recipe: str, data: Path, tmp_path: Path) -> None:
     """Four devices each. One of them speaks, and its checkpoints hold all of the model, its certificate too."""
-    config = settings(data, tmp_path / "run")
+    model = RECIPES[recipe]
+    single = settings(data, tmp_path / "single", model=model, mesh=ONE_DEVICE)
+    assert training.train(single, quiet=True)
+    config = settings(data, tmp_path / "run", model=model, certify=recipe == "insulated")
     found = finish(start(config, 2, 4))
     assert [code for code, _ in found] == [0, 0], found
     assert f"done {config.run}" in found[0][1] and "done" not in found[1][1]
 
-    assert losses(config.run).keys() == losses(alone).keys() == set(range(1, STEPS + 1))
-    np.testing.assert_allclose(list(losses(config.run).values()), list(losses(alone).values()), rtol=1e-5)
-    assert 0 <= difference(params(config.run), params(alone)) < 2e-3  # rates of 1e-3, eight steps
-    for step in ("4", "8"):
+    assert losses(config.run).keys() == losses(single.run).keys() == set(range(1, STEPS + 1))
+    np.testing.assert_allclose(list(losses(config.run).values()), list(losses(single.run).values()), rtol=1e-5)
+    ours, theirs = params(config.run, model), params(single.run, model)
+    for name, leaf in ours.items():
+        # A key's bias adds the same to every score of a query: its gradient is rounding, of which Adam makes steps.
+        assert np.abs(leaf - theirs[name]).max() < (1e-2 if name == "vision.layers.key.bias" else 1e-4), name
+    for step in ("10", "20") if config.certify else ():
         certificate = json.loads((config.run / "checkpoints" / step / "assets" / "certificate.json").read_text())
         assert certificate["outcome"] == "holds", certificate["findings"]
 
@@ -141,7 +157,7 @@ def test_two_processes_train_what_one_does(alone: Path, data: Path, tmp_path: Pa
 def test_one_is_killed_and_one_goes_on(alone: Path, data: Path, tmp_path: Path) -> None:
     """The other ends with a line rather than waiting for ever; then a single process takes over."""
     config = settings(data, tmp_path / "run")
-    kill = f"signal:{int(signal.SIGKILL)}:6"
+    kill = f"signal:{int(signal.SIGKILL)}:13"
     found = finish(start(config, 2, 2, process_1=kill))
     assert [code for code, _ in found] == [EXIT_LOST, -signal.SIGKILL], found
     assert "process" in found[0][1] and "of 2 is gone" in found[0][1] and "--resume" in found[0][1]
@@ -152,7 +168,7 @@ def test_one_is_killed_and_one_goes_on(alone: Path, data: Path, tmp_path: Path) 
 
 def test_a_signal_to_one_ends_all_at_one_step(alone: Path, data: Path, tmp_path: Path) -> None:
     """With a checkpoint, from which two processes go on."""
-    config = settings(data, tmp_path / "run", steps=200, checkpoint_every=100, evaluate_every=100, certify=False)
+    config = settings(data, tmp_path / "run", steps=200, checkpoint_every=100, evaluate_every=100)
     found = finish(start(config, 2, 2, process_1=f"signal:{int(signal.SIGTERM)}:3"))
     assert [code for code, _ in found] == [130, 130], found
     assert "go on with" in found[0][1]

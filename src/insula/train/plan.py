@@ -19,7 +19,7 @@ from insula.checks import check_integer
 from insula.errors import InputError
 from insula.files import write_json
 from insula.model.config import TINY_BFLOAT16, ModelConfig
-from insula.model.params import abstract_params, count_params
+from insula.model.params import Params, abstract_params, count_params, trainable
 from insula.parallel.cost import Messages, count_flops, count_messages
 from insula.parallel.devices import find_device
 from insula.parallel.mesh import ALL_DEVICES, MeshConfig, batch_shards, check_batch_size, make_mesh, split_batch
@@ -73,11 +73,19 @@ class Needs:
     """What stays between steps, by kind: parameters, average, moments."""
     batch: int
     working: int
-    """What is made and freed in a step: gradients, activations, logits."""
+    """What is made and freed in a step: gradients, logits, activations and what they are computed from."""
+    gradients: int
+    logits: int
+    """Of one piece of the vocabulary, for one part of the batch."""
     samples: int
     """Of one part of the batch, on one device."""
     flops: int
     messages: dict[str, Messages]
+
+    @property
+    def activations(self) -> int:
+        """Bytes that are left for them, with all that is on the way to a result."""
+        return max(0, self.working - self.gradients - self.logits)
 
     @property
     def memory(self) -> int:
@@ -139,15 +147,23 @@ def measure(config: PlanConfig, mesh: Mesh) -> Needs:
         compiled = step.lower(state, batch).compile()  # type: ignore[attr-defined]
 
     kept = {"parameters": state.params, "average": state.ema_params, "moments": state.optimizer}
+    samples = config.batch_size // (batch_shards(mesh) * config.accumulate)
     return Needs(
         parameters=count_params(abstract_params(config.model)),
         kept={name: local_bytes(tree) for name, tree in kept.items()},
         batch=local_bytes(batch),
         working=compiled.memory_analysis().temp_size_in_bytes,
-        samples=config.batch_size // (batch_shards(mesh) * config.accumulate),
+        gradients=local_bytes(learned(config, state.params)) * (1 if config.accumulate == 1 else 2),
+        logits=4 * samples * config.model.max_fast_len * (config.model.compute.vocab_chunk or config.model.vocab_size),
+        samples=samples,
         flops=flops,
         messages=count_messages(compiled.as_text()),
     )
+
+
+def learned(config: PlanConfig, params: Params) -> Params:
+    """`params` without what has no gradient."""
+    return jax.tree.map(lambda learns, leaf: leaf if learns else None, trainable(config.model), params)
 
 
 def abstract_step(config: PlanConfig, mesh: Mesh) -> tuple[Callable[..., Any], TrainState, Batch]:
@@ -226,7 +242,10 @@ def show(config: PlanConfig, mesh: Mesh, needs: Needs, found: Estimate) -> None:
     for name, size in needs.kept.items():
         memory.add_row(name, f"{size / GIB:,.3g}")
     memory.add_row("batch", f"{needs.batch / GIB:,.3g}")
-    memory.add_row("gradients, activations, logits", f"{needs.working / GIB:,.3g}")
+    memory.add_row("made and freed in a step", f"{needs.working / GIB:,.3g}")
+    memory.add_row("    gradients, all at once", f"{needs.gradients / GIB:,.3g}", style="dim")
+    memory.add_row("    logits, a piece at a time", f"{needs.logits / GIB:,.3g}", style="dim")
+    memory.add_row("    activations and the rest", f"{needs.activations / GIB:,.3g}", style="dim")
     memory.add_row("in all", f"{needs.memory / GIB:,.3g}", style="bold")
     memory.add_row(f"there is, less {1 - USABLE:.0%}", f"{USABLE * device.memory / GIB:,.3g}")
     console.print(memory)

@@ -1,13 +1,15 @@
 """One process of a training: python one_of_several.py SETTINGS COORDINATOR COUNT INDEX [MORE …], where MORE is
-"resume", "signal:NUMBER:STEP" or "settings:OTHER"."""
+"resume", "signal:NUMBER:STEP", "settings:OTHER" or "fail:WHY"."""
 
 import dataclasses
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from insula.cli import execute
+from insula.errors import DatasetError
 from insula.parallel.processes import ProcessesConfig
 from insula.train import command
 from insula.train import run as training
@@ -27,6 +29,10 @@ def signal_after(step: int, number: int) -> None:
     training.run_loop = signaled
 
 
+def fail(text: str, *_: object) -> None:
+    raise DatasetError(text)
+
+
 if __name__ == "__main__":
     path, coordinator, count, index, *more = sys.argv[1:]
     logging.basicConfig(level=logging.WARNING, format="insula: %(message)s")
@@ -37,6 +43,8 @@ if __name__ == "__main__":
     for one in more:
         if one.startswith("signal:"):
             signal_after(int(one.split(":")[2]), int(one.split(":")[1]))
+        if one.startswith("fail:"):
+            training.open_data = partial(fail, one.removeprefix("fail:"))
 
     # As `insula train` with these settings: its errors, its exit codes.
     command.train_defaults = lambda preset, arguments: config  # type: ignore[assignment]

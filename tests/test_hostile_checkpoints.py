@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from test_convert import POLICY, STATS, folder_of_run, small_is_pi05
 
 from insula.checkpoints.loading import load_params
-from insula.checkpoints.store import _hush_other_reads
+from insula.checkpoints.store import _hush_others
 from insula.convert import convert_checkpoint
 from insula.data.robot import read_robot
 from insula.errors import InsulaError
@@ -290,8 +290,8 @@ def test_a_failed_read_hushes_what_fails_behind_it(monkeypatch: pytest.MonkeyPat
     """Orbax' other reads of the same moment, and nothing else."""
     seen: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", seen.append)
-    _hush_other_reads()
-    _hush_other_reads()  # once is enough
+    _hush_others()
+    _hush_others()  # once is enough
     closed, other = RuntimeError("Event loop is closed"), RuntimeError("a fault of ours")
     for error in (closed, other):
         sys.unraisablehook(SimpleNamespace(exc_value=error, exc_traceback=None))

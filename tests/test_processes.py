@@ -187,8 +187,22 @@ def test_different_settings_are_refused(data: Path, tmp_path: Path) -> None:
     other = dataclasses.replace(config, seed=1)
     found = finish(start(config, 2, 1, **{"process_1": f"settings:{written(other, tmp_path / 'other.json')}"}))
     assert {code for code, _ in found} <= {1, EXIT_LOST}, found
-    assert any("settings of [1] differ from those of process 0" in said for _, said in found)
+    assert any("settings of process 1 are not those of process 0" in said for _, said in found)
+
+    # Nor a folder that they do not share, or data that are not the same.
+    elsewhere = written(settings(data, tmp_path / "elsewhere"), tmp_path / "elsewhere.json")
+    found = finish(start(config, 2, 1, process_1=f"settings:{elsewhere}"))
+    assert any("run's folder of process 1 are not" in said and "all share" in said for _, said in found), found
     assert not (config.run / "checkpoints" / "2").exists()
+
+
+def test_the_reason_of_one_that_fails_is_told(data: Path, tmp_path: Path) -> None:
+    """By itself, with exit code 1; the others say that it is gone."""
+    config = settings(data, tmp_path / "run")
+    found = finish(start(config, 2, 1, process_1="fail:the data are not on this host"))
+    assert [code for code, _ in found] == [EXIT_LOST, 1], found
+    assert "of 2 is gone" in found[0][1]
+    assert found[1][1].rstrip().endswith("insula: the data are not on this host")
 
 
 # --- alone -----------------------------------------------------------------------------------------------------------
@@ -197,7 +211,8 @@ def test_different_settings_are_refused(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "match"),
     [
-        ({"coordinator": "host:1"}, "count, index is missing"),
+        ({"coordinator": "host:1"}, "count and index are missing"),
+        ({"coordinator": "host:99999", "count": 2, "index": 0}, "expected HOST:PORT"),
         ({"coordinator": "host", "count": 2, "index": 0}, "expected HOST:PORT"),
         ({"coordinator": "host:1", "count": 2, "index": 2}, "index"),
     ],

@@ -16,7 +16,7 @@ import optax
 import pytest
 from small import SMALL, by_leaf, difference, jit, largest, model
 
-from insula.checkpoints.seal import SEAL_FILE, find_damage
+from insula.checkpoints.seal import SEAL_FILE, UNSEALED, add_to_seal, find_damage
 from insula.checkpoints.store import CheckpointStore
 from insula.errors import CheckpointError, FileError, NonFiniteError
 from insula.losses import count_scored, draw, share_of_loss
@@ -299,6 +299,32 @@ def test_a_file_that_comes_later_is_sealed_too(saved, tmp_path: Path) -> None:
     assert find_damage(tmp_path / "checkpoints" / "2") is None
     (tmp_path / "checkpoints" / "2" / "assets" / "late.txt").write_text("last")
     assert find_damage(tmp_path / "checkpoints" / "2") == "assets/late.txt has changed"
+
+
+@pytest.mark.parametrize("instant", range(4))
+def test_whoever_is_killed_while_a_file_is_added_leaves_a_whole_checkpoint(saved, instant: int, tmp_path: Path) -> None:
+    """In the writing, before the seal, before the name, or with no seal at all: nothing is called damaged, and the file
+    is there where it was sealed."""
+    folder = tmp_path / "checkpoints" / "2"
+    shutil.copytree(saved[0], tmp_path / "checkpoints")
+    late = folder / "assets" / "late.txt"
+    unsealed = late.with_name(f"late.txt{UNSEALED}")
+    if instant == 0:
+        unsealed.with_name(f"{unsealed.name}.partial").write_text("la")
+    elif instant == 1:
+        unsealed.write_text("late")
+    elif instant == 2:
+        add_to_seal(folder, late, lambda path: path.write_text("late"))
+        late.rename(unsealed)
+    else:
+        (folder / SEAL_FILE).unlink()
+
+    assert find_damage(folder) is None
+    with CheckpointStore(tmp_path / "checkpoints") as store:
+        assert store.set_damaged_aside(tmp_path / "damaged") == 2
+    assert find_damage(folder) is None and (folder / SEAL_FILE).is_file()
+    assert late.exists() == (instant == 2)
+    assert not list(folder.rglob(f"*{UNSEALED}*"))
 
 
 def test_the_newest_and_every_so_many_steps_are_kept(tmp_path: Path) -> None:

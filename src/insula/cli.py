@@ -217,7 +217,7 @@ def _mendable(error: Exception) -> str | None:
         paths = " → ".join(str(path) for path in (error.filename, error.filename2) if path is not None)
         return f"{paths}: {error.strerror}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE):
-        return f"{error.strerror}"  # a write that fails knows no name
+        return f"{error.strerror}; make room where the results are written"  # a write that fails knows no name
 
     # JAX says so in a RuntimeError of its own; it is not imported here.
     exhausted = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error)

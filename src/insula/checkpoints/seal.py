@@ -6,13 +6,16 @@ may be changed into something else that can be read as well.
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePosixPath
 
 from insula.errors import CheckpointError
 from insula.files import is_named, read_bytes, regular_size
 
 SEAL_FILE = "SHA256SUMS"
+UNFINISHED = f"{SEAL_FILE}.unfinished"
+UNSEALED = ".unsealed"
+"""The end of a file's name until it is sealed: whoever is killed in between leaves no checkpoint that looks damaged."""
 
 
 def seal(folder: Path) -> None:
@@ -21,10 +24,28 @@ def seal(folder: Path) -> None:
     _write(folder, lines)
 
 
-def add_to_seal(folder: Path, path: Path) -> None:
-    """A file that came later. Where `folder` has no seal it gets none."""
+def add_to_seal(folder: Path, path: Path, write: Callable[[Path], object]) -> None:
+    """A file that comes later: `write` is given a path, which becomes `path`. Without a seal `folder` gets none."""
+    unsealed = path.with_name(path.name + UNSEALED)
+    write(unsealed)
     if (folder / SEAL_FILE).is_file():
-        _write(folder, read_bytes(folder / SEAL_FILE).decode() + _line(folder, path))
+        line = f"{_digest(unsealed)}  {path.relative_to(folder).as_posix()}\n"
+        _write(folder, read_bytes(folder / SEAL_FILE).decode() + line)
+    unsealed.replace(path)
+
+
+def finish_seal(folder: Path) -> None:
+    """After whoever wrote here was killed: a seal where there is none, and what was to be added, added or gone."""
+    listed = _read(folder) if is_named(folder / SEAL_FILE) else {}
+    for unsealed in folder.rglob(f"*{UNSEALED}*"):
+        path = unsealed.with_name(unsealed.name.removesuffix(UNSEALED))
+        if path.relative_to(folder).as_posix() in listed:
+            unsealed.replace(path)
+        else:
+            unsealed.unlink()
+
+    if not is_named(folder / SEAL_FILE):
+        seal(folder)
 
 
 def find_damage(folder: Path, parts: Collection[str] | None = None) -> str | None:
@@ -41,11 +62,11 @@ def find_damage(folder: Path, parts: Collection[str] | None = None) -> str | Non
     for name in sorted(expected.keys() | found):
         if parts is not None and PurePosixPath(name).parts[0] not in parts:
             continue
-        if name not in found:
+        if name not in found and not is_named(folder / f"{name}{UNSEALED}"):
             return f"{name} is gone"
         if name not in expected:
             return f"{name} was not there when it was sealed"
-        if _digest(folder / name) != expected[name]:
+        if name in found and _digest(folder / name) != expected[name]:
             return f"{name} has changed"
 
     return None
@@ -53,7 +74,8 @@ def find_damage(folder: Path, parts: Collection[str] | None = None) -> str | Non
 
 def _files(folder: Path) -> Iterator[Path]:
     for root, _, names in os.walk(folder):
-        yield from (Path(root) / name for name in names if name != SEAL_FILE)
+        own = (SEAL_FILE, UNFINISHED)
+        yield from (Path(root) / name for name in names if name not in own and UNSEALED not in name)
 
 
 def _line(folder: Path, path: Path) -> str:
@@ -76,7 +98,7 @@ def _read(folder: Path) -> dict[str, str]:
 
 def _write(folder: Path, lines: str) -> None:
     # A seal cut short by a crash would condemn a checkpoint that is whole.
-    unfinished = folder / f"{SEAL_FILE}.unfinished"
+    unfinished = folder / UNFINISHED
     with unfinished.open("w", encoding="utf-8") as file:
         file.write(lines)
         file.flush()

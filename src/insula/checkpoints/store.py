@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from insula.checkpoints.seal import SEAL_FILE, add_to_seal, find_damage, seal
+from insula.checkpoints.seal import add_to_seal, find_damage, finish_seal, seal
 from insula.checkpoints.snapshot import snapshot
 from insula.errors import CheckpointError, InsulaError, brief
 
@@ -135,9 +135,7 @@ class CheckpointStore:
         """Let one more file travel with a step, once that is on disk: `write` is given its path."""
 
         def add() -> None:
-            path = self._step(step) / "assets" / name
-            write(path)
-            add_to_seal(self._step(step), path)
+            add_to_seal(self._step(step), self._step(step) / "assets" / name, write)
 
         if _is_main():
             self._later(step, add)
@@ -220,11 +218,14 @@ class CheckpointStore:
 
         told = "; ".join(f"step {step}: {damage}" for step, damage in damaged.items())
         if damaged and sound is None:
-            raise CheckpointError(f"{self._manager.directory}: no checkpoint is as it was written: {told}")
+            raise CheckpointError(
+                f"{self._manager.directory}: no checkpoint is as it was written: {told}. Put one back from a copy, or "
+                "start a new run"
+            )
 
-        # Killed between a step and its seal, or written before there were seals.
-        if sound is not None and not (self._step(sound) / SEAL_FILE).is_file():
-            seal(self._step(sound))
+        # Of a writer that was killed, or that knew no seals.
+        if sound is not None:
+            finish_seal(self._step(sound))
 
         for step in damaged:
             to.mkdir(exist_ok=True)
@@ -239,9 +240,9 @@ class CheckpointStore:
         """After another process has moved steps away."""
         self._manager.reload()
 
-    def _damage(self, step: int) -> str | None:
+    def _damage(self, step: int, parts: Collection[str] | None = None) -> str | None:
         try:
-            return find_damage(self._step(step))
+            return find_damage(self._step(step), parts)
         except (InsulaError, OSError) as error:
             return str(error)
 
@@ -264,7 +265,7 @@ class CheckpointStore:
 
         # What is read here, and what it is read by.
         parts = {item, "assets"}
-        if _is_main() and step not in self._sound and (damage := find_damage(self._step(step), parts)):
+        if _is_main() and step not in self._sound and (damage := self._damage(step, parts)):
             raise CheckpointError(f"{where}: damaged, {damage}. {self._fall_back(step)}")
 
         # Shapes and dtypes, so that Orbax checks them before it reads, and places: it would look for the devices of the

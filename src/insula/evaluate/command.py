@@ -28,6 +28,8 @@ class EvaluateConfig:
 
     run: tyro.conf.Positional[Path | None] = None
     """Folder that `insula train` wrote."""
+    step: int | None = None
+    """Which of its checkpoints; the newest unless told."""
     server: str | None = None
     """In place of a run: address of a policy server, as ws://127.0.0.1:8000. Its noise is by the server's own --seed.
     An API key is taken from the environment's INSULA_API_KEY."""
@@ -88,7 +90,7 @@ def load_policy(config: EvaluateConfig) -> Acts:
     """Raises as `Policy.load`, or as `Client.connect`."""
     if config.server is None:
         assert config.run is not None
-        return Policy.load(config.run, seed=config.seed, robot=config.robot)
+        return Policy.load(config.run, config.step, config.seed, robot=config.robot)
 
     trusted = None if config.certificate is None else str(config.certificate)
     client = Client(config.server, os.environ.get(KEY_VARIABLE), certificate=trusted)

@@ -10,7 +10,9 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -24,9 +26,14 @@ from jax.experimental import multihost_utils
 from insula.checks import check_integer
 from insula.errors import CheckpointError, InputError, brief
 
+log = logging.getLogger(__name__)
 LOST = 40.0
 """Seconds without a sign of life after which a process is taken for dead. JAX itself waits for 100, and then aborts
 with a stack trace."""
+LOST_CONNECTION = ("UNKNOWN:", "INTERNAL:", "UNAVAILABLE:", "ABORTED:", "DEADLINE_EXCEEDED:")
+"""How errors of a program of all devices begin that another process is the reason of, rather than our memory."""
+PATIENCE = 300.0
+"""Seconds in which all processes have to start, JAX's own number."""
 BEAT = 2.0
 """Seconds between two signs of life."""
 GONE, FAILED = "gone", "failed"
@@ -54,13 +61,14 @@ class ProcessesConfig:
         missing = [name for name, value in given.items() if value is None]
         if 0 < len(missing) < len(given):
             raise InputError(
-                f"processes: {', '.join(missing)} is missing; give all of coordinator, count and index, or only join"
+                f"processes: coordinator, count and index belong together, but {' and '.join(missing)} "
+                f"{'is' if len(missing) == 1 else 'are'} missing"
             )
         if missing:
             return
 
         host, _, port = str(self.coordinator).rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
             raise InputError(f"processes: coordinator is {self.coordinator!r}, expected HOST:PORT")
         check_integer("processes: count", self.count, 1)
         check_integer("processes: index", self.index, 0, self.count - 1)  # type: ignore[operator]
@@ -75,6 +83,9 @@ def join_processes(config: ProcessesConfig) -> None:
     do not come."""
     if not (config.join or config.coordinator):
         return
+
+    if config.coordinator:
+        _wait_for_coordinator(config)
 
     try:
         jax.distributed.initialize(
@@ -107,13 +118,33 @@ def together() -> Iterator[None]:
         multihost_utils.sync_global_devices("insula: done")
         _sign(GONE)
     except BaseException as error:
-        _sign(FAILED)
-        time.sleep(2 * BEAT)  # the table of signs is process 0's, and goes with it
-        # A program of all devices that fails on ours: where it is not our memory, a connection to another was lost.
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+        _LEAVING.set()  # no longer of interest: the others may end before we have said why
+        if isinstance(error, (RuntimeError, ValueError)) and str(error).startswith(LOST_CONNECTION):
+            _sign(FAILED)
             _end(f"another process of {jax.process_count()} is gone ({brief(error)})")
-        atexit.register(_leave_at_once)  # JAX would wait for the others, for minutes
+        atexit.register(_leave_failed)  # when the error has been told: process 0 may take JAX, and us, along
         raise
+
+
+def _wait_for_coordinator(config: ProcessesConfig) -> None:
+    """Until process 0 listens: JAX would wait without a word, and then abort. Raises InputError after `PATIENCE`."""
+    log.warning(
+        "process %d of %d meets the others at %s, and waits for them for up to %.0f s",
+        *(config.index, config.count, config.coordinator, PATIENCE),
+    )
+    host, _, port = str(config.coordinator).rpartition(":")
+    until = time.monotonic() + PATIENCE
+    while config.index != 0:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise InputError(
+                    f"processes: process 0 does not answer at {config.coordinator} ({brief(error)}); is it started, "
+                    "and can it be reached from here?"
+                ) from error
+            time.sleep(1)
 
 
 def is_main() -> bool:
@@ -141,7 +172,7 @@ def on_main(action: Callable[[], int | None]) -> int | None:
     return None if agreed == nothing else agreed
 
 
-def check_same(what: str, text: str) -> None:
+def check_same(what: str, text: str, remedy: str) -> None:
     """Raises InputError unless `text` is the same on all processes: they would train different models in silence."""
     if jax.process_count() == 1:
         return
@@ -150,7 +181,8 @@ def check_same(what: str, text: str) -> None:
     of_all = np.asarray(multihost_utils.process_allgather(digest))
     others = [i for i, other in enumerate(of_all) if not np.array_equal(other, of_all[0])]
     if others:
-        raise InputError(f"processes: {what} of {others} differ from those of process 0; start all of them alike")
+        names = ", ".join(map(str, others))
+        raise InputError(f"processes: {what} of process {names} are not those of process 0; {remedy}")
 
 
 # --- the others' lives -----------------------------------------------------------------------------------------------
@@ -163,9 +195,13 @@ def _sign(text: str) -> None:
         _table().key_value_set(f"insula/alive/{jax.process_index()}", text, allow_overwrite=True)
 
 
-def _leave_at_once() -> None:
+def _leave_failed() -> None:
+    """Tell the others, and go: JAX would wait for them, for minutes."""
     sys.stdout.flush()
     sys.stderr.flush()
+    _sign(FAILED)
+    if is_main():
+        time.sleep(2 * BEAT)  # the table of signs goes with us
     os._exit(1)
 
 

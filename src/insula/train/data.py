@@ -1,6 +1,8 @@
 """From a mapping to what a run trains on: robots fitted, a mixture to draw from, and what is held out of it."""
 
 import dataclasses
+import hashlib
+import json
 import logging
 import os
 from dataclasses import dataclass
@@ -95,6 +97,15 @@ def write_data(config: TrainConfig, data: RunData) -> None:
     """What `open_data` reads when the run is resumed."""
     split = {name: split_to_json(part, data.units[name]) for name, part in data.parts.items()}
     write_json(config.run / MAPPING_FILE, {"mapping": mapping_to_json(data.mapping), "split": split})
+
+
+def fingerprint(data: RunData) -> str:
+    """Of what is trained on, and what is held out."""
+    digest = hashlib.sha256(json.dumps(mapping_to_json(data.mapping), sort_keys=True).encode())
+    for name, units in sorted(data.units.items()):
+        digest.update(f"{name} {units.dtype} {units.shape}".encode() + np.ascontiguousarray(units).tobytes())
+        digest.update(np.ascontiguousarray(data.parts[name].held_out).tobytes())
+    return digest.hexdigest()
 
 
 def _open_datasets(config: TrainConfig, mapping: Mapping) -> dict[str, LeRobotDataset]:

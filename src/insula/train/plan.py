@@ -56,6 +56,8 @@ class PlanConfig:
         check_integer("count", self.count, 1, 4096)
         check_integer("batch_size", self.batch_size, 1)
         check_integer("accumulate", self.accumulate, 1)
+        if self.json is not None and not self.json.parent.is_dir():  # now, rather than after minutes
+            raise InputError(f"json: no folder {self.json.parent}")
 
 
 def plan_defaults(preset: str | None, arguments: list[str]) -> PlanConfig:
@@ -258,9 +260,9 @@ def show(config: PlanConfig, mesh: Mesh, needs: Needs, found: Estimate) -> None:
 
     rate = config.batch_size / found.seconds
     console.print(
-        f"{needs.flops / 1e12:,.3g} TFLOP a step; about {found.seconds * 1e3:,.0f} ms, {rate:,.0f} samples a second. "
-        f"Assumed: products at {REACHED:.0%} of {device.peak / 1e12:,.0f} TFLOP/s, {found.computing * 1e3:,.0f} ms; "
-        f"messages at {device.link / 1e9:,.0f} GB/s {found.sending * 1e3:,.0f} ms, both at once ({device.source})"
+        f"{needs.flops / 1e12:,.3g} TFLOP a step; about {found.seconds * 1e3:,.3g} ms, {rate:,.3g} samples a second. "
+        f"Assumed: products at {REACHED:.0%} of {device.peak / 1e12:,.0f} TFLOP/s, {found.computing * 1e3:,.3g} ms; "
+        f"messages at {device.link / 1e9:,.0f} GB/s {found.sending * 1e3:,.3g} ms, both at once ({device.source})"
     )
     if found.fits:
         console.print(f"fits; the largest batch that does is about {found.largest_batch}", style="green")

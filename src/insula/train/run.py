@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import json
 import logging
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -47,7 +48,7 @@ from insula.runs.loading import refuse_leaking
 from insula.shapes import PRNGKeyArray
 from insula.train.augment import augment
 from insula.train.config import TrainConfig, to_dict
-from insula.train.data import fit_assets, held_out_sources, open_data, training_mixture, write_data
+from insula.train.data import fingerprint, fit_assets, held_out_sources, open_data, training_mixture, write_data
 from insula.train.loop import Every, MetricRow, MetricsLog, run_loop
 from insula.train.optimizer import averaged, make_optimizer
 from insula.train.profile import Profile
@@ -84,6 +85,12 @@ def train(config: TrainConfig, quiet: bool = False, base: TrainConfig | None = N
         aside = config.run / DAMAGED_FOLDER
         newest = on_main(lambda: store.latest() if stored is None else store.set_damaged_aside(aside))
         store.look_again()
+        met = config.run / LOCK_FILE  # process 0 has written there, by now
+        check_same(
+            "the run's folder",
+            met.read_text(encoding="utf-8") if met.is_file() else "nothing",
+            f"{config.run} must lie on a disk that all share",
+        )
         if stored is None and newest is not None:
             raise CheckpointError(f"{config.run} holds a run at step {newest}; resume it, or choose another folder")
 
@@ -101,10 +108,11 @@ def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointSto
     """From the data to the last checkpoint. `stored`: the settings so far, of a run that goes on."""
     mesh = make_mesh(config.mesh)
     check_batch_size(mesh, config.batch_size, config.accumulate)
-    check_same("settings", json.dumps(to_dict(config)))
+    check_same("settings", json.dumps(to_dict(config)), "start all of them alike")
     with _metrics_log(config) as metrics, jax.set_mesh(mesh):
         moved = config.data if stored is not None and config.data != stored.data else None
         data = open_data(config, moved)
+        check_same("data", fingerprint(data), "each must read the same episodes")
         assets = read_assets(store.assets()) if stored is not None else fit_assets(config, data)
         mixture = training_mixture(config, assets, data)
         unseen = held_out_sources(config, assets, data)
@@ -222,6 +230,10 @@ def only_trainer(run: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel's, gone with this process however it ends
         except BlockingIOError:
             raise FileError(f"{run}: another process is training here; wait for it, or choose another folder") from None
+
+        file.truncate(0)
+        file.write(uuid.uuid4().hex)  # by which other processes of this training know the folder again
+        file.flush()
         yield
 
 

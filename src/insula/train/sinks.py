@@ -123,7 +123,8 @@ def _open(kind: str, run: Path, settings: dict[str, Any]) -> Sink:
         return OPEN[kind](run, run_name(run), settings)
     except ImportError as error:
         raise InputError(
-            f"log_to: {kind} is not installed ({brief(error)}); it is an extra: pip install 'insula[{kind}]'"
+            f"log_to: {kind} is not installed ({brief(error)}); it is an extra: pip install 'insula[{kind}]'. "
+            "A bare --log-to goes without"
         ) from error
     except FileError:
         raise

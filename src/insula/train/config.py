@@ -88,10 +88,11 @@ class TrainConfig:
         if repeated := {kind for kind in self.log_to if self.log_to.count(kind) > 1}:
             raise InputError(f"log_to names {', '.join(sorted(repeated))} twice")
         if self.profile_steps is not None:
-            first, last = self.profile_steps
-            if not 1 <= first <= last <= self.steps:
+            given = self.profile_steps
+            if len(given) != 2 or not 1 <= given[0] <= given[1] <= self.steps:
+                told = " ".join(map(str, given))
                 raise InputError(
-                    f"profile_steps is {first} {last}, expected a first and a last step, from 1 to steps = {self.steps}"
+                    f"profile_steps is {told}, expected a first and a last step, from 1 to steps = {self.steps}"
                 )
 
         # Only what can be seen without reading a file; `data` is looked for when the run is opened.

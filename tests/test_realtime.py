@@ -152,7 +152,7 @@ def test_guidance_pulls_to_the_last_chunk(name: str) -> None:
     guided = run(noise(2), left)
     before, after = (np.abs(np.asarray(chunk - target))[0, :2].mean() for chunk in (plain, guided))
     assert after < 0.35 * before and before > 0.1
-    assert difference(guided[1], plain[1]) == 0.0 < difference(guided[0], plain[0])
+    assert difference(guided[1], plain[1]) < CLOSE < FAR < difference(guided[0], plain[0])  # of two programs
 
 
 def test_rows_are_guided_each_for_itself() -> None:

@@ -21,13 +21,13 @@ STATE = {"w": np.arange(12.0, dtype=np.float32).reshape(3, 4), "n": np.int32(3)}
 
 
 def test_a_dozen_faults() -> None:
-    """`make faults` is four times as many of each and more."""
-    command = [sys.executable, "benchmarks/train_faults.py", "--kills", "4", "--damages", "12", "--seed", "1"]
+    """Kills, damages and disks that fail. `make faults` does 250 of them."""
+    command = [sys.executable, "benchmarks/train_faults.py", "--kills", "2", "--damages", "8", "--seed", "1"]
     environment = os.environ | {"XLA_FLAGS": ""}  # as a user trains: one device, compiled well
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
     assert "every promise was kept" in found.stdout
-    assert "12 damages" in found.stdout and "12 found" in found.stdout
+    assert "2 kills" in found.stdout and "8 damages" in found.stdout and "8 found" in found.stdout
 
 
 @pytest.mark.parametrize("how", ["shared", "copied to the host"])

@@ -130,9 +130,8 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.parametrize(
-    "recipe", [pytest.param(name, marks=[] if name == "insulated" else pytest.mark.slow) for name in RECIPES]
-)
+@pytest.mark.slow  # a minute each; the next test compares losses, too
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_two_processes_train_what_one_does(recipe: str, data: Path, tmp_path: Path) -> None:
     """Four devices each. One of them speaks, and its checkpoints hold all of the model, its certificate too."""
     model = RECIPES[recipe]

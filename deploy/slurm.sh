@@ -25,8 +25,9 @@ fi
 code=0
 srun --kill-on-bad-exit=0 insula train --processes.join --run "$RUN" "${WHAT[@]}" "$@" || code=$?
 
-# 75: another process was lost; 130: a signal, with a checkpoint.
-if [[ $code == 75 || $code == 130 ]]; then
+# srun gives the highest code of all tasks. 75: one was lost; 130: a signal, with a checkpoint; 134 and 137: process 0
+# aborted, or one was killed. Not for ever: what one task tells with a 1 hides behind the 75 of the others.
+if [[ $code =~ ^(75|130|134|137)$ ]] && (( ${SLURM_RESTART_COUNT:-0} < 20 )); then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

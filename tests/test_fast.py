@@ -270,9 +270,9 @@ def test_spans_say_which_coefficients_an_id_carries(shape: tuple[int, int], narr
     assert spans[0][0] == 0 and spans[-1][1] == written.size
     for (_, stop), (start, _) in itertools.pairwise(spans):
         assert start in (stop, stop - 1)  # a coefficient two ids share belongs to both
-    whole = narrow._bytes(ids).decode()
+    whole = narrow.bytes_of(ids).decode()
     for n, (start, stop) in enumerate(spans):
-        said = narrow._bytes(ids[n : n + 1]).decode(errors="ignore")
+        said = narrow.bytes_of(ids[n : n + 1]).decode(errors="ignore")
         assert said in whole[start:stop] and len(whole[start:stop]) - len(said) <= 2
     with pytest.raises(ValueError, match="id 99999 is outside"):
         narrow.spans([99999])

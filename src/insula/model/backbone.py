@@ -9,6 +9,7 @@ Two passes with logits for every position take 1.7 times as long at tiny, 11 tim
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -98,10 +99,7 @@ def embed(
     x = encode_images(vision, config, observation.images)
 
     if observation.tokens is not None:
-        # Gemma's factor: the table serves as token head too and has small entries; times √W they have the size of
-        # everything else in the residual stream. Image tokens come from a projection of their own and take none.
-        text = layers.look_up(backbone.embedding, observation.tokens) * backbone.embedding.shape[-1] ** 0.5
-        x = jnp.concatenate([x, layers.enter(text, config.compute)], axis=1)
+        x = jnp.concatenate([x, embed_tokens(backbone, config, observation.tokens)], axis=1)
 
     return x, *column_masks(config, observation, ar_mask)
 
@@ -153,24 +151,17 @@ def run_layers(
     """What `run_backbone` does with its embeddings."""
     mask = masks.make_attn_mask(token_mask, ar_mask)
     rotary = masks.positions(token_mask)  # of real tokens: where the padding stands, and how much, changes nothing
-    dtype = config.compute.dtype
 
     def layer(x: Array, p: BackboneLayer, wanted: Array | None = None) -> tuple[Array, tuple[Array, Array]]:
-        y = layers.rms_norm(x, p.attention_norm)
-        k = layers.rope(layers.matmul(y, p.key, dtype), rotary)
-        v = layers.matmul(y, p.value, dtype)
+        k, v = keys_and_values(p, config, x, rotary)
 
         # The last layer's output is read only where a token is scored, at most 24 of 76 positions at tiny. Queries and
         # feed-forward of the others took a tenth of the whole train step. Their keys and values are needed either way.
         query_rotary, query_mask = rotary, mask
         if wanted is not None:
             x, query_rotary, query_mask = (gather_positions(rows, wanted) for rows in (x, rotary, mask))
-            y = layers.rms_norm(x, p.attention_norm)
 
-        q = layers.rope(layers.matmul(y, p.query, dtype), query_rotary) * config.backbone.head_dim**-0.5
-        x = x + layers.merge_heads(attend(q, k, v, query_mask), p.out, dtype)
-        x = x + layers.geglu(layers.rms_norm(x, p.mlp_norm), p.gate, p.up, p.down, dtype)
-        return x, (k, v)
+        return update(p, config, x, query_rotary, lambda q: attend(q, k, v, query_mask)), (k, v)
 
     # A scan runs one and the same body for every layer, so there the last one cannot do less.
     if config.compute.scan_layers:
@@ -181,6 +172,39 @@ def run_layers(
         x, (keys, values) = layers.walk(layer, x, backbone.layers, config.compute, last)
 
     return BackboneOutput(layers.rms_norm(x, backbone.norm), keys, values, token_mask, ar_mask)
+
+
+def keys_and_values(
+    p: BackboneLayer, config: ModelConfig, x: Float[Array, "B n W"], rotary: Int[Array, "B n"]
+) -> tuple[Float[Array, "B n G E"], Float[Array, "B n G E"]]:
+    """What one layer lets others read of these positions, the n-th at rotary position `rotary`."""
+    y = layers.rms_norm(x, p.attention_norm)
+    k = layers.rope(layers.matmul(y, p.key, config.compute.dtype), rotary)
+    return k, layers.matmul(y, p.value, config.compute.dtype)
+
+
+def update(
+    p: BackboneLayer,
+    config: ModelConfig,
+    x: Float[Array, "B n W"],
+    rotary: Int[Array, "B n"],
+    look: Callable[[Array], Array],
+) -> Float[Array, "B n W"]:
+    """The rest of the layer: what these positions become by `look`, from queries [B, n, N, E] to what they find, and by
+    the feed-forward."""
+    dtype = config.compute.dtype
+    y = layers.rms_norm(x, p.attention_norm)  # as in `keys_and_values`: XLA computes it once
+    q = layers.rope(layers.matmul(y, p.query, dtype), rotary) * config.backbone.head_dim**-0.5
+    x = x + layers.merge_heads(look(q), p.out, dtype)
+    return x + layers.geglu(layers.rms_norm(x, p.mlp_norm), p.gate, p.up, p.down, dtype)
+
+
+def embed_tokens(backbone: Backbone, config: ModelConfig, tokens: Int[AnyArray, "B n"]) -> Float[Array, "B n W"]:
+    """Text as it enters the backbone."""
+    # Gemma's factor: the table serves as token head too and has small entries; times √W they have the size of
+    # everything else in the residual stream. Image tokens come from a projection of their own and take none.
+    text = layers.look_up(backbone.embedding, tokens) * backbone.embedding.shape[-1] ** 0.5
+    return layers.enter(text, config.compute)
 
 
 def gather_positions(rows: Shaped[Array, "B T *rest"], positions: Int[Array, "B U"]) -> Shaped[Array, "B U *rest"]:

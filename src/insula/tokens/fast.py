@@ -146,9 +146,9 @@ class FASTCodec:
 
         # A codec fitted elsewhere may lack some of the 256 byte symbols. BPE drops such a byte without a word, and
         # every later coefficient would move by one. Reading the ids back is the only way to know.
-        if self._bytes(ids) != text.encode():
+        if self.bytes_of(ids) != text.encode():
             lost = next(
-                s for s in text if self._bytes(self.tokenizer.encode(s, add_special_tokens=False).ids) != s.encode()
+                s for s in text if self.bytes_of(self.tokenizer.encode(s, add_special_tokens=False).ids) != s.encode()
             )
             raise FASTRangeError(
                 f"coefficient {ord(lost) + self.min_token} has no token in this codec: it was fitted without all 256 "
@@ -174,7 +174,7 @@ class FASTCodec:
 
         # Bytes are joined before they are decoded: one character may lie across two ids.
         try:
-            text = self._bytes(tokens).decode()
+            text = self.bytes_of(tokens).decode()
         except UnicodeDecodeError as error:
             return _invalid(f"the ids do not join to whole symbols ({error.reason} at byte {error.start})")
 
@@ -217,7 +217,13 @@ class FASTCodec:
         except KeyError as error:
             raise InputError(f"not a byte-level tokenizer with contiguous ids: {error} is missing") from None
 
-    def _bytes(self, ids: list[int]) -> bytes:
+    @property
+    def size(self) -> int:
+        """How many ids stand for something, at most `vocab_size`."""
+        return len(self._token_bytes)
+
+    def bytes_of(self, ids: Iterable[int]) -> bytes:
+        """What these ids spell, as UTF-8: a symbol for each coefficient. An id may end within a symbol."""
         return b"".join([self._token_bytes[i] for i in ids])
 
 

@@ -89,6 +89,10 @@ class NonFiniteError(InsulaError, FloatingPointError):
     """A loss, a metric or an action became NaN or infinite."""
 
 
+class DecodeError(InsulaError, ValueError):
+    """What a model generated is no answer: no chunk of actions, or no end. Nothing is to be executed."""
+
+
 class ProtocolError(InsulaError, ValueError):
     """A message between a robot and a policy server cannot be used. `kind` is one of `insula.client.ErrorKind`, `field`
     the place in the message, "" for all of it."""

@@ -131,8 +131,9 @@ def check_raw(observation: Mapping[str, Any], robot: Robot) -> None:
         raise ObservationError(f"state[{int(np.argmin(np.isfinite(state)))}] is not finite: {state}", "state")
 
     # None would be read by the model as a word.
-    if not isinstance(observation["task"], str):
-        raise ObservationError(f"task is {type(observation['task']).__name__}, expected a string", "task")
+    for key in ("task", *(["subtask"] if "subtask" in observation else [])):
+        if not isinstance(observation[key], str):
+            raise ObservationError(f"{key} is {type(observation[key]).__name__}, expected a string", key)
 
 
 def as_array(value: Any, field: str) -> np.ndarray:

@@ -146,14 +146,6 @@ def token_logits(backbone: Backbone, hidden: Float[Array, "B W"]) -> Float[Array
     return hidden.astype(jnp.float32) @ backbone.embedding.T.astype(jnp.float32)
 
 
-class _Rules(NamedTuple):
-    """A `Grammar` on the device."""
-
-    token_class: Array
-    following: Array
-    needed: Array
-
-
 class _Loop(NamedTuple):
     """What one round hands to the next. `token` is chosen, but not read yet."""
 
@@ -196,7 +188,7 @@ def generate_after(
     keys: Shaped[AnyArray, "B"] | None = None,
 ) -> Generated:
     """`generate`, from a prefix that was read already; its `hidden` is the last real position's alone, [B, 1, W]."""
-    rules = _Rules(*map(jnp.asarray, (grammar.token_class, grammar.following, grammar.needed)))
+    rules = jax.tree.map(jnp.asarray, grammar)
     batch, first = prefix.hidden.shape[0], prefix.token_mask.shape[1]
 
     def choose(hidden: Array, state: Array, count: Array) -> tuple[Array, Array, Array]:
@@ -213,7 +205,7 @@ def generate_after(
         return token, after[picked], jax.nn.log_softmax(logits, axis=-1)[picked]
 
     def ended(state: Array) -> Array:
-        return state == rules.following.shape[0] - 1
+        return state == grammar.end
 
     def note(loop: _Loop, token: Array, state: Array, log_prob: Array) -> _Loop:
         """A chosen token, of the rows that had not ended before it."""

@@ -10,16 +10,18 @@ budget could not hold the rest: so an answer that is bound by a grammar always e
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from insula.errors import InputError
-from insula.shapes import Int
+from insula.shapes import AnyArray, Int
 
 REFUSED = -1
 OTHER = 0
 """The class of tokens that no arrow of the grammar names."""
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Grammar:
     """`following[s, c]`: the state after a token of class c in state s, or REFUSED; `token_class[token]`; `needed[s]`:
@@ -28,9 +30,9 @@ class Grammar:
     Free text has needed = 0 everywhere: nothing makes it end, and it may be found not to have ended.
     """
 
-    token_class: Int[np.ndarray, "V"]
-    following: Int[np.ndarray, "n _"]
-    needed: Int[np.ndarray, "n"]
+    token_class: Int[AnyArray, "V"]
+    following: Int[AnyArray, "n _"]
+    needed: Int[AnyArray, "n"]
 
     @property
     def end(self) -> int:

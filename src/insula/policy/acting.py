@@ -6,7 +6,7 @@ asked before nor on what is beside it in the batch. So any chunk can be replayed
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ import numpy as np
 from insula.batch import Observation, Previous
 from insula.data.observe import Observer, check_raw, stack_images, stack_previous
 from insula.decode.flow import FLOW_STEPS, sample_actions
-from insula.errors import InputError, NonFiniteError
+from insula.errors import InputError, NonFiniteError, did_you_mean
 from insula.model.params import Params
 from insula.runs.assets import Assets
 from insula.runs.loading import load_model
 from insula.shapes import Array, Float, Shaped
+from insula.tokens.sequence import Tokenized
 
 Seed = Sequence[int]
 """Integers that name one draw of noise. (1, 2), (1, 2, 0) and (12,) are different ones."""
@@ -54,7 +55,8 @@ def join(rows: Sequence[Inputs]) -> Inputs:
 
 
 class Policy:
-    """A trained model that acts. Observations are {"images": {camera: uint8[h, w, 3]}, "state": [S], "task": str}.
+    """A trained model that acts. Observations are {"images": {camera: uint8[h, w, 3]}, "state": [S], "task": str}, and
+    where it was trained on subtasks "subtask": str, the step of the task that it is to do now.
 
     With a "previous", {"actions": [n, D], "delay": int}, the new chunk goes on from what is left of the last one
     (real-time chunking: `insula.decode.realtime` says how, `check_previous` what it holds).
@@ -142,21 +144,41 @@ class Policy:
         return self.robot.unnormalize_actions(chunk, inputs.state)
 
     def observe(self, observations: list[dict[str, Any]]) -> Observation:
-        """Check, normalize and tokenize: exactly the prefix of training. Raises InputError naming what is wrong."""
+        """Check, normalize and tokenize: exactly the prefix of training, with the "subtask" of those that bring one.
+        Raises InputError naming what is wrong."""
+        return self._show(observations, lambda o, s: self.observer.tokenize(o["task"], s, None, o.get("subtask")))
+
+    def wonder(self, observations: list[dict[str, Any]]) -> Observation:
+        """As `observe`, with prompts that ask for the subtask."""
+        return self._show(observations, lambda o, s: self.observer.think(o["task"], s))
+
+    def _show(
+        self, observations: list[dict[str, Any]], write: Callable[[dict[str, Any], np.ndarray], Tokenized]
+    ) -> Observation:
         for observation in observations:
             check_raw(observation, self.robot)
 
-        images = stack_images(observations, self.robot.cameras)
-        square = (self.config.vision.image_size,) * 2
-        sizes = {c: images[c].shape[1:3] if c in images else square for c in self.config.cameras}
-
         # Normalized before it is written: the prompt holds the state in bins of [−1, 1].
         state = self.observer.normalize_state(np.stack([o["state"] for o in observations]))
-        rows = [self.observer.tokenize(o["task"], s) for o, s in zip(observations, state, strict=True)]
-        width = self.config.max_prompt_len  # no FAST suffix: its columns are left out
-        tokens = np.stack([row.tokens[:width] for row in rows])
-        token_mask = np.stack([row.token_mask[:width] for row in rows])
+        rows = [write(o, s) for o, s in zip(observations, state, strict=True)]
+        return self.show(stack_images(observations, self.robot.cameras), state, rows)
 
+    def show(
+        self, images: Mapping[str, np.ndarray], state: Float[np.ndarray, "B S"], prompts: Sequence[Tokenized]
+    ) -> Observation:
+        """Pictures of some cameras [B, h, w, 3], a normalized state and prompts, as the model reads them: the other
+        cameras are masked. Raises InputError for a camera that the model does not have."""
+        for camera in images:
+            if camera not in self.config.cameras:
+                known = ", ".join(self.config.cameras)
+                hint = did_you_mean(camera, self.config.cameras)
+                raise InputError(f"no camera {camera!r} in this model{hint}; known: {known}")
+
+        square = (self.config.vision.image_size,) * 2
+        sizes = {c: images[c].shape[1:3] if c in images else square for c in self.config.cameras}
+        width = self.config.max_prompt_len  # no suffix: its columns are left out
+        tokens = np.stack([row.tokens[:width] for row in prompts])
+        token_mask = np.stack([row.token_mask[:width] for row in prompts])
         return self.observer.observe(images, sizes, state, tokens, token_mask)
 
 

@@ -36,7 +36,7 @@ from insula.inspection.influence import (
 from insula.inspection.measure import LOOK_TIMES, TIMES, TOP
 from insula.inspection.sample_page import render_sample
 from insula.inspection.subject import Subject, open_subject
-from insula.inspection.token_columns import ColumnKind, is_question, lay_out_columns, read_chunk
+from insula.inspection.token_columns import ColumnKind, form_of, lay_out_columns, read_chunk
 from insula.inspection.variants import IS_ON, REASONS, Cell, draw_variants, model_mask
 from insula.inspection.view import sample_view
 from insula.losses import compute_loss
@@ -46,6 +46,7 @@ from insula.model.config import PI05
 from insula.model.insulation import insulate
 from insula.page import write_page
 from insula.tokens import masks
+from insula.tokens.dialects import Form
 from insula.tokens.sequence import state_bins
 
 
@@ -436,7 +437,7 @@ def test_what_a_sample_lacks_is_no_zero(inspector: Inspector, found: Findings) -
     asked = dataclasses.replace(batch, observation=observation, ar_mask=batch.ar_mask & ~answer)
     params, tokenizer = inspector.subject.params, inspector.subject.assets.tokenizer
     assert params is not None
-    seen = lay_out_columns(asked, SMALL, tokenizer, False)
+    seen = lay_out_columns(asked, SMALL, tokenizer, Form.FLAT)
     measured = measure_influence(inspector._forward, params, SMALL, asked, seen, jax.random.key(0))
     assert measured.outcome == "holds" and not any("answer" in change.kind for change in measured.table)
     assert {row[Effect.AFTER] for row in measured.table.values()} == {None}
@@ -572,7 +573,7 @@ def test_a_damaged_run_is_named(content: str, message: str, tmp_path: Path) -> N
 
 def test_a_question_certifies_nothing(inspector: Inspector, tmp_path: Path) -> None:
     found = inspector.look(0, "scenes")
-    assert is_question(found.sample.source) and found.faults == []
+    assert form_of(found.sample.source) is None and found.faults == []
     with pytest.raises(ValueError, match=r"questions.jsonl.*has no action, so it cannot show where gradients go"):
         certify(found, tmp_path / "c.json")
 
@@ -595,5 +596,5 @@ def test_columns_need_no_model(found: Findings) -> None:
     subject = dataclasses.replace(found.subject, params=None)
     bare = Inspector(subject).look(3, "arm")
     assert bare.proof is bare.influence is bare.measured is None and bare.outcome == "not asked"
-    again = lay_out_columns(found.sample.batch, subject.assets.config, subject.assets.tokenizer, False)
+    again = lay_out_columns(found.sample.batch, subject.assets.config, subject.assets.tokenizer, Form.FLAT)
     assert again.kind == bare.seen.kind == found.seen.kind

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import SupportsIndex
 
 import numpy as np
@@ -13,6 +13,7 @@ from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.mapping import RobotData
 from insula.data.robot import Robot
 from insula.errors import DatasetError
+from insula.shapes import Bool
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,10 @@ class Frames:
         steps, is_pad = chunk_indices(self.index[rows], self.stop[rows], robot.horizon)
         chunk = robot.normalize_actions(self.actions[steps], self.state[self.index[rows]])
         return np.clip(chunk, -robot.clip, robot.clip), is_pad
+
+    def taken(self, which: Bool[np.ndarray, "N"]) -> "Frames":
+        """Those samples alone."""
+        return replace(self, index=self.index[which], stop=self.stop[which])
 
 
 def read_frames(

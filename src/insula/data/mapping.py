@@ -24,10 +24,15 @@ from insula.batch import LossName
 from insula.data.normalize import Kind
 from insula.errors import DatasetError, did_you_mean
 from insula.files import as_path
+from insula.tokens.dialects import Form
 
 LARGEST_WEIGHT = 1e6
 """Only the ratio of two weights counts, and one source of a million is as good as alone."""
 STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
+LINES = ".jsonl"
+"""How `subtasks` ends where it names a file, and no column."""
+USUAL_FORMS = {Form.SUBTASK: 1.0, Form.ACTIONS: 3.0}
+"""Of a robot with subtasks. Words are few and repeat, actions are many: three quarters of the samples stay those."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,21 @@ class RobotData:
     """A norm_stats.json to use; fitted to the training episodes unless given."""
     instruction: str | None = None
     """A column of text; the task of each frame unless given."""
+    subtasks: str | Path | None = None
+    """What says which step of the task each frame is: a column, or a file of lines (`insula.data.subtasks`)."""
+    forms: dict[Form, float] = field(default_factory=dict)
+    """How often each form is drawn of this robot's samples, relative to the others; `shares` unless given."""
     losses: tuple[LossName, ...] = tuple(LossName)
     """Without "fast" its actions teach the expert alone, without "flow" the backbone alone."""
     units: dict[str, str] = field(default_factory=dict)
     """What "state" and "actions" are measured in; kept in the checkpoint for whoever serves it."""
+
+    @property
+    def shares(self) -> dict[Form, float]:
+        """The share of each form, all together 1."""
+        usual = {Form.FLAT: 1.0} if self.subtasks is None else USUAL_FORMS
+        forms = self.forms or usual
+        return {form: weight / sum(forms.values()) for form, weight in forms.items()}
 
 
 @dataclass(frozen=True)
@@ -74,6 +90,15 @@ class QuestionData:
 
 
 @dataclass(frozen=True)
+class Source:
+    """What batches are drawn from, by `weight`: one form of the samples of a robot, or questions, which have none."""
+
+    entry: str
+    form: Form | None
+    weight: float
+
+
+@dataclass(frozen=True)
 class Mapping:
     """All data of a run by name: at least one robot, and no name twice."""
 
@@ -81,10 +106,20 @@ class Mapping:
     questions: dict[str, QuestionData] = field(default_factory=dict)
 
     @property
+    def sources(self) -> dict[str, Source]:
+        """Of the robots, then of the questions: by name, which is the entry's own, and for a form other than `flat`
+        "arm:actions" and so on (no entry has a colon in its name)."""
+        robots = {
+            name if form is Form.FLAT else f"{name}:{form}": Source(name, form, robot.weight * share)
+            for name, robot in self.robots.items()
+            for form, share in robot.shares.items()
+        }
+        return robots | {name: Source(name, None, float(entry.weight)) for name, entry in self.questions.items()}
+
+    @property
     def weights(self) -> list[float]:
-        """Of the robots, then of the questions."""
-        weights = [robot.weight for robot in self.robots.values()] + [q.weight for q in self.questions.values()]
-        return list(map(float, weights))
+        """Of the sources, in their order."""
+        return [source.weight for source in self.sources.values()]
 
 
 def read_mapping(path: Path, cameras: tuple[str, ...] | None = None) -> Mapping:
@@ -195,7 +230,36 @@ def _robot(entry: Table[str, Any], folder: Path, where: str) -> RobotData:
     for key in robot.units:
         _known(key, ("state", "actions"), f"{where}.units", "entry")
 
-    return dataclasses.replace(robot, losses=tuple(LossName(loss) for loss in robot.losses))
+    robot = dataclasses.replace(robot, losses=tuple(LossName(loss) for loss in robot.losses))
+    return dataclasses.replace(robot, forms=_forms(robot, where))
+
+
+def _forms(robot: RobotData, where: str) -> dict[Form, float]:
+    """`forms` as they were given, once each of them can be made of this robot's samples."""
+    for form, weight in robot.forms.items():
+        _known(form, [name.value for name in Form], f"{where}.forms", "form")
+        # As for the weight of an entry.
+        if type(weight) not in (int, float) or not 0 < weight < LARGEST_WEIGHT:
+            raise DatasetError(
+                f"{where}.forms.{form} is {weight!r}, expected a number > 0 and < {LARGEST_WEIGHT:g}; or leave the "
+                "form out"
+            )
+
+    forms = {Form(form): float(weight) for form, weight in robot.forms.items()}
+    wanting = [form for form in forms if form.has_subtask]
+    if wanting and robot.subtasks is None:
+        raise DatasetError(
+            f'{where}.forms: {wanting[0]!s} needs subtasks; name what holds them, such as subtasks = "subtask_index"'
+        )
+
+    # Also where it is only the default: what a person did not ask for must not be left out in silence.
+    if Form.SUBTASK in dataclasses.replace(robot, forms=forms).shares and LossName.FAST not in robot.losses:
+        raise DatasetError(
+            f"{where}.forms: the form subtask is scored by the loss 'fast' alone, which losses leaves out; write "
+            "forms = { actions = 1 }, or losses with 'fast'"
+        )
+
+    return forms
 
 
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -210,6 +274,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "delta": (list,),
     "normalization": (str,),
     "instruction": (str,),
+    "subtasks": (str,),
+    "forms": (dict,),
     "losses": (list,),
     "units": (dict,),
     "camera": (str,),
@@ -248,9 +314,9 @@ def _value(key: str, value: Any, folder: Path, where: str) -> Any:
         raise DatasetError(f"{where} is {value!r}, expected {expected}")
     if isinstance(value, list) and key in _ITEMS and not all(type(item) is _ITEMS[key] for item in value):
         raise DatasetError(f"{where} is {value!r}, expected a list of {_ITEMS[key].__name__}")
-    if isinstance(value, dict) and not all(isinstance(item, str) for item in value.values()):
+    if isinstance(value, dict) and key != "forms" and not all(isinstance(item, str) for item in value.values()):
         raise DatasetError(f"{where} is {value!r}, expected texts")
-    if isinstance(value, str) and key in ("path", "statistics"):
+    if isinstance(value, str) and (key in ("path", "statistics") or (key == "subtasks" and value.endswith(LINES))):
         # Joined, an absolute path replaces the folder.
         return folder / as_path(value, where).expanduser()
 

@@ -48,14 +48,28 @@ class Observer:
         """In the robot's units → to about [−1, 1]. Raises InputError on NaN or infinity."""
         return self.robot.stats["state"].normalize(state)
 
-    def tokenize(self, task: str, state: Float[np.ndarray, "S"], chunk: np.ndarray | None = None) -> Tokenized:
-        """The prompt, and behind it the normalized `chunk` [H, D] as FAST tokens where there is one to learn from.
+    def tokenize(
+        self,
+        task: str,
+        state: Float[np.ndarray, "S"],
+        chunk: np.ndarray | None = None,
+        subtask: str | None = None,
+    ) -> Tokenized:
+        """The prompt, with the `subtask` where there is one, and behind it the normalized `chunk` [H, D] as FAST tokens
+        where there is one to learn from.
 
         `state` is normalized. Raises TokenBudgetError and FASTRangeError as the tokenizer does.
         """
+        return self.tokenizer.tokenize(task, self._written(state), chunk, subtask)
+
+    def think(self, task: str, state: Float[np.ndarray, "S"], subtask: str | None = None) -> Tokenized:
+        """The prompt that asks for a subtask, and behind it the `subtask` where there is one to learn. Else as
+        `tokenize`."""
+        return self.tokenizer.think(task, self._written(state), subtask)
+
+    def _written(self, state: Float[np.ndarray, "S"]) -> Float[np.ndarray, "S"] | None:
         # A robot without a state gets the prompt without one, and not "State: ;" with nothing in it.
-        written = state if self.state_in_prompt and self.robot.state_dim > 0 else None
-        return self.tokenizer.tokenize(task, written, chunk)
+        return state if self.state_in_prompt and self.robot.state_dim > 0 else None
 
     def observe(
         self,

@@ -4,8 +4,12 @@ A sample is one frame: the images and state then, the instruction, and the chunk
 lacks of the model's sizes is padded and masked: cameras (`image_mask`), action dimensions (`action_dim_mask`), steps
 past the robot's horizon (`action_is_pad`), state dimensions (zeros).
 
+A frame makes a sequence of each form (`insula.tokens.dialects.Form`); one source has one form. In the form `subtask`
+all steps are padding: what is learned there is what to say, and the flow loss has nothing to count.
+
     frames.py        which frames, and their numbers        observe.py       what the model sees of one
     token_table.py   tokens, made once                      instructions.py  the text of each frame
+                                                            subtasks.py      its step of the task, where it has one
 """
 
 import logging
@@ -24,22 +28,25 @@ from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.mapping import RobotData
 from insula.data.observe import Observer, Sizes
 from insula.data.robot import Robot
+from insula.data.subtasks import read_subtasks
 from insula.data.token_table import TokenTable, ahead
 from insula.errors import DatasetError, FASTRangeError, InputError, TokenBudgetError
+from insula.tokens.dialects import Form
 from insula.tokens.sequence import FASTTokenizer, Tokenized
 
 log = logging.getLogger(__name__)
 
 
 class Samples:
-    """N samples of a robot, `batch(rows)` makes a Batch of them.
+    """N samples of a robot in one form, `batch(rows)` makes a Batch of them.
 
     `dropped`: samples seen so far whose token loss was given up. `quarantined`: samples left out for a NaN.
+    `unlabeled`: samples left out for want of a subtask, which the forms `subtask` and `actions` need.
 
     A chunk whose tokens do not fit raises DatasetError naming episode, frame, length and limit; with "drop_token_loss"
     that sample keeps its prompt and flow loss and loses its token loss, counted in `dropped` and logged. A prompt that
-    does not fit is always an error. NaN and infinity in state or actions are errors as well, or, with
-    `skip_non_finite`, those samples are left out, counted and logged.
+    does not fit is always an error, and so is a subtask where it is the answer. NaN and infinity in state or actions
+    are errors as well, or, with `skip_non_finite`, those samples are left out, counted and logged.
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class Samples:
         episodes: Iterable[SupportsIndex] | None = None,
         on_overflow: TokenOverflow = "error",
         *,
+        form: Form = Form.FLAT,
         state_in_prompt: bool = True,
         skip_non_finite: bool = False,
         dataset: LeRobotDataset | None = None,
@@ -66,6 +74,7 @@ class Samples:
             sizes,
             episodes,
             on_overflow,
+            form=form,
             state_in_prompt=state_in_prompt,
             skip_non_finite=skip_non_finite,
         )
@@ -81,11 +90,27 @@ class Samples:
         self.robot = robot
         self.sizes = sizes
         self.on_overflow = on_overflow
+        self.form = form
         self.observer = Observer(robot, tokenizer, sizes.state_dim, state_in_prompt)
         self.frames = read_frames(self.dataset, data, robot, episodes, skip_non_finite)
+        self.unlabeled = 0
+        self.subtasks: list[str | None] = [None] * len(self.frames.index)
+        if form.has_subtask:
+            self._take_labeled()
         self.instructions = read_instructions(self.dataset, data).of(self.frames.index)
         self.table = TokenTable(len(self.frames.index), tokenizer.max_token_len)
         self.dropped = 0
+
+    def _take_labeled(self) -> None:
+        """Leave out the frames that have no subtask."""
+        found = read_subtasks(self.dataset, self.data)
+        known = found.known[self.frames.index]
+        if not known.any():
+            raise DatasetError(f"data set {self.dataset.root}: none of the episodes chosen has a subtask at any frame")
+
+        self.frames = self.frames.taken(known)
+        self.subtasks = found.of(self.frames.index)
+        self.unlabeled = int((~known).sum())
 
     def __len__(self) -> int:
         return len(self.frames.index)
@@ -140,6 +165,14 @@ class Samples:
         self.tokens(rows)
         if self.dropped:
             log.warning("%d of %d samples have no token loss: their tokens exceed the limit", self.dropped, len(rows))
+        if self.unlabeled:
+            log.warning(
+                "data set %s: %d of %d frames have no subtask, and are left out of the form %s",
+                self.dataset.root,
+                self.unlabeled,
+                self.unlabeled + len(self),
+                self.form,
+            )
 
     def where(self, row: int) -> str:
         """Which episode and frame a sample is, for a person."""
@@ -157,7 +190,7 @@ class Samples:
 
         # Without the flow loss every step is padding: the only mask that loss has.
         action_is_pad = np.ones((count, self.sizes.horizon), bool)
-        if "flow" in self.data.losses:
+        if "flow" in self.data.losses and self.form is not Form.SUBTASK:
             action_is_pad[:, :horizon] = is_pad
 
         # Also where the flow loss is off: it says what the robot has, not what is scored.
@@ -169,28 +202,33 @@ class Samples:
     def _tokenize(self, rows: np.ndarray) -> None:
         states = self.observer.normalize_state(self.frames.state[self.frames.index[rows]])
         # Without an action behind it a prompt has nothing to score: the token loss is then off by the data alone.
-        chunks = self.chunks(rows)[0] if "fast" in self.data.losses else [None] * len(rows)
+        scores_actions = "fast" in self.data.losses and self.form is not Form.SUBTASK
+        chunks = self.chunks(rows)[0] if scores_actions else [None] * len(rows)
         for row, state, chunk in zip(rows.tolist(), states, chunks, strict=True):
             self.table.put(row, self._tokenized(row, state, chunk))
 
     def _tokenized(self, row: int, state: np.ndarray, chunk: np.ndarray | None) -> Tokenized:
-        task = self.instructions[row]
+        task, subtask = self.instructions[row], self.subtasks[row]
         try:
-            return self.observer.tokenize(task, state, chunk)
+            if self.form is Form.SUBTASK:
+                return self.observer.think(task, state, subtask)
+            return self.observer.tokenize(task, state, chunk, subtask)
         except (TokenBudgetError, FASTRangeError) as error:
-            # A prompt is all the expert knows of the task: it is never given up.
-            hopeless = isinstance(error, TokenBudgetError) and error.part == "prompt"
+            # A prompt is all the expert knows of the task: it is never given up. Nor is the only thing that a sample
+            # teaches.
+            hopeless = self.form is Form.SUBTASK or (isinstance(error, TokenBudgetError) and error.part == "prompt")
             if hopeless or self.on_overflow == "error":
                 remedy = (
                     "; raise the model's max_fast_len, lower fast_scale, or keep such samples for the flow loss "
                     "only: --on-overflow drop_token_loss"
                 )
-                raise DatasetError(f"{self.where(row)} ({task!r}): {error}{'' if hopeless else remedy}") from error
+                said = f"{task!r}" if subtask is None else f"{task!r}, {subtask!r}"
+                raise DatasetError(f"{self.where(row)} ({said}): {error}{'' if hopeless else remedy}") from error
 
         # The prompt stays as it was: the flow loss is learned with what serving will say.
         self.dropped += 1
 
-        return self.observer.tokenize(task, state)
+        return self.observer.tokenize(task, state, None, subtask)
 
 
 def _check_sizes(dataset: LeRobotDataset, robot: Robot, sizes: Sizes) -> None:

@@ -13,7 +13,7 @@ from insula.data.samples import Samples
 from insula.inspection.influence import Forward, Influence, make_forward, measure_influence
 from insula.inspection.measure import Measure, SampleMeasures, make_measure
 from insula.inspection.subject import Sample, Subject
-from insula.inspection.token_columns import TokenColumns, is_question, lay_out_columns
+from insula.inspection.token_columns import TokenColumns, form_of, lay_out_columns
 from insula.inspection.variants import MaskVariant, draw_variants
 from insula.model.config import ModelConfig
 
@@ -37,7 +37,7 @@ class Inspector:
         sample = self.subject.sample(number, source)
         batch, config, assets = sample.batch, self.subject.assets.config, self.subject.assets
 
-        seen = lay_out_columns(batch, config, assets.tokenizer, is_question(sample.source))
+        seen = lay_out_columns(batch, config, assets.tokenizer, form_of(sample.source))
         found = Findings(self.subject, sample, seen, self.seed)
         found.drawn = draw_variants(config, seen.token_mask, seen.ar_mask, found.expert_positions)
 

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from insula.batch import Batch
-from insula.data.questions import QuestionSamples
+from insula.data.mixture import SampleSource
 from insula.data.robot import Robot
+from insula.data.samples import Samples
 from insula.errors import TokenBudgetError
 from insula.model.backbone import column_masks
 from insula.model.config import ModelConfig
 from insula.shapes import Bool, Float, Int
 from insula.tokens import masks
+from insula.tokens.dialects import Form
 from insula.tokens.sequence import FASTTokenizer
 
 
@@ -32,7 +34,7 @@ class ColumnKind(enum.StrEnum):
     STOP = "end"
     """The token that ends the FAST tokens."""
     ANSWER = "answer"
-    """Of a question."""
+    """In words: of a question, or a subtask."""
     EOS = "EOS"
     PADDING = "padding"
 
@@ -60,8 +62,8 @@ class TokenColumns:
         return np.flatnonzero([kind in kinds for kind in self.kind])
 
 
-def lay_out_columns(batch: Batch, config: ModelConfig, tokenizer: FASTTokenizer, is_question: bool) -> TokenColumns:
-    """The columns of a batch of one, masked by the functions the model calls."""
+def lay_out_columns(batch: Batch, config: ModelConfig, tokenizer: FASTTokenizer, form: Form | None) -> TokenColumns:
+    """The columns of a batch of one, masked by the functions the model calls. `form`: None of a question."""
     # Not masks worked out here: the page would then show what they should be, and hide what they are.
     observation, images = batch.observation, config.num_image_tokens
     assert observation.tokens is not None and batch.loss_mask is not None
@@ -72,7 +74,7 @@ def lay_out_columns(batch: Batch, config: ModelConfig, tokenizer: FASTTokenizer,
     ids = np.asarray(observation.tokens)[0].astype(np.int64)
     text = _text_pieces(ids, token_mask[images:], tokenizer)
     kinds = [ColumnKind.IMAGE if there else ColumnKind.ABSENT for there in token_mask[:images]]
-    kinds += _text_kinds(ids, text, token_mask[images:], ar_mask[images:], tokenizer, is_question)
+    kinds += _text_kinds(ids, text, token_mask[images:], ar_mask[images:], tokenizer, form)
 
     return TokenColumns(
         kind=kinds,
@@ -129,14 +131,14 @@ def _text_kinds(
     token_mask: np.ndarray,
     ar_mask: np.ndarray,
     tokenizer: FASTTokenizer,
-    is_question: bool,
+    form: Form | None,
 ) -> list[ColumnKind]:
     """One kind for each text column."""
     prefix = token_mask & ~np.asarray(masks.is_suffix(ar_mask))
 
     # The state has no tokens of its own kind: it is digits in the prompt, found by where the dialect writes them.
     written = "".join(piece for piece, is_real in zip(pieces[1:], prefix[1:], strict=True) if is_real)
-    state = None if is_question else tokenizer.dialect.state_span(written)
+    state = None if form is None else tokenizer.dialect.state_span(written)
 
     kinds = []
     stop = 0  # where in `written` the piece at hand ends
@@ -152,17 +154,17 @@ def _text_kinds(
             in_state = state is not None and pieces[column].strip() and start < state[1] and stop > state[0]
             kinds.append(ColumnKind.STATE if in_state else ColumnKind.PROMPT)
         else:
-            kinds.append(_suffix_kind(token, tokenizer, is_question))
+            kinds.append(_suffix_kind(token, tokenizer, form))
 
     return kinds
 
 
-def _suffix_kind(token: int, tokenizer: FASTTokenizer, is_question: bool) -> ColumnKind:
+def _suffix_kind(token: int, tokenizer: FASTTokenizer, form: Form | None) -> ColumnKind:
     if token == tokenizer.text.eos_id:
         return ColumnKind.EOS
 
     # An answer is text, and may hold a "|" or a word that lies where FAST ids do.
-    if is_question:
+    if form in (None, Form.SUBTASK):
         return ColumnKind.ANSWER
     if 0 <= tokenizer.fast_last_id - token < tokenizer.fast.vocab_size:
         return ColumnKind.FAST
@@ -219,6 +221,6 @@ def _why_no_tokens(actions: np.ndarray, tokenizer: FASTTokenizer) -> str:
     return "because its robot learns from the flow loss alone"
 
 
-def is_question(source: object) -> bool:
-    """Whether the samples of a source are questions, which have no actions."""
-    return isinstance(source, QuestionSamples)
+def form_of(source: SampleSource) -> Form | None:
+    """Of the samples of a robot; None of questions."""
+    return source.form if isinstance(source, Samples) else None

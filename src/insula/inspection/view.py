@@ -21,6 +21,7 @@ from insula.inspection.token_columns import TokenColumns, read_chunk, token_text
 from insula.inspection.variants import REASONS
 from insula.model.config import ModelConfig
 from insula.model.vision import resize
+from insula.tokens.dialects import Form
 
 
 def sample_view(found: Findings, sources: dict[str, int] | None = None) -> dict[str, Any]:
@@ -127,9 +128,9 @@ def _show_tokens(seen: TokenColumns, config: ModelConfig) -> list[dict[str, Any]
 
 
 def _show_chunk(found: Findings) -> dict[str, Any] | None:
-    """The chunk before and after its tokens, or why it has none. None for a question."""
+    """The chunk before and after its tokens, or why it has none. None for an answer in words."""
     source = found.sample.source
-    if not isinstance(source, Samples):
+    if not isinstance(source, Samples) or source.form is Form.SUBTASK:
         return None
 
     assets = found.subject.assets

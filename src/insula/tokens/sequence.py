@@ -4,7 +4,12 @@
     ar_mask      0   0   0  0    0    0    1   1   1  1    1    0   0    causal from here on
     loss_mask    0   0   0  0    0    0    1   1   1  1    0    0   0    scored
 
-Serving sees exactly the columns before the first FAST id. FAST ids live in the text vocabulary, counted downwards from
+With a subtask, one frame makes two more sequences (`insula.tokens.dialects.Form`):
+
+    actions     BOS Task : ... Subtask : ... Action :  |  f0 f1 f2 | EOS     the expert reads the subtask it is given
+    subtask     BOS Task : ... Subtask :  |  pick up the cup EOS             all of the answer is scored
+
+Serving sees exactly the columns before the first causal one. FAST ids live in the text vocabulary, counted down from
 `fast_last_id` (π0-FAST's rule): id t is token `fast_last_id − t`, inverted arithmetically, never through text.
 """
 
@@ -20,6 +25,7 @@ import numpy as np
 from insula.errors import InputError, TokenBudgetError, did_you_mean
 from insula.files import read_json, write_json
 from insula.tokens import text as texts
+from insula.tokens.dialects import Form
 from insula.tokens.dialects import dialect as named_dialect
 from insula.tokens.fast import Decoded, FASTCodec
 from insula.tokens.text import TextTokenizer
@@ -101,15 +107,22 @@ class FASTTokenizer:
         """Entries the model's embedding needs: text and FAST."""
         return max(self.text.vocab_size, self.fast_last_id + 1)
 
-    def tokenize(self, prompt: str, state: np.ndarray | None, actions: np.ndarray | None = None) -> Tokenized:
-        """One sample. `state` [S] normalized to [−1, 1], or None where the model takes it as a projected token;
-        `actions` [H, D] normalized, or None when serving: then exactly the training sequence's bidirectional part.
+    def tokenize(
+        self,
+        prompt: str,
+        state: np.ndarray | None,
+        actions: np.ndarray | None = None,
+        subtask: str | None = None,
+    ) -> Tokenized:
+        """One sample of the form `flat`, or `actions` where there is a `subtask`. `state` [S] normalized to [−1, 1], or
+        None where the model takes it as a projected token; `actions` [H, D] normalized, or None when serving: then
+        exactly the training sequence's bidirectional part.
 
         Raises TokenBudgetError where a part is too long, InputError for NaN or infinity and wrong ranks.
         """
         # Prefix and suffix are encoded apart: in one string a token could lie across the border, and serving, which has
         # the prefix alone, would get other tokens than training did.
-        prefix = self.text.encode(self.dialect.write(prompt, None if state is None else state_bins(state)))
+        prefix = self._prefix(prompt, state, Form.FLAT if subtask is None else Form.ACTIONS, subtask)
         if actions is None:
             return self._sequence(prefix, [], [], "action")
 
@@ -118,6 +131,17 @@ class FASTTokenizer:
         scores = [self.dialect.score_all] * len(self.action_head) + [True] * len(ids)
         suffix = [*self.action_head, *ids, self.text.eos_id]
         return self._sequence(prefix, suffix, [*scores, self.dialect.score_all or self.score_eos], "action")
+
+    def think(self, prompt: str, state: np.ndarray | None, subtask: str | None = None) -> Tokenized:
+        """A sample of the form `subtask`: the prompt asks for it (bidirectional), then the subtask and EOS (causal, all
+        scored). `subtask` None when asking. Written as `tokenize` writes it into its prompt, so that what is generated
+        here can be given there.
+
+        Raises TokenBudgetError and InputError as `tokenize` does.
+        """
+        prefix = self._prefix(prompt, state, Form.SUBTASK)
+        suffix = [] if subtask is None else [*self.text.encode(self.dialect.clean(subtask)), self.text.eos_id]
+        return self._sequence(prefix, suffix, [True] * len(suffix), "subtask")
 
     def question(self, question: str, answer: str | None = None) -> Tokenized:
         """A vision-language sample: BOS, the question and a newline (bidirectional), then the answer and EOS (causal,
@@ -176,6 +200,11 @@ class FASTTokenizer:
 
         return cls(texts.load_text_tokenizer(path / "text"), FASTCodec.load(path / "fast"), **settings)
 
+    def _prefix(self, prompt: str, state: np.ndarray | None, form: Form, subtask: str | None = None) -> list[int]:
+        """Ids of the bidirectional text."""
+        bins = None if state is None else state_bins(state)
+        return self.text.encode(self.dialect.write(prompt, bins, form, subtask))
+
     def _sequence(self, prefix: list[int], suffix: list[int], scored: list[bool], part: str) -> Tokenized:
         """BOS and prefix, then suffix, then padding."""
         # Two limits and not one: the expert's memory ends after max_prompt_len text columns, and the token loss has
@@ -185,7 +214,7 @@ class FASTTokenizer:
         prompt_limit = self.max_prompt_len or whole
         suffix_limit = whole - self.max_prompt_len if self.max_prompt_len else whole
         for name, taken, limit, remedy in (
-            ("prompt", len(prefix), prompt_limit, "shorten the instruction or raise max_prompt_len"),
+            ("prompt", len(prefix), prompt_limit, "shorten its texts or raise max_prompt_len"),
             (part, len(suffix), suffix_limit, "shorten it or raise max_token_len − max_prompt_len"),
             (f"prompt with its {part}", length, whole, "shorten it or raise max_token_len"),
         ):

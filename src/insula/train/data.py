@@ -11,21 +11,23 @@ from typing import Any
 
 import numpy as np
 
-from insula.data.chunks import chunk_horizon, named_cameras
+from insula.data.chunks import chunk_horizon, frames_of, named_cameras
 from insula.data.fitting import action_chunks, robot_stats
 from insula.data.lerobot import LeRobotDataset
-from insula.data.mapping import Mapping, RobotData, mapping_to_json, parse_mapping, read_mapping
+from insula.data.mapping import LINES, Mapping, RobotData, mapping_to_json, parse_mapping, read_mapping
 from insula.data.mixture import Mixture, SampleSource
 from insula.data.observe import Sizes
 from insula.data.questions import QuestionSamples, pictures
 from insula.data.robot import Robot
 from insula.data.samples import Samples
+from insula.data.subtasks import read_subtasks
 from insula.errors import DatasetError, InputError
 from insula.files import read_json, write_json
 from insula.model.config import ModelConfig
 from insula.runs.assets import Assets
 from insula.runs.folder import MAPPING_FILE, QUARANTINE_FILE
 from insula.tokens import text
+from insula.tokens.dialects import Form
 from insula.tokens.fast import FASTCodec
 from insula.tokens.sequence import FASTTokenizer
 from insula.train.config import TrainConfig
@@ -191,13 +193,18 @@ def moved_mapping(stored: Mapping, moved: Path, cameras: tuple[str, ...]) -> Map
         for name, entry in before[kind].items():
             for key in sorted(entry.keys() | after[kind][name].keys()):
                 old, new = entry.get(key), after[kind][name].get(key)
-                if key not in ("path", "statistics") and old != new:
+                if old != new and not _is_place(key, old, new):
                     raise InputError(
                         f"--data {moved}: {kind}.{name}.{key} is {new!r}, the run was started with {old!r}; "
                         "only paths can change while a run goes on"
                     )
 
     return given
+
+
+def _is_place(key: str, *values: Any) -> bool:
+    """Whether a setting says where files are, which may change: paths, and subtasks where they are a file of lines."""
+    return key in ("path", "statistics") or (key == "subtasks" and all(str(value).endswith(LINES) for value in values))
 
 
 def fit_assets(config: TrainConfig, data: RunData) -> Assets:
@@ -285,7 +292,7 @@ def sizes(model: ModelConfig, data: RunData) -> Sizes:
 
 def training_mixture(config: TrainConfig, assets: Assets, data: RunData) -> Mixture:
     """All sources by their weights, tokenized ahead so that what does not fit is an error now."""
-    sources = _sources(config, assets, data, {name: part.train for name, part in data.parts.items()})
+    sources = _sources(config, assets, data, _training_rows(data))
 
     # A minute now rather than an error after hours, at the first chunk that takes too many tokens.
     for source in sources.values():
@@ -296,37 +303,56 @@ def training_mixture(config: TrainConfig, assets: Assets, data: RunData) -> Mixt
 
 def training_sources(config: TrainConfig, assets: Assets, data: RunData) -> dict[str, SampleSource]:
     """What batches are drawn from, by source; tokenized when first asked for."""
-    return dict(_sources(config, assets, data, {name: part.train for name, part in data.parts.items()}))
+    return dict(_sources(config, assets, data, _training_rows(data)))
 
 
 def held_out_sources(config: TrainConfig, assets: Assets, data: RunData) -> dict[str, SampleSource]:
-    """What no batch is ever drawn from, by source; none where nothing is held out."""
-    kept = {name: part.held_out for name, part in data.parts.items() if len(part.held_out)}
+    """What no batch is ever drawn from, by source; none where nothing is held out, or nothing of it has a subtask that
+    the source's form needs."""
+    kept = {}
+    for name, source in data.mapping.sources.items():
+        held_out = data.parts[source.entry].held_out
+        if len(held_out) and (source.form in (None, Form.FLAT) or _has_subtasks(data, source.entry, held_out)):
+            kept[name] = held_out
+        elif len(held_out):
+            log.warning("%s: no episode that is held out has a subtask, so nothing of it is measured", name)
+
     return dict(_sources(config, assets, data, kept))
+
+
+def _training_rows(data: RunData) -> dict[str, np.ndarray]:
+    # The forms of a robot share its episodes, so that a frame that is held out is so in all of them.
+    return {name: data.parts[source.entry].train for name, source in data.mapping.sources.items()}
+
+
+def _has_subtasks(data: RunData, robot: str, episodes: np.ndarray) -> bool:
+    dataset = data.datasets[robot]
+    known = read_subtasks(dataset, data.mapping.robots[robot]).known
+    return bool(known[frames_of(dataset, episodes)[0]].any())
 
 
 def _sources(
     config: TrainConfig, assets: Assets, data: RunData, rows: dict[str, np.ndarray]
 ) -> dict[str, Samples | QuestionSamples]:
     padded = sizes(config.model, data)
-    robots = {
-        name: Samples(
-            robot,
-            assets.robots[name],
+    sources: dict[str, Samples | QuestionSamples] = {}
+    for name, chosen in rows.items():
+        entry, form = data.mapping.sources[name].entry, data.mapping.sources[name].form
+        if form is None:
+            sources[name] = QuestionSamples(data.mapping.questions[entry], assets.tokenizer, padded, chosen)
+            continue
+
+        sources[name] = Samples(
+            data.mapping.robots[entry],
+            assets.robots[entry],
             assets.tokenizer,
             padded,
-            rows[name],
+            chosen,
             config.reading.on_overflow,
+            form=form,
             state_in_prompt=config.model.state_input == "prompt",
             skip_non_finite=config.reading.on_bad_sample == "quarantine",
-            dataset=data.datasets[name],
+            dataset=data.datasets[entry],
         )
-        for name, robot in data.mapping.robots.items()
-        if name in rows
-    }
-    questions = {
-        name: QuestionSamples(entry, assets.tokenizer, padded, rows[name])
-        for name, entry in data.mapping.questions.items()
-        if name in rows
-    }
-    return robots | questions
+
+    return sources

@@ -46,6 +46,7 @@ from insula.runs.folder import (
 )
 from insula.runs.loading import refuse_leaking
 from insula.shapes import PRNGKeyArray
+from insula.tokens.dialects import Form
 from insula.train.augment import augment
 from insula.train.config import TrainConfig, to_dict
 from insula.train.data import fingerprint, fit_assets, held_out_sources, open_data, training_mixture, write_data
@@ -343,7 +344,7 @@ def make_held_out_losses(
     config: TrainConfig, mapping: Mapping, unseen: dict[str, SampleSource], rng: PRNGKeyArray, mesh: Mesh
 ) -> Callable[[TrainState], MetricRow]:
     """Mean losses of what would be served on the same unseen samples, noise and times each time. The only robot's
-    are called "held_out/flow" and so on; those of other sources carry their name."""
+    are called "held_out/flow" and so on; those of other sources carry their name ("held_out/arm:subtask/fast")."""
     loss = jax.jit(lambda params, batch, key: compute_loss(params, config.model, batch, key))  # never augmented
     read: dict[str, Mixture] = {}
     groups: dict[str, list[np.ndarray]] = {}
@@ -362,9 +363,10 @@ def make_held_out_losses(
             made = (put_everywhere(read[name].batch(np.zeros_like(rows), rows), mesh) for rows in groups[name])
             params = served_params(state)
             found = [loss(params, batch, jax.random.fold_in(rng, i))[1] for i, batch in enumerate(made)]
-            # A question has no action: its flow loss is 0, which must not look like a very good one.
+            # Questions and subtasks have no action: a flow loss of 0 must not look like a very good one.
             prefix = "held_out" if name in mapping.robots and len(mapping.robots) == 1 else f"held_out/{name}"
-            kinds = ("flow", "fast", "token_accuracy") if name in mapping.robots else ("fast", "token_accuracy")
+            acts = mapping.sources[name].form not in (None, Form.SUBTASK)
+            kinds = ("flow", "fast", "token_accuracy") if acts else ("fast", "token_accuracy")
             metrics |= {f"{prefix}/{kind}": float(np.mean([m[kind] for m in found])) for kind in kinds}
         return metrics
 

@@ -20,6 +20,7 @@ from insula.data.chunks import joined
 from insula.data.instructions import read_instructions, warn_of_blanks
 from insula.data.lerobot import LeRobotDataset
 from insula.data.mapping import RobotData
+from insula.data.subtasks import NONE, read_subtasks
 from insula.errors import DatasetError, InputError
 from insula.runs.folder import MAPPING_FILE
 
@@ -116,7 +117,7 @@ def split_again(stored: Any, units: np.ndarray, where: str, what: str) -> Part:
     if fingerprint(units, before.count) != before:
         raise DatasetError(
             f"{where}: its first {before.count} {what} are not those this run was started with (other lengths, "
-            f"actions or order); {remedy}"
+            f"actions, subtasks or order); {remedy}"
         )
 
     if more := len(units) - before.count:
@@ -163,10 +164,18 @@ def instructions_of(dataset: LeRobotDataset, robot: RobotData) -> list[set[str]]
 
 
 def episode_checksums(dataset: LeRobotDataset, robot: RobotData) -> np.ndarray:
-    """int64, one for each episode: of its actions, and so of its length. It knows a recording again."""
+    """int64, one for each episode: of its actions, and so of its length; with subtasks, of these too, since they say
+    which frames are samples. It knows a recording again."""
     actions = np.ascontiguousarray(joined(dataset, robot.actions, dataset.column))
-    spans = zip(dataset.episodes.start, dataset.episodes.stop, strict=True)
-    return np.array([zlib.crc32(actions[start:stop].tobytes()) for start, stop in spans], np.int64)
+    spans = list(zip(dataset.episodes.start, dataset.episodes.stop, strict=True))
+    sums = [zlib.crc32(actions[start:stop].tobytes()) for start, stop in spans]
+    if robot.subtasks is not None:
+        told = read_subtasks(dataset, robot)
+        # By text: numbers of a table may change and mean the same.
+        known = np.array([*(zlib.crc32(text.encode()) for text in told.texts), NONE], np.int64)[told.number]
+        sums = [zlib.crc32(known[start:stop].tobytes(), crc) for (start, stop), crc in zip(spans, sums, strict=True)]
+
+    return np.array(sums, np.int64)
 
 
 def _held_out_count(count: int, fraction: float, where: str, what: str) -> int:

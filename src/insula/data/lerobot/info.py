@@ -19,6 +19,8 @@ VERSION = "v3.0"
 READABLE = ("v2.0", "v2.1", VERSION)
 NUMERIC = ("float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")
 DTYPES = (*NUMERIC, "string", "image", "video")
+LANGUAGE = "language"
+"""The dtype of LeRobot's annotations: what was said about an episode, and from when on it holds."""
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VALUES_LIMIT = 2**20
 """Numbers of one column in one frame: more is a picture written as numbers, or a shape that cannot be meant."""
@@ -60,6 +62,11 @@ class Feature:
     def is_text(self) -> bool:
         """Whether it can be read as texts."""
         return self.dtype == "string" and self.problem is None
+
+    @property
+    def is_language(self) -> bool:
+        """Whether it holds annotations, which are read as such and no other way (`LeRobotDataset.annotations`)."""
+        return self.dtype == LANGUAGE
 
     @property
     def size(self) -> tuple[int, int]:
@@ -199,6 +206,8 @@ def parse_feature(raw: Any) -> Feature:
         return Feature("unknown", (), problem=f"meta/info.json says {shown(raw)}, expected dtype, shape and names")
 
     dtype, shape = raw["dtype"], raw.get("shape")
+    if dtype == LANGUAGE:
+        return Feature(dtype, (1,), problem="holds annotations, which are read as subtasks alone")
     if dtype not in DTYPES:
         hint = did_you_mean(dtype, DTYPES)
         return Feature(dtype, (), problem=f"dtype is {shown(dtype)}{hint}, known are {', '.join(DTYPES)}")

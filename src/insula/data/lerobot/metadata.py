@@ -186,15 +186,15 @@ def whole_number(value: Any, what: str, where: str, least: int = 0) -> int:
     return int(value)
 
 
-def task_text(value: Any, where: str) -> str:
-    """Raises DatasetError where a task is no text."""
+def task_text(value: Any, where: str, what: str = "task") -> str:
+    """Raises DatasetError where a task, or a text called `what`, is none."""
     if not isinstance(value, str):
-        raise DatasetError(f"{where}: 'task' is {shown(value)}, expected a text")
+        raise DatasetError(f"{where}: {what!r} is {shown(value)}, expected a text")
 
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise DatasetError(f"{where}: 'task' is no valid Unicode (half of a surrogate pair)") from None
+        raise DatasetError(f"{where}: {what!r} is no valid Unicode (half of a surrogate pair)") from None
 
     return value
 

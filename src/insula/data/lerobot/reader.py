@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from insula.data.lerobot.info import BOOKKEEPING, Feature, Info, pick
 from insula.data.lerobot.layout import read_layout
 from insula.data.lerobot.places import Clip, Episodes
 from insula.data.lerobot.shards import Shards
+from insula.data.lerobot.tables import Tasks
 from insula.errors import DatasetError, InputError
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class LeRobotDataset:
         self._tasks_from = tasks_from
         self._videos = ClipReader(layout.info, layout.episodes, layout.clips)
         self._columns: dict[str, np.ndarray] = {}
+        self._annotations: dict[str, list[list[dict[str, Any]]]] = {}
         self._decoded: dict[str, tuple[np.ndarray, np.ndarray] | None] = {}
         self._cache_bytes = cache_bytes
         self._cache_left = cache_bytes
@@ -175,17 +177,33 @@ class LeRobotDataset:
             raise DatasetError(f"data set {self.root}: {name!r} holds {self.features[name].dtype} values, not strings")
         return [text for file in range(self.files) for text in self._shards.texts(name, file)]
 
+    def annotations(self, name: str) -> list[list[dict[str, Any]]]:
+        """Of each episode, the entries {style, content, timestamp} of a column of annotations, as they are written
+        there. Raises DatasetError where there is none, or the frames of an episode do not hold the same ones."""
+        if not self.feature(name).is_language:
+            dtype = self.features[name].dtype
+            raise DatasetError(f"data set {self.root}: {name!r} holds {dtype} values, no annotations")
+
+        with self._lock:
+            if name not in self._annotations:
+                self._annotations[name] = self._shards.annotations(name)
+            return self._annotations[name]
+
     def task_positions(self, numbers: np.ndarray, name: str) -> np.ndarray:
         """Which of `tasks` each frame means, int64 [frames], where a column `name` holds numbers of the task table.
         Raises DatasetError for a number without a text."""
-        positions = self.task_table.positions(numbers)
+        return self.positions(self.task_table, numbers, name, "the task table")
+
+    def positions(self, table: Tasks, numbers: np.ndarray, name: str, called: str) -> np.ndarray:
+        """The same for any table of texts, `called` so in an error."""
+        positions = table.positions(numbers)
         # A number without a text must not become the last text, as -1 would.
         if len(wrong := np.flatnonzero(positions < 0)):
             episode, frame = self.episodes.locate(int(wrong[0]))
-            have = self.task_table.number
+            have = table.number
             raise DatasetError(
-                f"data set {self.root}, episode {episode}, frame {frame}: {name!r} is {numbers[wrong[0]]}, the task "
-                f"table has {have[0]} to {have[-1]} ({len(wrong)} such frames)"
+                f"data set {self.root}, episode {episode}, frame {frame}: {name!r} is {numbers[wrong[0]]}, {called} "
+                f"has {have[0]} to {have[-1]} ({len(wrong)} such frames)"
             )
 
         return positions

@@ -1,10 +1,11 @@
 """The data files of a data set, opened when asked for: columns as arrays and texts, pictures as their bytes."""
 
+import math
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,8 @@ from insula.errors import DatasetError
 
 ENCODED_BYTES = 2**28  # PNG bytes of recently read row groups, kept so that neighbors need no second read
 OPEN_TABLES = 64  # v2.1 has a file per episode
+ANNOTATION = ("style", "content", "timestamp")
+"""What is read of each entry of a column of annotations."""
 _T = TypeVar("_T")
 
 
@@ -74,6 +77,49 @@ class Shards:
         with self._lock:
             shard = self._shard(number)
             return self._checked(rows.texts(_read(shard, name)), name, shard)
+
+    def annotations(self, name: str) -> list[list[dict[str, Any]]]:
+        """The entries of each episode, which every frame of it repeats."""
+        found: dict[int, list[dict[str, Any]]] = {}
+        for number in range(len(self)):
+            with self._lock:
+                shard = self._shard(number)
+                self._check_order(number, shard)
+                # A row group at a time, of which one row for each episode is kept.
+                ends = [*shard.groups.tolist()[1:], shard.stop]
+                for group, (start, stop) in enumerate(zip(shard.groups.tolist(), ends, strict=True)):
+                    if start < stop:
+                        told = self._checked(_annotations(shard, name, group), name, shard)
+                        self._add_annotations(found, told, start, name)
+
+        return [found[episode] for episode in range(len(self._episodes))]
+
+    def _add_annotations(self, found: dict[int, list[dict[str, Any]]], told: pa.Array, start: int, name: str) -> None:
+        """Those of the rows from frame `start` on. Raises DatasetError where an episode has several sets of them."""
+        episodes = self._episodes
+        inside = episodes.between(start, start + len(told))
+        firsts = [max(int(episodes.start[episode]), start) - start for episode in inside]
+        for episode, row in zip(inside, firsts, strict=True):
+            # Its first rows may be in the row group before, or in another file.
+            entries = told[row].as_py() or []
+            if not all(entry["timestamp"] is not None and math.isfinite(entry["timestamp"]) for entry in entries):
+                raise DatasetError(f"{self._at(start + row, name)}: an entry has no time; expected seconds")
+            if found.setdefault(episode, entries) != entries:
+                raise self._several(start + row, name)
+
+        # All rows with the first of their episode, in Arrow: there may be a million.
+        counts = np.diff([*firsts, len(told)])
+        if not told.equals(same := told.take(pa.array(np.repeat(firsts, counts)))):
+            raise self._several(start + next(i for i in range(len(told)) if told[i] != same[i]), name)
+
+    def _several(self, frame: int, name: str) -> DatasetError:
+        said = "holds other annotations than the frames before it; all frames of an episode hold the same ones"
+        return DatasetError(f"{self._at(frame, name)}: {said}")
+
+    def _at(self, frame: int, name: str) -> str:
+        path = self._spans[int(np.searchsorted(self._spans.stop, frame, side="right"))].path
+        episode, step = self._episodes.locate(frame)
+        return f"{path}: {name!r}, episode {episode}, frame {step}"
 
     def encoded_image(self, name: str, frame: int) -> tuple[bytes | None, Path]:
         """The stored bytes of one frame, and the file; its row group is read unless it was read lately."""
@@ -137,12 +183,27 @@ class Shards:
         if not isinstance(values, rows.BadRows):
             return values
 
-        what = f"{shard.path}: {name!r}"
-        if values.row is not None:
-            episode, frame = self._episodes.locate(shard.start + values.row)
-            what += f", episode {episode}, frame {frame}:"
+        where = f"{shard.path}: {name!r}" if values.row is None else f"{self._at(shard.start + values.row, name)}:"
+        raise rows.refuse(values, where)
 
-        raise rows.refuse(values, what)
+
+def _annotations(shard: _Shard, name: str, group: int) -> pa.Array | rows.BadRows:
+    """A row group's column of annotations, of their parts those that are needed."""
+    pick(name, shard.file.schema_arrow.names, "column", shard.path)
+    kind = shard.file.schema_arrow.field(name).type
+    is_entries = rows.leaf(kind) != kind and pa.types.is_struct(rows.leaf(kind))
+    parts = [field.name for field in rows.leaf(kind)] if is_entries else []
+    if missing := [part for part in ANNOTATION if part not in parts]:
+        return rows.BadRows("wrong dtype", f"is {kind}, expected lists of {{{', '.join(ANNOTATION)}}}: no {missing[0]}")
+
+    # By their paths: of the other parts, a call of a tool has a type that not every reader knows.
+    columns = shard.file.metadata.row_group(group)
+    paths = [columns.column(i).path_in_schema for i in range(columns.num_columns)]
+    inside = [path.removeprefix(f"{name}.") for path in paths if path.startswith(f"{name}.")]
+    # Such as "list.element.style": what is deeper belongs to another part.
+    wanted = [f"{name}.{path}" for path in inside if path.count(".") == 2 and path.rpartition(".")[2] in ANNOTATION]
+
+    return plain(read_columns(shard.file, wanted, shard.path, group)[name])
 
 
 def _read(shard: _Shard, name: str, group: int | None = None) -> pa.ChunkedArray:

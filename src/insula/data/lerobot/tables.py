@@ -35,7 +35,8 @@ _CLIP_COLUMNS = ("chunk_index", "file_index", "from_timestamp")
 
 @dataclass(frozen=True)
 class Tasks:
-    """The task table: texts[i] has the number `number[i]` in the rows; numbers rise, with gaps or not."""
+    """A table of tasks, or of subtasks: text[i] has the number `number[i]` in the rows; numbers rise, with gaps or
+    not."""
 
     number: np.ndarray
     text: tuple[str, ...]
@@ -235,11 +236,18 @@ def _v3_tasks(path: Path) -> Tasks:
             "other version",
         )
 
-    table = read_table(path, ["task_index"], ["task", "__index_level_0__"])
+    return read_texts(path, "task")
+
+
+def read_texts(path: Path, what: str) -> Tasks:
+    """A table of texts `what` ("task", "subtask") and their numbers, `what`_index, as pandas writes it. Raises
+    DatasetError naming what is missing, null or twofold."""
+    index = f"{what}_index"
+    table = read_table(path, [index], [what, "__index_level_0__"])
     # pandas writes the texts as an index, which may have no name.
-    text = next((name for name in ("task", "__index_level_0__") if name in table.column_names), None)
+    text = next((name for name in (what, "__index_level_0__") if name in table.column_names), None)
     if text is None:
-        raise DatasetError(f"{path}: columns are {table.column_names}, expected task and task_index")
+        raise DatasetError(f"{path}: columns are {table.column_names}, expected {what} and {index}")
 
     texts = rows.texts(table[text])
     if isinstance(texts, rows.BadRows):
@@ -248,9 +256,10 @@ def _v3_tasks(path: Path) -> Tasks:
         more = f" ({len(missing)} such rows)" if len(missing) > 1 else ""
         raise DatasetError(f"{path}, row {missing[0]}: {text!r} is null, expected a text{more}")
 
-    numbers = whole_numbers(table, "task_index", path)
+    numbers = whole_numbers(table, index, path)
+    known = [task_text(value, f"{path}, row {n}", what) for n, value in enumerate(texts)]
 
-    return _by_number(numbers.tolist(), [task_text(value, f"{path}, row {n}") for n, value in enumerate(texts)], path)
+    return _by_number(numbers.tolist(), known, path, what)
 
 
 # --- v2.1 ------------------------------------------------------------------------------------------------------------
@@ -316,18 +325,19 @@ def _read_v2(root: Path, info: Info) -> Tables:
 # --- both ------------------------------------------------------------------------------------------------------------
 
 
-def _by_number(numbers: list[int], texts: list[str], path: Path) -> Tasks:
-    """Raises DatasetError where a number has two texts, or there is no task at all."""
+def _by_number(numbers: list[int], texts: list[str], path: Path, what: str = "task") -> Tasks:
+    """Raises DatasetError where a number has two texts, or there is no text at all."""
     found: dict[int, str] = {}
     for number, text in zip(numbers, texts, strict=True):
         # The same text twice is what merging leaves, and fine.
         if found.setdefault(number, text) != text:
             raise DatasetError(
-                f"{path}: task_index {number} is both {shown(found[number])} and {shown(text)}; give one another number"
+                f"{path}: {what}_index {number} is both {shown(found[number])} and {shown(text)}; give one another "
+                "number"
             )
 
     if not found:
-        raise DatasetError(f"{path}: no task at all; expected task_index and task of each")
+        raise DatasetError(f"{path}: no {what} at all; expected {what}_index and {what} of each")
 
     order = sorted(found)
 

@@ -83,6 +83,7 @@ COMMANDS = {
         default="plan_defaults",
     ),
     "evaluate": Command("a trained policy in closed loop", "insula.evaluate.command", "EvaluateConfig", "run_evaluate"),
+    "ask": Command("a trained policy about pictures, in words", "insula.policy.command", "AskConfig", "run_ask"),
     "serve": Command(
         "a trained policy for robots, over openpi's protocol", "insula.serve.command", "ServeConfig", "run_serve"
     ),

@@ -65,7 +65,7 @@ class AskConfig:
 
 
 def run_ask(config: AskConfig) -> None:
-    """Print the answer. Raises MissingFileError, FileError, DatasetError or InputError for pictures that cannot be used,
+    """Print the answer. Raises MissingFileError, FileError, DatasetError or InputError for unusable pictures,
     TokenBudgetError for a question that is too long, DecodeError for an answer that never ended, and as `load_model`.
     """
     pictures = read_pictures(config.images)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from insula.data.cameras import unusable_cameras
-from insula.data.lerobot.info import BOOKKEEPING, Info
+from insula.data.lerobot.info import BOOKKEEPING, Feature, Info
 from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.mapping import ACTION, IMAGES, STATE, plain_name
+from insula.data.subtasks import ANNOTATIONS
 from insula.data.texts import says_nothing
 from insula.errors import DatasetError
 
@@ -71,6 +72,7 @@ def describe(root: Path, cameras: tuple[str, ...]) -> str:
         _line("units", '{ state = "", actions = "" }', 'such as "rad; gripper 0 to 1": kept for whoever serves it'),
         _line("weight", "1.0", "how often it is drawn, relative to other entries"),
         *_instructions(dataset),
+        *_subtasks(info),
         "",
         f"[robots.{name}.cameras]  # the model's name = the data set's",
         *_cameras(info, cameras, usable),
@@ -155,6 +157,21 @@ def _instructions(dataset: LeRobotDataset) -> list[str]:
     return lines
 
 
+def _subtasks(info: Info) -> list[str]:
+    """Columns that LeRobot keeps subtasks in, and those that are called so."""
+    # As comments: a model trained on them says a subtask before it acts, which a person must want.
+    found = [key for key, feature in info.features.items() if _may_hold_subtasks(key, feature)]
+    note = "the step of the task at each frame, to be said before acting"
+    return [f"# {_line('subtasks', _text(key), note)}" for key in found]
+
+
+def _may_hold_subtasks(key: str, feature: Feature) -> bool:
+    if key == ANNOTATIONS:
+        return feature.is_language
+
+    return "subtask" in key.lower() and (feature.is_text or (feature.is_numeric and _is_whole(feature.dtype)))
+
+
 def _is_whole(dtype: str) -> bool:
     return dtype.startswith(("int", "uint"))
 
@@ -175,7 +192,11 @@ def _cameras(info: Info, wanted: tuple[str, ...], usable: list[str]) -> list[str
 
 def _unreadable(info: Info) -> list[str]:
     """Every column that nothing can be made of, with why."""
-    broken = {key: feature.problem for key, feature in info.features.items() if feature.problem is not None}
+    broken = {
+        key: feature.problem
+        for key, feature in info.features.items()
+        if feature.problem is not None and not _may_hold_subtasks(key, feature)
+    }
     pictures = {
         key: f"{feature.dtype} values of shape {list(feature.shape)}: a picture written as numbers? Cameras are read "
         'from dtype "image" or "video" alone'

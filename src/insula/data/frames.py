@@ -40,7 +40,7 @@ class Frames:
         chunk = robot.normalize_actions(self.actions[steps], self.state[self.index[rows]])
         return np.clip(chunk, -robot.clip, robot.clip), is_pad
 
-    def taken(self, which: Bool[np.ndarray, "N"]) -> "Frames":
+    def taken(self, which: Bool[np.ndarray, "n"]) -> "Frames":
         """Those samples alone."""
         return replace(self, index=self.index[which], stop=self.stop[which])
 

@@ -18,7 +18,7 @@ import numpy as np
 from insula.data.lerobot.info import Feature
 from insula.data.lerobot.metadata import read_lines, shown, task_text, whole_number
 from insula.data.lerobot.reader import LeRobotDataset
-from insula.data.lerobot.tables import read_texts
+from insula.data.lerobot.tables import SUBTASKS, read_texts
 from insula.data.mapping import RobotData
 from insula.data.texts import is_blank, is_missing, says_nothing
 from insula.errors import DatasetError, did_you_mean
@@ -27,7 +27,6 @@ from insula.shapes import Bool, Int
 
 INDEX, ANNOTATIONS = "subtask_index", "language_persistent"
 """What LeRobot calls the columns, in its two ways."""
-TABLE = Path("meta") / "subtasks.parquet"
 STYLE = "subtask"
 """Of the annotations that are subtasks; others are plans, memories, questions."""
 NONE = -1
@@ -45,7 +44,7 @@ class Subtasks:
         """Which frames have one."""
         return self.number != NONE
 
-    def of(self, frames: Int[np.ndarray, "N"]) -> list[str | None]:
+    def of(self, frames: Int[np.ndarray, "n"]) -> list[str | None]:
         """The text of each of these frames, None where it has none."""
         return [None if number == NONE else self.texts[number] for number in self.number[frames].tolist()]
 
@@ -54,14 +53,17 @@ def read_subtasks(dataset: LeRobotDataset, data: RobotData) -> Subtasks:
     """Of all frames, as `data` maps them. Raises DatasetError naming the episode and frame, or the file and line, of
     what is wrong; and where no frame has a subtask."""
     assert data.subtasks is not None
-    if isinstance(data.subtasks, Path):
-        return _told(_from_lines(dataset, data.subtasks), dataset, str(data.subtasks))
+    is_file = isinstance(data.subtasks, Path)
+    found = _from_lines(dataset, data.subtasks) if is_file else column_subtasks(dataset, data.subtasks)
+    if not found.known.any():
+        raise DatasetError(f"data set {dataset.root}: no frame has a subtask in {data.subtasks}; leave `subtasks` out")
 
-    return column_subtasks(dataset, data.subtasks)
+    return found
 
 
 def column_subtasks(dataset: LeRobotDataset, name: str) -> Subtasks:
-    """The same of a column. Raises DatasetError also where there is no such column, or it holds something else."""
+    """The same of a column, in which there may be none. Raises DatasetError also where there is no such column, or it
+    holds something else."""
     feature = _feature(dataset, name)
     if feature.is_language:
         found = _from_annotations(dataset, name)
@@ -75,7 +77,8 @@ def column_subtasks(dataset: LeRobotDataset, name: str) -> Subtasks:
             "are a column of text, of annotations, or of one whole number for each frame that points into a table"
         )
 
-    return _told(found, dataset, repr(name))
+    _refuse_missing(found, dataset, name)
+    return found
 
 
 def _feature(dataset: LeRobotDataset, name: str) -> Feature:
@@ -90,11 +93,8 @@ def _feature(dataset: LeRobotDataset, name: str) -> Feature:
     raise DatasetError(f"data set {dataset.root}: no column {name!r}{did_you_mean(name, dataset.features)}; {have}")
 
 
-def _told(found: Subtasks, dataset: LeRobotDataset, where: str) -> Subtasks:
-    """`found`, once some frame has a subtask and none has a text that stands for a missing one."""
-    if not found.known.any():
-        raise DatasetError(f"data set {dataset.root}: no frame has a subtask in {where}; leave `subtasks` out", "null")
-
+def _refuse_missing(found: Subtasks, dataset: LeRobotDataset, name: str) -> None:
+    """Raises DatasetError where a frame has a text that stands for a missing one."""
     # By text, of which there are few; a table may hold one that no frame has.
     wrong = [number for number, text in enumerate(found.texts) if is_missing(text)]
     frames = np.flatnonzero(np.isin(found.number, wrong))
@@ -102,13 +102,11 @@ def _told(found: Subtasks, dataset: LeRobotDataset, where: str) -> Subtasks:
         text = found.texts[found.number[frames[0]]]
         episode, frame = dataset.episodes.locate(int(frames[0]))
         raise DatasetError(
-            f"data set {dataset.root}, episode {episode}, frame {frame}: the subtask is {text!r} in {where}, which "
+            f"data set {dataset.root}, episode {episode}, frame {frame}: the subtask is {text!r} in {name!r}, which "
             f"stands for a missing text ({len(frames)} of {len(found.number)} frames); write what is done there, or "
             "nothing at all",
             "null",
         )
-
-    return found
 
 
 def _distinct(listed: Sequence[str | None]) -> Subtasks:
@@ -130,7 +128,7 @@ def _numbered(listed: Sequence[str], number: Int[np.ndarray, "n"]) -> Subtasks:
 
 def _from_numbers(dataset: LeRobotDataset, name: str) -> Subtasks:
     """Numbers of a table, -1 where a frame has none."""
-    path = dataset.root / TABLE
+    path = dataset.root / SUBTASKS
     numbers = np.array(dataset.column(name), np.int64)
     # Which the reader has counted from 0 already; others hold the table's own numbers.
     if name == "task_index":

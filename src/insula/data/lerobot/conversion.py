@@ -15,9 +15,11 @@ from insula.data.images import EncodedImages, EncodedVideo, histogram
 from insula.data.lerobot import bookkeeping
 from insula.data.lerobot.info import BOOKKEEPING, Feature
 from insula.data.lerobot.reader import LeRobotDataset, TasksFrom, camera_problems
+from insula.data.lerobot.tables import SUBTASKS
 from insula.data.lerobot.timing import EXACT, NEAREST_WITHIN
 from insula.data.lerobot.writer import LeRobotWriter, Values
 from insula.errors import DatasetError, InputError
+from insula.files import is_named, read_bytes
 
 log = logging.getLogger(__name__)
 SAMPLED_FRAMES = 64
@@ -56,6 +58,10 @@ def convert_dataset(
             writer.add_episode({name: _values(dataset, name, frames) for name in features}, texts)
             if progress:
                 progress(written + 1)
+
+    # The numbers of a column mean nothing without their texts.
+    if is_named(source / SUBTASKS):
+        (destination / SUBTASKS).write_bytes(read_bytes(source / SUBTASKS))
 
     if writer.non_finite:
         log.warning("data set %s: %d values are NaN or infinite, and are kept as they are", source, writer.non_finite)

@@ -19,9 +19,11 @@ from insula.data.lerobot.layout import Layout, read_layout
 from insula.data.lerobot.parquet import open_parquet, read_columns
 from insula.data.lerobot.picture_check import PictureCheck
 from insula.data.lerobot.places import Span
+from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.lerobot.remedies import Finding, grouped
 from insula.data.lerobot.sanity import sanity_notes
 from insula.data.lerobot.timing import EXACT, NEAREST_WITHIN
+from insula.data.subtasks import ANNOTATIONS, INDEX, column_subtasks
 from insula.data.texts import says_nothing
 from insula.errors import DatasetError, InsulaError
 from insula.files import read_json
@@ -36,7 +38,19 @@ def examine(root: Path, every_frame: bool = True) -> list[Finding]:
     except DatasetError as error:
         return [Finding(error.fault, str(error))]
 
-    return grouped(_Examination(layout, every_frame).findings())
+    found = grouped(_Examination(layout, every_frame).findings())
+
+    # As training reads them, which takes a data set that can be read: otherwise the first fault would be told again.
+    return found if any(not one.is_note for one in found) else grouped([*found, *_subtasks(layout)])
+
+
+def _subtasks(layout: Layout) -> Iterator[Finding]:
+    for name in (INDEX, ANNOTATIONS):
+        if name in layout.info.features:
+            try:
+                column_subtasks(LeRobotDataset(layout.root, cache_bytes=0), name)
+            except DatasetError as error:
+                yield Finding("subtasks", str(error), subject=name)
 
 
 class _Examination:

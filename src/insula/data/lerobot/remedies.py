@@ -52,6 +52,7 @@ REMEDIES = METADATA | {
     # The same count has two causes, and cutting the wrong end would shift every picture.
     "frames left over": "where the camera only went on filming, nothing is shifted: cut its end off; where it "
     "began earlier, or rows were lost, cut the frames that have no row",
+    "subtasks": "correct what is named above; or, where nobody needs them, insula data convert --leave-out COLUMN",
     "statistics": "compute them again: insula data convert writes true ones",
     "duplicate episode": f"it counts double in training; {DROP}",
     # Notes from here on: it can be read as it is, and trains.

@@ -29,6 +29,8 @@ from insula.errors import DatasetError
 
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 OLD_DATA_PATH = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
+SUBTASKS = Path("meta") / "subtasks.parquet"
+"""Texts that the column subtask_index points into."""
 FILE_COLUMNS = ("data/chunk_index", "data/file_index")
 _CLIP_COLUMNS = ("chunk_index", "file_index", "from_timestamp")
 

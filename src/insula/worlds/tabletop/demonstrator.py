@@ -34,9 +34,11 @@ def act(table: Table, goal: Goal) -> np.ndarray:
         return _carry(table, placement) if placement.relation == "in" else _put_down(table, placement)
 
     # Done, or about to be: rise with open fingers. Without `_falling` it would chase the block it has let go of.
-    if table.held is None and (placement is None or _falling(table, placement) or _at_a_placed_block(table, goal)):
+    wanted = table.block((placement or goal.placements[-1]).block)
+    done = placement is None or _falling(table, placement) or _at_a_placed_block(table, goal, wanted)
+    if table.held is None and done:
         return _action(table, np.array([*table.gripper[:2], hover]), OPEN)
-    return _fetch(table, table.block((placement or goal.placements[-1]).block), hover)
+    return _fetch(table, wanted, hover)
 
 
 def _hover(table: Table, goal: Goal) -> float:
@@ -45,12 +47,16 @@ def _hover(table: Table, goal: Goal) -> float:
     return max([HOVER, *(top + FINGER_BELOW + CLEARANCE for top in tops)])
 
 
-def _at_a_placed_block(table: Table, goal: Goal) -> bool:
-    """Whether the fingers are low about a block that lies where it shall: moving aside, they would take it along."""
-    nearest = min(table.blocks, key=lambda block: np.hypot(*(table.gripper - block.position)[:2]))
-    is_placed = any(one.block == nearest.color and fulfilled(table, one) for one in goal.placements)
-    is_near = np.hypot(*(table.gripper - nearest.position)[:2]) < 0.05
-    return bool(is_placed and is_near and table.gripper[2] - FINGER_BELOW < nearest.top + 0.005)
+def _at_a_placed_block(table: Table, goal: Goal, wanted: Block) -> bool:
+    """Whether the fingers are low about a block that lies where it shall: moving aside, they would take it along. Not
+    where the `wanted` one is nearer."""
+
+    def beside(block: Block) -> float:
+        return float(np.hypot(*(table.gripper - block.position)[:2]))
+
+    placed = [table.block(one.block) for one in goal.placements if fulfilled(table, one)]
+    low = [block for block in placed if table.gripper[2] - FINGER_BELOW < block.top + 0.005]
+    return any(beside(block) < min(0.05, beside(wanted)) for block in low)
 
 
 def _falling(table: Table, placement: Placement) -> bool:
@@ -64,7 +70,10 @@ def _falling(table: Table, placement: Placement) -> bool:
         near = np.hypot(*(block.position - bowl.position)[:2]) < 0.5 * BOWL_RADIUS
         return bool(near and block.position[2] > 1.5 * BLOCK_HALF)
 
+    # In transit a finger may lose touch for a moment, and the block is still between them.
     below = table.block(placement.target)
+    if table.opening < 0.7:
+        return False
     return bool(np.hypot(*(block.position - below.position)[:2]) < below.half and block.position[2] > below.top)
 
 

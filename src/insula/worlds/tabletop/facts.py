@@ -17,6 +17,7 @@ from insula.worlds.tabletop.scene import (
     DISTRACTOR_RADIUS,
 )
 
+AT_REST = 0.05  # meters per second
 _FACE_ON_FACE = 0.006  # meters: a block that leans on another, or has tipped over, is further off
 
 
@@ -86,9 +87,9 @@ class Table:
         return None
 
     def support(self, color: str) -> str | None:
-        """Color of the block that the named block lies on (neither held, face on face, center over it), or None."""
+        """Color of the block that the named block rests on (neither held, face on face, center over it), or None."""
         block = self.block(color)
-        if color == self.held:
+        if color == self.held or block.speed > AT_REST:  # one that falls past another does not lie on it
             return None
 
         for other in self.blocks:

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from insula.worlds.tabletop.facts import Table
+from insula.worlds.tabletop.facts import AT_REST, Table
 from insula.worlds.tabletop.instructions import Relation, instruction
 
-AT_REST = 0.05  # meters per second
 _OPEN = 0.8  # share of the opening: the fingers are off whatever they held
 
 
@@ -84,7 +83,7 @@ def misplaced(table: Table, goal: Goal, judge_stacks: bool) -> bool:
     # Neither place counts a block that is held, so carrying one across a bowl is no mistake yet.
     lying = [(b.color, table.container(b.color), "in") for b in table.blocks]
     if judge_stacks:
-        lying += [(b.color, table.support(b.color), "on") for b in table.blocks if b.speed < AT_REST]
+        lying += [(b.color, table.support(b.color), "on") for b in table.blocks]
 
     wanted = {(placement.block, placement.target, placement.relation) for placement in goal.placements}
     return any(place is not None and (color, place, relation) not in wanted for color, place, relation in lying)

@@ -22,6 +22,4 @@ def make_tabletop(task: str = "put", image_size: int = 64) -> gymnasium.Env:
     from insula.worlds.tabletop.tasks import find_task  # it loads MuJoCo
 
     steps = find_task(task).max_steps
-    return gymnasium.make(
-        TABLETOP, max_episode_steps=steps, task=task, image_size=image_size, disable_env_checker=True
-    )
+    return gymnasium.make(TABLETOP, max_episode_steps=steps, task=task, image_size=image_size, disable_env_checker=True)

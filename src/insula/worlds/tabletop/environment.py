@@ -142,7 +142,9 @@ class TabletopEnv(gymnasium.Env):
 
         self._move(self._layout, check_action(action))
         table = self.table()
-        self._wrong = self._wrong or misplaced(table, self._goal, self.task.judge_stacks)  # remembered, though it may yet be put right
+        self._wrong = self._wrong or misplaced(
+            table, self._goal, self.task.judge_stacks
+        )  # remembered, though it may yet be put right
 
         info = self._info(table)
         return self._observe(), float(info["success"]), bool(info["success"]), False, info

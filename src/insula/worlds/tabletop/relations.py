@@ -1,4 +1,4 @@
-"""Which block is the largest, left of a bowl, or nearest to it: only where that is plainly true of exactly one block."""
+"""Which block is the largest, left of a bowl, or nearest to it: only what is plainly true of exactly one block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from insula.worlds.tabletop.facts import Block, Bowl
 
 KINDS = ("largest", "smallest", "left", "right", "nearest", "farthest")
-# Meters. The front camera draws far things nearer to its middle: a smaller step aside may show as none, or the other way.
+# Meters. The front camera draws far things nearer to its middle: a smaller step aside may show as one the other way.
 SIDE_MARGIN = 0.05
 DISTANCE_MARGIN = 0.04
 SIZE_MARGIN = 0.003  # of half a side

@@ -10,9 +10,7 @@ from insula.worlds.tabletop.tasks.stack import STACK
 from insula.worlds.tabletop.tasks.task import Task
 from insula.worlds.tabletop.tasks.unseen_pairs import UNSEEN_PAIRS
 
-TASKS: dict[str, Task] = {
-    task.name: task for task in (PUT, SORT, STACK, RELATION, UNSEEN_PAIRS, DISTRACTORS, MOVING)
-}
+TASKS: dict[str, Task] = {task.name: task for task in (PUT, SORT, STACK, RELATION, UNSEEN_PAIRS, DISTRACTORS, MOVING)}
 ALL = "all"
 """In place of a name, where several tasks may be asked for."""
 

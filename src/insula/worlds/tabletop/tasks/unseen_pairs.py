@@ -1,6 +1,6 @@
 """`unseen-pairs`: as `put`, but six of the 36 pairs of colors never occur in demonstrations, and are what is evaluated.
 
-Every color is held out once as a block's and once as a bowl's: each word of the sentence is known, and so is each thing.
+Every color is held out once as a block's and once as a bowl's: each word of the sentence is known, and each thing.
 """
 
 from __future__ import annotations

@@ -10,13 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 from policy_server import serving
 
 from insula.client import Client, Loop, Recorder, RuntimeConfig, Stitching
 from insula.report.replay import ReplayConfig, run_replay
-from insula.worlds.tabletop import TABLETOP
+from insula.worlds.tabletop import make_tabletop
 from insula.worlds.tabletop.environment import CONTROL_HZ
 
 SCENE = 1_000_000
@@ -26,7 +25,7 @@ class TabletopRobot:
     """The environment as a robot: what it sees now, what it is told to do now."""
 
     def __init__(self) -> None:
-        self.env = gymnasium.make(TABLETOP)
+        self.env = make_tabletop()
         self.seen, _ = self.env.reset(seed=SCENE)
         self.task = self.seen["task"]
         self.gripper = 0.0

@@ -25,7 +25,7 @@ import gymnasium
 
 from insula.client import Client
 from insula.worlds.seeds import EVALUATION
-from insula.worlds.tabletop import TABLETOP
+from insula.worlds.tabletop import make_tabletop
 
 STUDY = "tabletop"
 ARMS = ("first", "second")
@@ -115,7 +115,7 @@ def run_trials(console: Console, router: str) -> int:
     """Every trial of the schedule. Returns how many there were."""
     session = console.call("/sessions", {"operator": "a script", "rig": "simulation", "rig_check": {}})
     name, slot, trials = session["session"]["session_id"], session["up_next"], 0
-    with Client(router) as client, contextlib.closing(gymnasium.make(TABLETOP)) as env:
+    with Client(router) as client, contextlib.closing(make_tabletop()) as env:
         while slot is not None:
             assert slot["arm"] is None and slot["policy"] is None, "the study is not blind"
             trial = console.call("/trials", {"slot_id": slot["slot_id"], "session_id": name})

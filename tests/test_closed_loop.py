@@ -9,25 +9,29 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import insula.worlds.tabletop
 from insula.evaluate.closed_loop import ClosedLoop, EpisodeResult, Recording, evaluate, measure_latency
 from insula.evaluate.intervals import wilson
 from insula.evaluate.rollout_video import reel, write_video
 from insula.worlds.seeds import DEMONSTRATIONS, EVALUATION
-from insula.worlds.tabletop import demonstrator
+from insula.worlds.tabletop import demonstrator, make_tabletop
 
 HORIZON, SCENES = 3, 5
 
 
 class Privileged(gymnasium.ObservationWrapper):
-    """Shows the scripted double the truth, beside what a policy sees."""
+    """Shows the scripted double the truth, with the scene's own goal, beside what a policy sees."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        self.env.reset(seed=seed)
+        self.env.unwrapped.own = self.env.unwrapped.goal
+        return super().reset(seed=seed, options=options)
 
     def observation(self, observation: dict[str, Any]) -> dict[str, Any]:
         return observation | {"truth": self.env.unwrapped}
 
 
 def privileged() -> gymnasium.Env:
-    return Privileged(gymnasium.make(insula.worlds.tabletop.TABLETOP, image_size=16, disable_env_checker=True))
+    return Privileged(make_tabletop(image_size=16))
 
 
 class ScriptedPolicy:
@@ -38,8 +42,8 @@ class ScriptedPolicy:
 
     def act(self, observation: dict[str, Any]) -> np.ndarray:
         truth = observation["truth"]
-        task = truth.task if self.listens else truth._layout.task
-        return np.repeat(demonstrator.act(truth.table(), task)[None], HORIZON, axis=0)
+        goal = truth.goal if self.listens else truth.own
+        return np.repeat(demonstrator.act(truth.table(), goal)[None], HORIZON, axis=0)
 
     def act_batch(self, observations: list[dict[str, Any]], seeds: Any) -> np.ndarray:
         self.batches.add(len(observations))

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import gymnasium
 import numpy as np
 import pytest
 
@@ -13,6 +12,7 @@ from insula.collect.demonstrations import collect, collect_questions
 from insula.data.lerobot import LeRobotDataset
 from insula.errors import DatasetError, InputError
 from insula.worlds.seeds import DEMONSTRATIONS, EVALUATION
+from insula.worlds.tabletop import make_tabletop
 from insula.worlds.tabletop.demonstrator import rollout
 
 
@@ -29,7 +29,7 @@ def test_what_is_written_is_what_the_expert_did(tmp_path):
     assert dataset.cameras == ("observation.images.front", "observation.images.wrist")
     assert dataset.feature("action").names == ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 
-    env = gymnasium.make("insula/Tabletop-v0", disable_env_checker=True)
+    env = make_tabletop()
     try:
         episode = rollout(env, np.random.default_rng([collected.seeds[1], 1]), noise=0.2, seed=collected.seeds[1])
     finally:

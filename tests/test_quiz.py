@@ -2,11 +2,10 @@
 
 import re
 
-import gymnasium
 import numpy as np
 import pytest
 
-import insula.worlds.tabletop
+from insula.worlds.tabletop import make_tabletop
 from insula.worlds.tabletop import quiz as q
 from insula.worlds.tabletop.instructions import COLORS
 from insula.worlds.tabletop.scene import RGBA
@@ -19,7 +18,7 @@ ANSWER = re.compile(rf"{PLACE}( and {PLACE})?|{LISTED}( {LISTED})*|[a-z0-9 ,]+")
 @pytest.fixture(scope="module")
 def scenes():
     """(observation, facts) of scenes of every sort."""
-    env = gymnasium.make(insula.worlds.tabletop.TABLETOP, disable_env_checker=True)
+    env = make_tabletop()
     env.reset(seed=0)
     rng, found = np.random.default_rng(0), []
     for _ in range(60):

@@ -2,22 +2,21 @@
 
 import warnings
 
-import gymnasium
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-import insula.worlds.tabletop
 from insula.worlds import seeds
-from insula.worlds.tabletop import demonstrator, rendering
+from insula.worlds.tabletop import MAX_EPISODE_STEPS, demonstrator, make_tabletop, rendering
 from insula.worlds.tabletop.environment import FINGER_TRAVEL, MAX_STEP, TabletopEnv
 from insula.worlds.tabletop.instructions import COLORS, all_instructions, instruction, parse
 from insula.worlds.tabletop.scene import BOWL_RADIUS, GRIPPER_HIGH, GRIPPER_LOW
+from insula.worlds.tabletop.tasks.pairs import pair_goal
 
 
 @pytest.fixture(scope="module")
 def env():
-    made = gymnasium.make(insula.worlds.tabletop.TABLETOP, disable_env_checker=True)
+    made = make_tabletop()
     yield made
     made.close()
 
@@ -26,10 +25,15 @@ def drive(env, task, seed=0, options=None):
     """Let the expert do `task`, whatever the instruction was; info at the end."""
     _, info = env.reset(seed=seed, options=options)
     for _ in range(60):
-        _, _, done, _, info = env.step(demonstrator.act(env.unwrapped.table(), task))
+        _, _, done, _, info = env.step(demonstrator.act(env.unwrapped.table(), pair_goal(task)))
         if done:
             break
     return info
+
+
+def asked(env):
+    (placement,) = env.unwrapped.goal.placements
+    return placement.block, placement.target
 
 
 def others(table, task):
@@ -76,7 +80,7 @@ def test_swap_keeps_the_scene_and_changes_block_and_bowl(env, seed):
 def test_task_option_asks_for_a_pair_and_refuses_absent_colors(env):
     env.reset(seed=5)
     table = env.unwrapped.table()
-    pair = others(table, env.unwrapped.task)
+    pair = others(table, asked(env))
     assert env.reset(seed=5, options={"task": pair})[0]["task"] == instruction(*pair)
     absent = next(c for c in COLORS if c not in {b.color for b in table.blocks})
     with pytest.raises(ValueError, match=f"block color in this scene: got '{absent}'"):
@@ -197,7 +201,7 @@ def test_before_reset_nothing_works():
 
 def test_success_and_every_kind_of_wrong(env):
     env.reset(seed=0)
-    task = env.unwrapped.task
+    task = asked(env)
     block, bowl = others(env.unwrapped.table(), task)
     right = drive(env, task)
     assert right["success"] and not right["wrong_object"]
@@ -213,9 +217,9 @@ def test_a_held_block_over_its_bowl_is_no_success_yet(env):
     tabletop, seen = env.unwrapped, 0
     for _ in range(60):
         table = tabletop.table()
-        above = np.hypot(*(table.gripper - table.bowl(tabletop.task[1]).position)[:2]) < BOWL_RADIUS
-        _, _, done, _, info = env.step(demonstrator.act(table, tabletop.task))
-        if above and info["held"] == tabletop.task[0]:
+        above = np.hypot(*(table.gripper - table.bowl(asked(env)[1]).position)[:2]) < BOWL_RADIUS
+        _, _, done, _, info = env.step(demonstrator.act(table, tabletop.goal))
+        if above and info["held"] == asked(env)[0]:
             seen += 1
             assert not info["success"]
         if done:
@@ -225,7 +229,7 @@ def test_a_held_block_over_its_bowl_is_no_success_yet(env):
 
 def test_time_limit_truncates(env):
     env.reset(seed=0)
-    ends = [env.step(np.zeros(7))[2:4] for _ in range(insula.worlds.tabletop.MAX_EPISODE_STEPS)]
+    ends = [env.step(np.zeros(7))[2:4] for _ in range(MAX_EPISODE_STEPS)]
     assert ends[-1] == (False, True) and not any(done for done, late in ends[:-1] if late)
 
 
@@ -253,7 +257,7 @@ def test_expert_label_is_bounded_anywhere(env):
     tabletop, rng = env.unwrapped, np.random.default_rng(4)
     for _ in range(40):
         tabletop.randomize(rng)
-        label = demonstrator.act(tabletop.table(), tabletop.task)
+        label = demonstrator.act(tabletop.table(), tabletop.goal)
         assert np.isfinite(label).all() and np.abs(label).max() <= 1
 
 
@@ -263,7 +267,7 @@ def test_expert_recovers_from_anywhere(env):
     for _ in range(10):
         tabletop.randomize(rng)
         for _ in range(80):
-            if env.unwrapped.step(demonstrator.act(tabletop.table(), tabletop.task))[2]:
+            if env.unwrapped.step(demonstrator.act(tabletop.table(), tabletop.goal))[2]:
                 solved += 1
                 break
     assert solved >= 8

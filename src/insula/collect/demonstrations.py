@@ -24,7 +24,7 @@ from insula.data.lerobot.writer import LeRobotWriter
 from insula.errors import DatasetError, InputError
 from insula.files import write_json
 from insula.worlds.seeds import DEMONSTRATIONS, PRETRAINING
-from insula.worlds.tabletop import TABLETOP
+from insula.worlds.tabletop import make_tabletop
 from insula.worlds.tabletop.demonstrator import rollout
 from insula.worlds.tabletop.environment import ACTION_DIM, ACTION_NAMES, STATE_DIM, STATE_NAMES
 from insula.worlds.tabletop.scene import CAMERAS
@@ -163,7 +163,7 @@ _environments: dict[int, gymnasium.Env] = {}  # of this process, by image size; 
 
 def _demonstrate(seeds: range, noise: float | int, image_size: int) -> list[_Demonstration]:
     if image_size not in _environments:
-        _environments[image_size] = gymnasium.make(TABLETOP, image_size=image_size, disable_env_checker=True)
+        _environments[image_size] = make_tabletop(image_size=image_size)
     return [_demonstration(_environments[image_size], seed, noise) for seed in seeds]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from insula.batch import Batch, Observation
 from insula.model.config import ModelConfig
 from insula.tokens.sequence import FASTTokenizer, Tokenized
+from insula.worlds.tabletop import make_tabletop
 from insula.worlds.tabletop.instructions import COLORS
 
 KIND_WEIGHTS = {
@@ -65,13 +66,7 @@ def render_scenes(seeds: range, questions_each: int, image_size: int, processes:
 
 
 def _render(seeds: range, questions_each: int, image_size: int) -> Scenes:
-    import gymnasium  # the simulator loads in the worker, not in every process that imports this module
-
-    import insula.worlds.tabletop
-
-    env: Any = gymnasium.make(
-        insula.worlds.tabletop.TABLETOP, image_size=image_size, disable_env_checker=True
-    ).unwrapped
+    env: Any = make_tabletop(image_size=image_size).unwrapped
     images: dict[str, np.ndarray] = {}  # allocated whole: 60,000 scenes as lists, then stacked, would be there twice
     places: dict[str, np.ndarray] = {}
     asked = []

@@ -22,11 +22,11 @@ import gymnasium
 import numpy as np
 from rich.table import Table
 
-import insula.worlds.tabletop
 from insula.errors import InputError, NonFiniteError
 from insula.evaluate.intervals import Rate, wilson
 from insula.terminal import as_text
 from insula.worlds.seeds import EVALUATION, RANGES, refuse_seen
+from insula.worlds.tabletop import make_tabletop
 
 NUM_ENVS = 16
 LATENCY_CALLS = 100  # of which the 99th percentile is almost the slowest
@@ -180,9 +180,7 @@ def evaluate(
         raise InputError(f"replan_steps is {replan_steps} and num_envs is {num_envs}, expected at least 1 of each")
 
     jobs = [(seed, swapped) for seed in seeds for swapped in ((False, True) if swap else (False,))]
-    make = environment or (
-        lambda: gymnasium.make(insula.worlds.tabletop.TABLETOP, image_size=image_size, disable_env_checker=True)
-    )
+    make = environment or (lambda: make_tabletop(image_size=image_size))
 
     started = time.perf_counter()
     with _environments(make, min(num_envs, len(jobs))) as envs:

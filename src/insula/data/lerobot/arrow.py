@@ -50,20 +50,22 @@ def arrow_array(feature: Feature, values: Any) -> pa.Array:
     return pa.array(values, _arrow_type(feature.dtype))
 
 
-def tasks_table(tasks: Mapping[str, int]) -> pa.Table:
-    """Columns task and task_index, `task` marked as the index that pandas will see."""
+def texts_table(column: str, texts: Mapping[str, int]) -> pa.Table:
+    """Of tasks or subtasks: columns `column`, marked as the index that pandas will see, and `column`_index."""
 
     def describe(name: str, kind: str, numpy: str) -> dict[str, Any]:
         return {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": numpy, "metadata": None}
 
+    number = f"{column}_index"
+
     # LeRobot looks texts up by the index of the data frame, which pandas restores from this note.
     note = {
-        "index_columns": ["task"],
+        "index_columns": [column],
         "column_indexes": [],
-        "columns": [describe("task_index", "int64", "int64"), describe("task", "unicode", "object")],
+        "columns": [describe(number, "int64", "int64"), describe(column, "unicode", "object")],
         "creator": {"library": "pyarrow", "version": pa.__version__},
         "pandas_version": "2.0.0",
     }
-    columns = {"task_index": pa.array(list(tasks.values()), pa.int64()), "task": pa.array(list(tasks), pa.string())}
+    columns = {number: pa.array(list(texts.values()), pa.int64()), column: pa.array(list(texts), pa.string())}
 
     return pa.table(columns).replace_schema_metadata({"pandas": json.dumps(note)})

@@ -17,7 +17,8 @@ from insula.data.lerobot.info import BOOKKEEPING, Feature
 from insula.data.lerobot.reader import LeRobotDataset, TasksFrom, camera_problems
 from insula.data.lerobot.tables import SUBTASKS
 from insula.data.lerobot.timing import EXACT, NEAREST_WITHIN
-from insula.data.lerobot.writer import LeRobotWriter, Values
+from insula.data.lerobot.writable import Values
+from insula.data.lerobot.writer import LeRobotWriter
 from insula.errors import DatasetError, InputError
 from insula.files import is_named, read_bytes
 

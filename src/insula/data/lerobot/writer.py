@@ -12,17 +12,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from insula.data.images import EncodedImages, EncodedVideo, encode_pngs
-from insula.data.lerobot.arrow import arrow_array, arrow_schema, tasks_table
-from insula.data.lerobot.info import BOOKKEEPING, DATA_PATH, EPISODES_PATH, VERSION, Feature, Info, pick
+from insula.data.images import EncodedVideo
+from insula.data.lerobot.arrow import arrow_array, arrow_schema, texts_table
+from insula.data.lerobot.info import BOOKKEEPING, DATA_PATH, EPISODES_PATH, VERSION, Feature, Info
 from insula.data.lerobot.statistics import histogram_stats, numeric_stats
 from insula.data.lerobot.tables import VIDEO_PATH
-from insula.errors import DatasetError, InputError
+from insula.data.lerobot.writable import (
+    Encoded,
+    Values,
+    check_episode,
+    check_subtasks,
+    checked,
+    checked_features,
+    numbered,
+)
+from insula.errors import DatasetError
 from insula.files import write_json
 
 PENDING = 100  # episode rows kept in memory
-Encoded = EncodedImages | EncodedVideo
-Values = np.ndarray | Sequence[Any] | Encoded
+SUBTASK_INDEX = "subtask_index"
 
 
 class LeRobotWriter:
@@ -51,7 +59,7 @@ class LeRobotWriter:
         self.root = Path(root)
         self.fps = fps
         self.robot_type = robot_type
-        self.features = _checked_features(features)
+        self.features = checked_features(features)
         self.non_finite = 0
         self._keep_non_finite = keep_non_finite
         self._overwrite = overwrite
@@ -59,14 +67,14 @@ class LeRobotWriter:
         if self.root.exists() and not overwrite and (self.root.is_file() or any(self.root.iterdir())):
             raise DatasetError(f"{self.root}: exists and is not empty; choose another place or ask for overwriting")
 
-        self._schema = arrow_schema(self.features | BOOKKEEPING)
         self._tasks: dict[str, int] = {}
+        self._subtasks: dict[str, int] = {}
         self._episodes = 0
+        self._counted = dict(BOOKKEEPING)
+        self._start_columns()
         self._pending: list[dict[str, Any]] = []
         self._videos: dict[str, dict[Path, int]] = {}
         self._episode_table: pq.ParquetWriter | None = None
-        self._columns: dict[str, list[np.ndarray]] = {k: [] for k, f in self._all_features() if f.is_numeric}
-        self._histograms = {k: np.zeros((3, 256), np.int64) for k, f in self._all_features() if f.is_camera}
         self._frames = 0
         self._file = 0
         self._sink: pa.NativeFile | None = None
@@ -76,45 +84,42 @@ class LeRobotWriter:
         (self._partial / "meta").mkdir(parents=True)
         self._open = True
 
-    def add_episode(self, frames: Mapping[str, Values], task: str | Sequence[str]) -> int:
+    def add_episode(
+        self, frames: Mapping[str, Values], task: str | Sequence[str], subtasks: str | Sequence[str] | None = None
+    ) -> int:
         """Append one episode and return its index.
 
         `frames[name]` is [T, *shape] of that feature; cameras are uint8 [T, h, w, 3] or EncodedImages, those of dtype
-        "video" EncodedVideo, whose file is copied. `task` is one text, or one for each frame.
+        "video" EncodedVideo, whose file is copied. `task` is one text, or one for each frame; so is `subtasks`, where
+        given: a column `subtask_index`, with the texts in meta/subtasks.parquet. All episodes have subtasks, or none.
         Raises InputError naming feature, shapes, and the frame and dimension of any NaN or infinity.
         """
         if not self._open:
             raise RuntimeError(f"{self.root}: add_episode() after close()")
 
-        episode, steps = self._episodes, _check_episode(frames, self.features, self._episodes)
-        values = {k: _checked(k, f, frames[k], steps, episode) for k, f in self.features.items()}
+        episode, steps = self._episodes, check_episode(frames, self.features, self._episodes)
+        self._label(subtasks)
+        values = {k: checked(k, f, frames[k], steps, episode) for k, f in self.features.items()}
         for name, array in values.items():
             if isinstance(array, np.ndarray):
                 self.non_finite += self._non_finite(array, self.features[name], f"episode {episode}, feature {name!r}")
 
-        # Tasks may change within an episode.
-        texts = [task] * steps if isinstance(task, str) else list(task)
-        if len(texts) != steps:
-            raise DatasetError(
-                f"episode {episode}: {len(texts)} tasks for {steps} frames, expected one or one for each"
-            )
-
-        known = dict.fromkeys(texts)  # in order, each once
-        for text in known:
-            self._tasks.setdefault(text, len(self._tasks))
         number = np.arange(steps)
         values |= {
             "timestamp": (number / self.fps).astype(np.float32),
             "frame_index": number,
             "episode_index": np.full(steps, episode),
             "index": self._frames + number,
-            "task_index": np.array([self._tasks[text] for text in texts]),
+            "task_index": numbered(task, self._tasks, steps, episode, "tasks"),  # they may change within an episode
         }
+        if subtasks is not None:
+            values[SUBTASK_INDEX] = numbered(subtasks, self._subtasks, steps, episode, "subtasks")
+
         file = self._write_rows(values)
         self._pending.append(
             {
                 "episode_index": episode,
-                "tasks": list(known),
+                "tasks": list(dict.fromkeys([task] if isinstance(task, str) else task)),
                 "length": steps,
                 "data/chunk_index": file // 1000,
                 "data/file_index": file % 1000,
@@ -145,7 +150,9 @@ class LeRobotWriter:
             meta = self._partial / "meta"
             write_json(meta / "info.json", self._info().to_json())
             write_json(meta / "stats.json", {k: _listed(s) for k, s in self._global_stats().items()})
-            pq.write_table(tasks_table(self._tasks), meta / "tasks.parquet")
+            pq.write_table(texts_table("task", self._tasks), meta / "tasks.parquet")
+            if self._subtasks:
+                pq.write_table(texts_table("subtask", self._subtasks), meta / "subtasks.parquet")
             _move_into_place(self._partial, self.root, self._overwrite)
             self._open = False
         except BaseException:
@@ -176,7 +183,24 @@ class LeRobotWriter:
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _all_features(self) -> list[tuple[str, Feature]]:
-        return list((self.features | BOOKKEEPING).items())
+        return list((self.features | self._counted).items())
+
+    def _start_columns(self) -> None:
+        self._schema = arrow_schema(dict(self._all_features()))
+        self._columns: dict[str, list[np.ndarray]] = {k: [] for k, f in self._all_features() if f.is_numeric}
+        self._histograms = {k: np.zeros((3, 256), np.int64) for k, f in self._all_features() if f.is_camera}
+
+    def _label(self, subtasks: str | Sequence[str] | None) -> None:
+        """The first episode decides whether frames have subtasks. Raises DatasetError for one that differs."""
+        check_subtasks(subtasks, self.features, self._episodes, SUBTASK_INDEX)
+        labels = {} if subtasks is None else {SUBTASK_INDEX: Feature("int64", (1,))}
+        if self._episodes == 0:
+            self._counted = BOOKKEEPING | labels
+            self._start_columns()
+
+        if self._counted != BOOKKEEPING | labels:
+            found = "subtasks" if labels else "no subtasks"
+            raise DatasetError(f"episode {self._episodes} has {found}, unlike those before; expected all or none")
 
     def _non_finite(self, values: np.ndarray, feature: Feature, where: str) -> int:
         """How many values are NaN or infinite. Raises DatasetError naming the first, unless they are to be kept."""
@@ -205,7 +229,7 @@ class LeRobotWriter:
             self._sink = pa.OSFile(str(path), "wb")
             cameras = {k for k, f in self.features.items() if f.dtype == "image"}
             # Dictionaries pay for columns that repeat; timestamps and index never do.
-            coded = [k for k in BOOKKEEPING if k not in ("timestamp", "index")]
+            coded = [k for k in self._counted if k not in ("timestamp", "index")]
             packing = {f.name: "snappy" for f in self._schema if f.name not in cameras}
             packing |= {f"{k}.{part}": "none" for k in cameras for part in ("bytes", "path")}  # PNG is packed already
             self._rows = pq.ParquetWriter(self._sink, self._schema, compression=packing, use_dictionary=coded)
@@ -287,7 +311,7 @@ class LeRobotWriter:
         return Info(
             codebase_version=VERSION,
             fps=self.fps,
-            features=self.features | BOOKKEEPING,
+            features=dict(self._all_features()),
             total_episodes=self._episodes,
             total_frames=self._frames,
             total_tasks=len(self._tasks),
@@ -295,65 +319,6 @@ class LeRobotWriter:
             video_path=VIDEO_PATH if any(f.dtype == "video" for f in self.features.values()) else None,
             data_files_size_in_mb=self._file_megabytes,
         )
-
-
-def _checked_features(features: Mapping[str, Feature]) -> dict[str, Feature]:
-    for name, feature in features.items():
-        if name in BOOKKEEPING:
-            raise InputError(f"feature {name!r} is filled in by the writer; leave it out")
-        if not name or "/" in name:
-            raise InputError(f"feature {name!r}: a name must not be empty nor contain '/'")
-        if not feature.is_camera and len(feature.shape) != 1:
-            raise InputError(f"feature {name!r}: got shape {feature.shape}, expected one axis; flatten it first")
-        if feature.names is not None and not feature.is_camera and len(feature.names) != feature.shape[0]:
-            raise InputError(f"feature {name!r}: {len(feature.names)} names for {feature.shape[0]} dimensions")
-
-    if not features:
-        raise InputError("features: got none, expected at least one column")
-
-    return dict(features)
-
-
-def _check_episode(frames: Mapping[str, Values], features: Mapping[str, Feature], episode: int) -> int:
-    """The number of frames. Every feature is there, and nothing else."""
-    where = f"episode {episode}"
-    for name in frames:
-        pick(name, features, "feature", where)
-    missing = [name for name in features if name not in frames]
-    if missing:
-        raise DatasetError(f"{where}: lacks {', '.join(missing)}")
-
-    lengths = {k: len(v) for k, v in frames.items()}
-    if len(set(lengths.values())) != 1 or 0 in lengths.values():
-        raise DatasetError(f"{where}: features differ in length or are empty: {lengths}")
-
-    return next(iter(lengths.values()))
-
-
-def _checked(name: str, feature: Feature, values: Values, steps: int, episode: int) -> Any:
-    """`values` in the feature's dtype and shape: EncodedImages, numpy [T] (shape (1,)) or [T, D], or strings."""
-    where = f"episode {episode}, feature {name!r}"
-    if feature.is_camera:
-        if (feature.dtype == "video") != isinstance(values, EncodedVideo):
-            raise DatasetError(f"{where}: got {type(values).__name__} for a camera stored as {feature.dtype}")
-        encoded = values if isinstance(values, Encoded) else encode_pngs(values)
-        if encoded.size != feature.size:
-            raise DatasetError(f"{where}: got images of {encoded.size}, expected {feature.size} (height, width)")
-        return encoded
-
-    if isinstance(values, Encoded):
-        raise DatasetError(f"{where}: got images, expected {feature.dtype}{list(feature.shape)}")
-    if feature.dtype == "string":
-        return [None if value is None else str(value) for value in values]
-
-    # Widening is fine; cutting floats to integers is not.
-    array = np.asarray(values)
-    if not np.can_cast(array.dtype, feature.dtype, "same_kind"):
-        raise DatasetError(f"{where}: got {array.dtype}, expected {feature.dtype}")
-    if array.shape not in ((steps, *feature.shape), (steps,) if feature.shape == (1,) else ()):
-        raise DatasetError(f"{where}: got shape {array.shape}, expected {(steps, *feature.shape)}")
-
-    return array.astype(feature.dtype).reshape((steps,) if feature.shape == (1,) else (steps, *feature.shape))
 
 
 def _listed(stats: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""A table with three blocks and two bowls; only the instruction tells which block goes where.
+"""A table with three blocks and a few bowls; only the instruction tells which block goes where.
 
-    env = gymnasium.make("insula/Tabletop-v0", image_size=64)
+    env = make_tabletop("put", image_size=64)
     observation, info = env.reset(seed=0)
     observation, reward, terminated, truncated, info = env.step(action)
 
@@ -10,11 +10,13 @@ meters), droll, dpitch (accepted and ignored: the wrist has no such joint), dyaw
 (> 0 closes, else opens). Moves are relative to the measured pose and come to rest within the step, so nothing hidden is
 carried from one step to the next.
 
-Blocks are grasped by friction alone. Fingers meet blocks only (they pass through bowls and table); bowls do not move.
+Blocks are grasped by friction alone. Fingers meet blocks only: they pass through bowls, distractors and table. Bowls
+do not move but in the task `moving`. The tasks are in docs/tasks.md.
 """
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import gymnasium
@@ -22,14 +24,15 @@ import mujoco
 import numpy as np
 from gymnasium import spaces
 
-from insula.errors import InputError
-from insula.worlds.tabletop.facts import Block, Bowl, Facts, Table, look
-from insula.worlds.tabletop.instructions import check_color, instruction
+from insula.errors import InputError, did_you_mean
+from insula.worlds.tabletop.facts import Block, Bowl, Distractor, Facts, Table, look
+from insula.worlds.tabletop.goals import Goal, achieved, credit, misplaced, subtask
+from insula.worlds.tabletop.instructions import check_color
 from insula.worlds.tabletop.rendering import Renderer
 from insula.worlds.tabletop.scene import (
     BLOCKS,
-    BOWLS,
     CAMERAS,
+    DISTRACTOR_RADIUS,
     FINGER_TRAVEL,
     GRIPPER_HIGH,
     GRIPPER_LOW,
@@ -37,9 +40,12 @@ from insula.worlds.tabletop.scene import (
     YAW_LIMIT,
     SceneLayout,
     draw_anything,
-    draw_layout,
     mjcf,
 )
+from insula.worlds.tabletop.tasks import find_task
+from insula.worlds.tabletop.tasks.pairs import pair_goal
+from insula.worlds.tabletop.tasks.put import PUT
+from insula.worlds.tabletop.tasks.task import SPLITS, Scene, Task
 
 MAX_STEP = 0.02  # meters per control step and axis
 MAX_TURN = 0.3  # radians per control step
@@ -51,19 +57,20 @@ _CHUNKS, _SUBSTEPS = 10, 2  # x 5 ms = 0.1 s: targets of the motors in a control
 _FINGER_STEP = 0.025  # meters a finger may travel in one control step: faster, and it would hit the block like a hammer
 # From 0 to 1 with no speed at either end, done after 80 % of a step: the rest is for coming to rest.
 _RAMP = np.array([3 * t**2 - 2 * t**3 for t in np.minimum(np.arange(1, _CHUNKS + 1) / (0.8 * _CHUNKS), 1)])
-_AT_REST = 0.05  # meters per second
 
 
 class TabletopEnv(gymnasium.Env):
-    """See the module's docstring. Reward 1 and termination at success; `info` tells `success`, `wrong_object`, `held`.
+    """See the module's docstring. Reward 1 and termination at success; `info` tells `success`, `wrong_object`, `held`,
+    `credit` (the share of placements that are fulfilled) and `subtask` (what to do next, in words).
 
-    success: the named block lies at rest in the named bowl and the gripper is open. wrong_object (remembered until the
-    next reset): another block came to lie in any bowl, or the named block in the other bowl, with the gripper off it.
+    success: all that the goal names lies where it shall, at rest, and the gripper is open. wrong_object (remembered
+    until the next reset): a block came to lie in a bowl, or, but for `put`, on a block, where the goal does not want
+    it, with the gripper off it.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}  # noqa: RUF012 (Gymnasium's own convention)
 
-    def __init__(self, image_size: int = 64, render_mode: str | None = None) -> None:
+    def __init__(self, image_size: int = 64, render_mode: str | None = None, task: str = "put") -> None:
         if not isinstance(image_size, int) or not 16 <= image_size <= 1024:
             raise InputError(f"image_size: got {image_size!r}, expected an integer from 16 to 1024 (64 is usual)")
         if render_mode not in (None, "rgb_array"):
@@ -71,6 +78,7 @@ class TabletopEnv(gymnasium.Env):
 
         self.image_size = image_size
         self.render_mode = render_mode
+        self.task: Task = find_task(task)
 
         # A little wider than the joints' limits, which MuJoCo keeps by a spring: they may give way by millimeters.
         image = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
@@ -80,16 +88,17 @@ class TabletopEnv(gymnasium.Env):
             {
                 "images": spaces.Dict({name: image for name in CAMERAS}),
                 "state": spaces.Box(low, high, dtype=np.float32),
-                "task": spaces.Text(64, charset="abcdefghijklmnopqrstuvwxyz "),
+                "task": spaces.Text(80, charset="abcdefghijklmnopqrstuvwxyz "),
             }
         )
         self.action_space = spaces.Box(-1, 1, (ACTION_DIM,), np.float32)
 
-        # Compiled once. Scenes differ in poses and colors alone, so the renderer's context, made of the model, stays.
-        self.model = mujoco.MjModel.from_xml_string(mjcf(image_size))
+        # Compiled once. Scenes differ in poses, colors and sizes alone, so the renderer's context, made of it, stays.
+        self.model = mujoco.MjModel.from_xml_string(mjcf(image_size, self.task.bowls, self.task.distractors))
         self.data = mujoco.MjData(self.model)
         self._blocks = [self.model.body(f"block{i}").id for i in range(BLOCKS)]
-        self._bowls = [self.model.body(f"bowl{i}").id for i in range(BOWLS)]
+        self._bowls = [self.model.body(f"bowl{i}").id for i in range(self.task.bowls)]
+        self._distractors = [self.model.body(f"distractor{i}").id for i in range(len(self.task.distractors))]
         self._fingers = [self.model.geom(name).id for name in ("left", "right")]
         self._block_geoms = [self.model.geom(f"block{i}").id for i in range(BLOCKS)]
 
@@ -100,19 +109,29 @@ class TabletopEnv(gymnasium.Env):
     # --- Gymnasium ---------------------------------------------------------------------------------------------------
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
-        """A new scene, the same for the same seed. Options: `swap` (bool) asks for another block and the other bowl of
-        that same scene; `task` names (block color, bowl color). Raises InputError for colors not in the scene and for
-        other options."""
+        """A new scene, the same for the same seed; those of different tasks have nothing in common. Options:
+
+        swap     (bool) asks for something else in that same scene: other blocks, in other places
+        split    "train", or "held_out" for words, and pairs of `unseen-pairs`, that no demonstration has
+        task     (block color, bowl color) to ask for, where the task's goal is such a pair
+
+        Raises InputError for other options, for colors not in the scene, and for what the task cannot be asked.
+        """
         super().reset(seed=seed)
         options = dict(options or {})
 
-        # The scene is drawn before options are looked at: they must not change what a seed means.
-        layout = draw_layout(self.np_random)
-        task = _choose_task(layout, swap=bool(options.pop("swap", False)), task=options.pop("task", None))
-        if options:
-            raise InputError(f"reset options: got {sorted(options)}, expected only 'swap' and 'task'")
+        split = options.pop("split", "train")
+        if split not in SPLITS:
+            hint = did_you_mean(str(split), SPLITS)
+            raise InputError(f"reset options: split: got {split!r}, expected one of {', '.join(SPLITS)}{hint}")
 
-        self._pour(layout, task)
+        # The scene is drawn before the other options are looked at: they must not change what a seed means.
+        scene = self.task.draw(self._rng(seed), split)
+        goal = _choose_goal(self.task, scene, swap=bool(options.pop("swap", False)), pair=options.pop("task", None))
+        if options:
+            raise InputError(f"reset options: got {sorted(options)}, expected only 'swap', 'split' and 'task'")
+
+        self._pour(scene.layout, goal)
         return self._observe(), self._info(self.table())
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
@@ -121,9 +140,11 @@ class TabletopEnv(gymnasium.Env):
         if self._layout is None:
             raise RuntimeError("step() before reset(): the table is empty")
 
-        self._move(check_action(action))
+        self._move(self._layout, check_action(action))
         table = self.table()
-        self._wrong = self._wrong or _misplaced(table, self.task)  # remembered, though it may yet be put right
+        self._wrong = self._wrong or misplaced(
+            table, self._goal, self.task.judge_stacks
+        )  # remembered, though it may yet be put right
 
         info = self._info(table)
         return self._observe(), float(info["success"]), bool(info["success"]), False, info
@@ -143,18 +164,22 @@ class TabletopEnv(gymnasium.Env):
     def randomize(self, rng: np.random.Generator) -> dict:
         """Teleport to a random scene (any gripper pose; sometimes holding, sometimes a block in a bowl) and observe it.
 
-        No physics is stepped: for images with known facts, not for episodes.
+        No physics is stepped: for images with known facts, not for episodes. Raises InputError for tasks but `put`,
+        whose scenes these are.
         """
-        layout = draw_anything(rng)
-        self._pour(layout, layout.task)
+        if self.task is not PUT:
+            raise InputError(f"randomize(): this is task {self.task.name!r}, and only {PUT.name!r} has such scenes")
+
+        layout, pair = draw_anything(rng)
+        self._pour(layout, pair_goal(pair))
         return self._observe()
 
     @property
-    def task(self) -> tuple[str, str]:
-        """(block color, bowl color) asked for. Raises RuntimeError before the first reset."""
+    def goal(self) -> Goal:
+        """What is asked for. Raises RuntimeError before the first reset."""
         if self._layout is None:
-            raise RuntimeError("no task before reset(): the table is empty")
-        return self._task
+            raise RuntimeError("no goal before reset(): the table is empty")
+        return self._goal
 
     def table(self) -> Table:
         """The truth in meters, fast (no projection). Raises RuntimeError before the first reset."""
@@ -165,29 +190,44 @@ class TabletopEnv(gymnasium.Env):
         # qvel: four joints of the gripper and two fingers, then six of each block, of which three are linear.
         quats, speeds = data.xquat[self._blocks], data.qvel[6:].reshape(BLOCKS, 6)
         blocks = tuple(
-            Block(color, data.xpos[b].copy(), _square_yaw(q), float(np.linalg.norm(v[:3])))
-            for color, b, q, v in zip(layout.block_colors, self._blocks, quats, speeds, strict=True)
+            Block(color, data.xpos[b].copy(), _square_yaw(q), float(np.linalg.norm(v[:3])), half)
+            for color, b, q, v, half in zip(
+                layout.block_colors, self._blocks, quats, speeds, layout.block_halves, strict=True
+            )
         )
         bowls = tuple(Bowl(c, data.xpos[b].copy()) for c, b in zip(layout.bowl_colors, self._bowls, strict=True))
 
+        names = zip(self.task.distractors, layout.distractor_colors, self._distractors, strict=True)
+        distractors = tuple(Distractor(shape, color, data.xpos[b].copy()) for shape, color, b in names)
+
         # Copies: `data` is MuJoCo's own memory, and the next step writes over it.
         held = self._held(layout)
-        return Table(blocks, bowls, data.qpos[:3].copy(), float(data.qpos[3]), self._opening(), held)
+        return Table(blocks, bowls, data.qpos[:3].copy(), float(data.qpos[3]), self._opening(), held, distractors)
 
     def facts(self) -> Facts:
         """The truth in meters and in the pixels of every camera. Raises RuntimeError before the first reset."""
         table = self.table()
         names = [f"{b.color} block" for b in table.blocks] + [f"{b.color} bowl" for b in table.bowls]
-        bodies = dict(zip(names, [*self._blocks, *self._bowls], strict=True))
+        names += [f"{d.color} {d.shape}" for d in table.distractors]
+        bodies = dict(zip(names, [*self._blocks, *self._bowls, *self._distractors], strict=True))
         return look(self.model, self.data, table, bodies, self.image_size)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _pour(self, layout: SceneLayout, task: tuple[str, str]) -> None:
-        """Put a layout on the table: poses into the data, colors into the model."""
+    def _rng(self, seed: int | None) -> np.random.Generator:
+        """Of the next scene, by task and seed."""
+        # By the seed alone for the task that was there first: its data sets and rates were made with these scenes.
+        if self.task is PUT:
+            return self.np_random
+
+        number = int(self.np_random.integers(2**31)) if seed is None else seed
+        return np.random.default_rng([zlib.crc32(self.task.name.encode()), number])
+
+    def _pour(self, layout: SceneLayout, goal: Goal) -> None:
+        """Put a layout on the table: poses into the data, colors and sizes into the model."""
         mujoco.mj_resetData(self.model, self.data)
         self._layout = layout
-        self._task = task
+        self._goal = goal
         self._wrong = False
 
         # qpos: x, y, z, yaw of the gripper, two fingers, then position and quaternion (w first) of each block.
@@ -195,17 +235,21 @@ class TabletopEnv(gymnasium.Env):
         qpos[:4], qpos[4:6] = layout.gripper, layout.travel
         for i, (x, y, z, yaw) in enumerate(layout.block_poses):
             qpos[6 + 7 * i : 13 + 7 * i] = [x, y, z, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
-        self.data.mocap_pos[:, :2], self.data.mocap_pos[:, 2] = layout.bowl_xy, 0
+        bowls = len(self._bowls)  # mocap bodies are numbered as the model lists them: distractors after the bowls
+        self.data.mocap_pos[:bowls, :2], self.data.mocap_pos[:bowls, 2] = layout.bowl_xy, 0
+        self.data.mocap_pos[bowls:, :2], self.data.mocap_pos[bowls:, 2] = layout.distractor_xy, DISTRACTOR_RADIUS
 
-        colors = [*layout.block_colors, *layout.bowl_colors]
-        for body, color in zip([*self._blocks, *self._bowls], colors, strict=True):
+        colors = [*layout.block_colors, *layout.bowl_colors, *layout.distractor_colors]
+        for body, color in zip([*self._blocks, *self._bowls, *self._distractors], colors, strict=True):
             self.model.geom_rgba[self.model.geom_bodyid == body] = RGBA[color]
+        for body, half in zip(self._blocks, layout.block_halves, strict=True):
+            _resize(self.model, body, half)
 
         # Motors hold the pose they start in, instead of pulling back to zero at the first step.
         self.data.ctrl[:4], self.data.ctrl[4:] = layout.gripper, layout.travel
         mujoco.mj_forward(self.model, self.data)  # poses of bodies and cameras, which setting qpos leaves as they were
 
-    def _move(self, action: np.ndarray) -> None:
+    def _move(self, layout: SceneLayout, action: np.ndarray) -> None:
         """Glide to the measured pose plus the action's offset; the smooth ramp ends before the step does."""
         scale = np.array([MAX_STEP, MAX_STEP, MAX_STEP, MAX_TURN])
         start, fingers = self.data.qpos[:4].copy(), self.data.qpos[4:6].copy()
@@ -218,6 +262,8 @@ class TabletopEnv(gymnasium.Env):
             self.data.ctrl[:4] = start + fraction * (goal - start)
             self.data.ctrl[4:] = np.clip(fingers + travel * chunk / _CHUNKS, 0, FINGER_TRAVEL)
             mujoco.mj_step(self.model, self.data, _SUBSTEPS)
+            for bowl, path in enumerate(layout.paths):
+                self.data.mocap_pos[bowl, :2] = path.at(self.data.time)
         mujoco.mj_forward(self.model, self.data)  # poses and contacts of this very state, for camera and judge
 
     def _opening(self) -> float:
@@ -234,7 +280,13 @@ class TabletopEnv(gymnasium.Env):
         return None
 
     def _info(self, table: Table) -> dict[str, Any]:
-        return {"success": _achieved(table, self.task), "wrong_object": self._wrong, "held": table.held}
+        return {
+            "success": achieved(table, self._goal),
+            "wrong_object": self._wrong,
+            "held": table.held,
+            "credit": credit(table, self._goal),
+            "subtask": subtask(table, self._goal),
+        }
 
     def _draw(self, cameras: tuple[str, ...]) -> dict[str, np.ndarray]:
         if self._renderer is None:
@@ -243,7 +295,7 @@ class TabletopEnv(gymnasium.Env):
 
     def _observe(self) -> dict[str, Any]:
         state = np.array([*self.data.qpos[:4], self._opening()], np.float32)  # as `STATE_NAMES`
-        return {"images": self._draw(CAMERAS), "state": state, "task": instruction(*self.task)}
+        return {"images": self._draw(CAMERAS), "state": state, "task": self._goal.instruction}
 
 
 def check_action(action: Any) -> np.ndarray:
@@ -263,19 +315,36 @@ def check_action(action: Any) -> np.ndarray:
     return np.clip(array, -1, 1)
 
 
-def _choose_task(layout: SceneLayout, swap: bool, task: Any) -> tuple[str, str]:
-    if task is not None:
-        if swap:
-            raise InputError("reset options: got both 'swap' and 'task', expected one of them")
-        block, bowl = task
-        check_color(block, layout.block_colors, "task: block color in this scene")
-        return block, check_color(bowl, layout.bowl_colors, "task: bowl color in this scene")
-    if not swap:
-        return layout.task
+def _choose_goal(task: Task, scene: Scene, swap: bool, pair: Any) -> Goal:
+    if swap and pair is not None:
+        raise InputError("reset options: got both 'swap' and 'task', expected one of them")
+    if pair is not None and not task.takes_pair:
+        raise InputError(f"reset options: task: a goal of {task.name!r} is no pair of a block and a bowl; leave it out")
 
-    # Both differ from the scene's own, so that an object moved by habit is a wrong one whichever it is.
-    block, bowl = layout.block_colors.index(layout.task[0]), layout.bowl_colors.index(layout.task[1])
-    return layout.block_colors[(block + 1) % BLOCKS], layout.bowl_colors[(bowl + 1) % BOWLS]
+    if pair is not None:
+        block, bowl = pair
+        check_color(block, scene.layout.block_colors, "task: block color in this scene")
+        return pair_goal((block, check_color(bowl, scene.layout.bowl_colors, "task: bowl color in this scene")))
+    if not swap:
+        return scene.goal
+
+    if scene.other is None:
+        raise InputError(f"reset options: swap: a scene of {task.name!r} has no other goal; leave it out")
+    return scene.other
+
+
+def _resize(model: mujoco.MjModel, body: int, half: float) -> None:
+    """Make a block's sides twice `half` meters long, where they are not. Its mass stays."""
+    geom = model.body_geomadr[body]
+    if model.geom_size[geom, 0] == half:
+        return
+
+    # All that MuJoCo derived from the size: what it excludes from collision and from rays by, and the tree of boxes.
+    model.geom_size[geom] = half
+    model.geom_rbound[geom] = half * np.sqrt(3)
+    model.geom_aabb[geom, 3:] = half
+    first = model.body_bvhadr[body]
+    model.bvh_aabb[first : first + model.body_bvhnum[body], 3:] = half
 
 
 def _square_yaw(quat: np.ndarray) -> float:
@@ -283,15 +352,3 @@ def _square_yaw(quat: np.ndarray) -> float:
     w, x, y, z = quat
     yaw = np.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
     return float((yaw + np.pi / 4) % (np.pi / 2) - np.pi / 4)
-
-
-def _achieved(table: Table, task: tuple[str, str]) -> bool:
-    block, bowl = task
-    return table.container(block) == bowl and table.opening > 0.8 and table.block(block).speed < _AT_REST
-
-
-def _misplaced(table: Table, task: tuple[str, str]) -> bool:
-    target, goal = task
-    # `container` counts no block that is held, so carrying one across a bowl is no mistake yet.
-    inside = {b.color: table.container(b.color) for b in table.blocks}
-    return any(bowl is not None and (color != target or bowl != goal) for color, bowl in inside.items())

@@ -7,7 +7,18 @@ from dataclasses import dataclass
 import mujoco
 import numpy as np
 
-from insula.worlds.tabletop.scene import BLOCK_HALF, BOWL_FLOOR, BOWL_HEIGHT, BOWL_RADIUS, BOWL_WALL, CAMERAS
+from insula.worlds.tabletop.scene import (
+    BLOCK_HALF,
+    BOWL_FLOOR,
+    BOWL_HEIGHT,
+    BOWL_RADIUS,
+    BOWL_WALL,
+    CAMERAS,
+    DISTRACTOR_RADIUS,
+)
+
+AT_REST = 0.05  # meters per second
+_FACE_ON_FACE = 0.006  # meters: a block that leans on another, or has tipped over, is further off
 
 
 @dataclass(frozen=True)
@@ -18,14 +29,29 @@ class Block:
     position: np.ndarray  # [3] center, meters
     yaw: float  # radians, of the square's side nearest to the x axis: in [-pi/4, pi/4]
     speed: float  # meters per second
+    half: float = BLOCK_HALF  # of a side, meters
+
+    @property
+    def top(self) -> float:
+        """Height of its upper face, meters."""
+        return float(self.position[2]) + self.half
 
 
 @dataclass(frozen=True)
 class Bowl:
-    """A bowl. It never turns and never moves in an episode."""
+    """A bowl. It never turns; in the task `moving` it drifts, else it stands where it is."""
 
     color: str
     position: np.ndarray  # [3] center of its floor, meters
+
+
+@dataclass(frozen=True)
+class Distractor:
+    """A thing that is neither block nor bowl, and that nothing asks for."""
+
+    shape: str  # "ball" or "cylinder"
+    color: str
+    position: np.ndarray  # [3] center, meters
 
 
 @dataclass(frozen=True)
@@ -38,6 +64,7 @@ class Table:
     yaw: float
     opening: float  # 0 closed .. 1 open
     held: str | None
+    distractors: tuple[Distractor, ...] = ()
 
     def block(self, color: str) -> Block:
         """The block of that color; colors of blocks are all different. Raises StopIteration where there is none."""
@@ -50,12 +77,26 @@ class Table:
     def container(self, color: str) -> str | None:
         """Color of the bowl that the named block lies in (not held, center inside the wall, low enough), or None."""
         block = self.block(color)
-        if color == self.held or block.position[2] > BOWL_FLOOR + 2 * BLOCK_HALF:  # lying on the floor it is half that
+        if color == self.held or block.position[2] > BOWL_FLOOR + 2 * block.half:  # lying on the floor it is half that
             return None
 
         for bowl in self.bowls:
             if np.hypot(*(block.position - bowl.position)[:2]) < BOWL_RADIUS:
                 return bowl.color
+
+        return None
+
+    def support(self, color: str) -> str | None:
+        """Color of the block that the named block rests on (neither held, face on face, center over it), or None."""
+        block = self.block(color)
+        if color == self.held or block.speed > AT_REST:  # one that falls past another does not lie on it
+            return None
+
+        for other in self.blocks:
+            gap = block.position[2] - block.half - other.top
+            near = np.hypot(*(block.position - other.position)[:2]) < other.half
+            if other.color not in (color, self.held) and near and abs(gap) < _FACE_ON_FACE:
+                return other.color
 
         return None
 
@@ -74,7 +115,8 @@ class Pixel:
 
 @dataclass(frozen=True)
 class Facts:
-    """`pixels[camera][name]`, names "{color} block", "{color} bowl", "gripper"; images are `image_size` square."""
+    """`pixels[camera][name]`, names "{color} block", "{color} bowl", "{color} ball", "{color} cylinder", "gripper";
+    images are `image_size` square."""
 
     table: Table
     pixels: dict[str, dict[str, Pixel]]
@@ -92,9 +134,19 @@ def _rim(radius: float, height: float) -> np.ndarray:
     return np.concatenate([np.zeros((1, 3)), circle])
 
 
-# A center and eight points just inside the surface, in the body's own frame.
-_SAMPLES = {"block": _cube(0.95 * BLOCK_HALF), "bowl": _rim(BOWL_RADIUS + BOWL_WALL / 2, 0.9 * BOWL_HEIGHT)}
 _PER_BODY = 9
+
+
+def _samples(name: str, table: Table) -> np.ndarray:
+    """A center and eight points just inside the surface, [9, 3] meters in the body's own frame."""
+    color, noun = name.split()
+    if noun == "bowl":
+        return _rim(BOWL_RADIUS + BOWL_WALL / 2, 0.9 * BOWL_HEIGHT)
+    if noun == "block":
+        return _cube(0.95 * table.block(color).half)
+
+    # The corners of a cube inside: of a ball they lie at its radius, of a cylinder a little nearer to its axis.
+    return _cube(0.95 * DISTRACTOR_RADIUS / np.sqrt(3))
 
 
 def project(model: mujoco.MjModel, data: mujoco.MjData, camera: str, points: np.ndarray, size: int) -> np.ndarray:
@@ -119,10 +171,10 @@ def _first_body(model: mujoco.MjModel, data: mujoco.MjData, camera: str, points:
 
 
 def look(model: mujoco.MjModel, data: mujoco.MjData, table: Table, bodies: dict[str, int], size: int) -> Facts:
-    """Project everything into every camera, images of `size` × `size` pixels. `bodies`: body index of each
-    "{color} block" and "{color} bowl"."""
+    """Project everything into every camera, images of `size` × `size` pixels. `bodies`: body index of each name of
+    `Facts`, without the gripper."""
     names = list(bodies)
-    clouds = [data.xpos[b] + _SAMPLES[name.split()[1]] @ data.xmat[b].reshape(3, 3).T for name, b in bodies.items()]
+    clouds = [data.xpos[b] + _samples(name, table) @ data.xmat[b].reshape(3, 3).T for name, b in bodies.items()]
     points = np.concatenate(clouds)
     centers = np.stack([data.xpos[b] for b in bodies.values()] + [table.gripper])
 

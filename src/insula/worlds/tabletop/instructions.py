@@ -1,15 +1,17 @@
-"""The instruction grammar: `put the {color} block in the {color} bowl`, to text and back."""
+"""The sentences of one placement: `put the {color} block in the {color} bowl`, or `on the {color} block`."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from itertools import product
+from typing import Literal
 
-from insula.errors import InputError
+from insula.errors import InputError, did_you_mean
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
+Relation = Literal["in", "on"]
+NOUNS: dict[Relation, str] = {"in": "bowl", "on": "block"}
 # Checkpoints know this sentence by its very words: another wording is another task to them.
 _PATTERN = re.compile(r"put the (\w+) block in the (\w+) bowl")
 
@@ -19,19 +21,17 @@ def check_color(color: str, known: Sequence[str] = COLORS, what: str = "color") 
     if color in known:
         return color
 
-    near = difflib.get_close_matches(str(color), known, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise InputError(f"{what}: got {color!r}, expected one of {', '.join(known)}{hint}")
+    raise InputError(f"{what}: got {color!r}, expected one of {', '.join(known)}{did_you_mean(str(color), known)}")
 
 
-def instruction(block: str, bowl: str) -> str:
-    """The sentence asking for the `block`-colored block in the `bowl`-colored bowl. Raises InputError for a color that
-    is none of `COLORS`."""
-    return f"put the {check_color(block)} block in the {check_color(bowl)} bowl"
+def instruction(block: str, target: str, relation: Relation = "in") -> str:
+    """The sentence asking for the `block`-colored block in the `target`-colored bowl, or on the block of that color.
+    Raises InputError for a color that is none of `COLORS`."""
+    return f"put the {check_color(block)} block {relation} the {check_color(target)} {NOUNS[relation]}"
 
 
 def parse(text: str) -> tuple[str, str]:
-    """(block color, bowl color) of an instruction. Raises InputError when `text` is not of the grammar."""
+    """(block color, bowl color) of an instruction of the task `put`. Raises InputError for any other text."""
     match = _PATTERN.fullmatch(text.strip())
     if match is None:
         raise InputError(f"instruction: got {text!r}, expected 'put the {{color}} block in the {{color}} bowl'")
@@ -40,5 +40,5 @@ def parse(text: str) -> tuple[str, str]:
 
 
 def all_instructions() -> list[str]:
-    """Every sentence of the grammar (36)."""
+    """Every instruction of the task `put` (36)."""
     return [instruction(block, bowl) for block, bowl in product(COLORS, COLORS)]

@@ -1,11 +1,11 @@
-"""What stands on the table: the MuJoCo model (one, compiled once) and the random layouts poured into it.
+"""What stands on the table: the MuJoCo model (compiled once for a task) and the random layouts poured into it.
 
 Meters and radians. x grows to the right of the `front` image, y away from that camera, z up; the table top is z = 0.
 The gripper's position is the point between its fingertips.
 
              y  +0.13 ┌──────────────────────────┐
                       │   ▪        ( bowl )      │       ▪ 3 blocks, 4 cm
-                      │       ▪              ▪   │       2 bowls, 12 cm inside
+                      │       ▪              ▪   │       2 bowls (3 to sort into), 12 cm inside
                 -0.13 └──────────────────────────┘
                    x -0.18        ▲          +0.18
                               front camera
@@ -14,7 +14,7 @@ The gripper's position is the point between its fingertips.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -24,12 +24,17 @@ BLOCKS, BOWLS = 3, 2
 BLOCK_HALF = 0.02  # half of a side
 BOWL_RADIUS = 0.06  # inner
 BOWL_WALL, BOWL_HEIGHT, BOWL_FLOOR, BOWL_SIDES = 0.005, 0.022, 0.002, 12
+DISTRACTOR_RADIUS = 0.014  # of balls and cylinders, and half of a cylinder's height
 FINGER_TRAVEL = 0.045  # each; the opening between the fingers is twice that
 FINGER_HALF = (0.005, 0.010, 0.040)
+FINGER_BELOW = 0.014  # the fingers' ends below the point between the fingertips
 HELD_TRAVEL = BLOCK_HALF - 0.0003  # a finger pressing a block
 
 BLOCK_AREA = (0.18, 0.13)  # |x|, |y| of block centers
 BOWL_AREA = (0.135, 0.085)  # of bowl centers
+BLOCK_DISTANCE = 0.085  # of two blocks' centers: the open fingers fit between them
+BLOCK_TO_BOWL = BOWL_RADIUS + BOWL_WALL + 0.032
+BOWL_TO_BOWL = 2 * (BOWL_RADIUS + BOWL_WALL) + 0.01
 GRIPPER_LOW = np.array([-0.20, -0.15, 0.02])
 GRIPPER_HIGH = np.array([0.20, 0.15, 0.18])
 YAW_LIMIT = 1.2  # of the wrist, either way
@@ -48,9 +53,25 @@ assert tuple(RGBA) == COLORS
 
 
 @dataclass(frozen=True)
+class Path:
+    """A bowl's way to and fro between two `ends` [2, (x, y)] at `speed` meters per second. `start`: where on it at time
+    0, in lengths of the way: below 1 on the way there, below 2 on the way back."""
+
+    ends: np.ndarray
+    speed: float
+    start: float
+
+    def at(self, seconds: float) -> np.ndarray:
+        """(x, y) at that time, meters."""
+        length = float(np.hypot(*(self.ends[1] - self.ends[0])))
+        gone = (self.start + self.speed * seconds / length) % 2
+        return self.ends[0] + min(gone, 2 - gone) * (self.ends[1] - self.ends[0])
+
+
+@dataclass(frozen=True)
 class SceneLayout:
-    """One arrangement. `block_poses` [3, (x, y, z, yaw)], `bowl_xy` [2, 2], `gripper` (x, y, z, yaw); `travel` of a
-    finger: 0 closed to FINGER_TRAVEL open."""
+    """One arrangement. `block_poses` [3, (x, y, z, yaw)], `bowl_xy` [bowls, 2], `gripper` (x, y, z, yaw); `travel` of
+    a finger: 0 closed to FINGER_TRAVEL open. `paths`: of every bowl, or empty where they stand still."""
 
     block_colors: tuple[str, ...]
     block_poses: np.ndarray
@@ -58,7 +79,10 @@ class SceneLayout:
     bowl_xy: np.ndarray
     gripper: np.ndarray
     travel: float
-    task: tuple[str, str]  # colors of the block and the bowl asked for
+    block_halves: tuple[float, ...] = (BLOCK_HALF,) * BLOCKS
+    distractor_colors: tuple[str, ...] = ()
+    distractor_xy: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))
+    paths: tuple[Path, ...] = ()
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
@@ -89,15 +113,22 @@ def _finger(name: str, sign: int) -> str:
     return (
         f'<body name="{name}" gravcomp="1">'
         f'<joint name="{name}" class="finger" axis="{sign} 0 0" range="0 {FINGER_TRAVEL}"/>'
-        f'<geom name="{name}" class="finger" size="{x} {y} {z}" pos="{sign * x} 0 {z - 0.014}"/></body>'
+        f'<geom name="{name}" class="finger" size="{x} {y} {z}" pos="{sign * x} 0 {z - FINGER_BELOW}"/></body>'
     )
 
 
-def mjcf(offscreen: int) -> str:
-    """The model as MJCF, from primitives only. `offscreen`: side of the largest image, pixels.
+def _distractor(index: int, shape: str) -> str:
+    kind = {"ball": "sphere", "cylinder": "cylinder"}[shape]
+    geom = f'<geom class="bowl" type="{kind}" size="{DISTRACTOR_RADIUS} {DISTRACTOR_RADIUS}"/>'
+    return f'<body name="distractor{index}" mocap="true">{geom}</body>'
+
+
+def mjcf(offscreen: int, bowls: int = BOWLS, distractors: tuple[str, ...] = ()) -> str:
+    """The model as MJCF, from primitives only. `offscreen`: side of the largest image, pixels; `distractors`: their
+    shapes.
 
     Collision bits: blocks meet everything; fingers meet blocks only (not bowls, table or each other), so a gripper
-    low in a bowl cannot jam. Bowls are mocap bodies: moved by a layout, immovable in physics.
+    low in a bowl cannot jam. Bowls and distractors are mocap bodies: moved by a layout, immovable in physics.
     """
     lo, hi = GRIPPER_LOW, GRIPPER_HIGH
     slides = "".join(
@@ -143,8 +174,8 @@ def mjcf(offscreen: int) -> str:
       <camera name="wrist" pos="0 -0.045 0.068" xyaxes="1 0 0 0 0.93 0.37" fovy="92"/>
       {_finger("left", -1)}{_finger("right", 1)}
     </body>
-    {"".join(_bowl(i) for i in range(BOWLS))}
-    {"".join(_block(i) for i in range(BLOCKS))}
+    {"".join(_bowl(i) for i in range(bowls))}
+    {"".join(_block(i) for i in range(BLOCKS))}{"".join(_distractor(i, shape) for i, shape in enumerate(distractors))}
   </worldbody>
   <actuator>{motors}<position joint="yaw" kp="60" dampratio="1"/>{fingers}</actuator>
 </mujoco>"""
@@ -153,11 +184,28 @@ def mjcf(offscreen: int) -> str:
 # --- layouts --------------------------------------------------------------------------------------------------------
 
 
-def _apart(points: np.ndarray, point: np.ndarray, distance: float) -> bool:
+def far_from(points: np.ndarray, point: np.ndarray, distance: float) -> bool:
+    """Whether all `points` [n, 2] lie at least `distance` from `point` [2]."""
     return len(points) == 0 or bool(np.min(np.hypot(*(points - point).T)) >= distance)
 
 
-def _positions(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def place_blocks(
+    rng: np.random.Generator, bowls: np.ndarray, apart: float = BLOCK_DISTANCE, tries: int = 60
+) -> np.ndarray | None:
+    """Centers of three blocks [3, 2] at least `apart` from each other, and outside all `bowls` [n, 2] with room for the
+    fingers around; None where `tries` draws did not find them."""
+    blocks = np.zeros((0, 2))
+    for _ in range(tries):
+        point = rng.uniform(-1, 1, 2) * BLOCK_AREA
+        if far_from(bowls, point, BLOCK_TO_BOWL) and far_from(blocks, point, apart):
+            blocks = np.concatenate([blocks, point[None]])
+        if len(blocks) == BLOCKS:
+            return blocks
+
+    return None
+
+
+def _positions(rng: np.random.Generator, apart: float) -> tuple[np.ndarray, np.ndarray]:
     """Non-overlapping bowls [2, 2] and blocks [3, 2], with room for the fingers around every block.
 
     Drawn again until they fit. Every number drawn here is part of what a seed means: another order of drawing, or
@@ -165,28 +213,29 @@ def _positions(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """
     while True:
         bowls = rng.uniform(-1, 1, (BOWLS, 2)) * BOWL_AREA
-        if not _apart(bowls[:1], bowls[1], 2 * (BOWL_RADIUS + BOWL_WALL) + 0.01):
+        if not far_from(bowls[:1], bowls[1], BOWL_TO_BOWL):
             continue
 
         # Bowls may lie so that three blocks do not fit beside them; then both are drawn again.
-        blocks = np.zeros((0, 2))
-        for _ in range(60):
-            point = rng.uniform(-1, 1, 2) * BLOCK_AREA
-            if _apart(bowls, point, BOWL_RADIUS + BOWL_WALL + 0.032) and _apart(blocks, point, 0.085):
-                blocks = np.concatenate([blocks, point[None]])
-            if len(blocks) == BLOCKS:
-                return bowls, blocks
+        blocks = place_blocks(rng, bowls, apart)
+        if blocks is not None:
+            return bowls, blocks
 
 
-def _colors(rng: np.random.Generator, count: int) -> tuple[str, ...]:
+def draw_colors(rng: np.random.Generator, count: int) -> tuple[str, ...]:
+    """This many of `COLORS`, all different."""
     return tuple(COLORS[i] for i in rng.permutation(len(COLORS))[:count])
 
 
-def draw_layout(rng: np.random.Generator) -> SceneLayout:
+def draw_layout(rng: np.random.Generator, apart: float = BLOCK_DISTANCE) -> SceneLayout:
     """The start of an episode: blocks on the table, the gripper open and above the middle."""
-    bowls, blocks = _positions(rng)
+    return arrange(rng, *_positions(rng, apart))
+
+
+def arrange(rng: np.random.Generator, bowls: np.ndarray, blocks: np.ndarray) -> SceneLayout:
+    """Colors, the blocks' angles and the gripper's pose for `bowls` [n, 2] and `blocks` [3, 2] in their places."""
     yaw = rng.uniform(-BLOCK_YAW, BLOCK_YAW, (BLOCKS, 1))
-    block_colors, bowl_colors = _colors(rng, BLOCKS), _colors(rng, BOWLS)
+    block_colors, bowl_colors = draw_colors(rng, BLOCKS), draw_colors(rng, len(bowls))
     gripper = np.array([*rng.uniform([-0.06, -0.05, 0.11], [0.06, 0.05, 0.15]), 0.0])
 
     return SceneLayout(
@@ -196,13 +245,19 @@ def draw_layout(rng: np.random.Generator) -> SceneLayout:
         bowl_xy=bowls,
         gripper=gripper,
         travel=FINGER_TRAVEL,
-        task=(block_colors[rng.integers(BLOCKS)], bowl_colors[rng.integers(BOWLS)]),
     )
 
 
-def draw_anything(rng: np.random.Generator) -> SceneLayout:
-    """A scene out of nowhere: any gripper pose; a quarter holds a block, a quarter has a block in a bowl."""
+def draw_pair(rng: np.random.Generator, layout: SceneLayout) -> tuple[str, str]:
+    """A block's color and a bowl's color in this scene."""
+    return layout.block_colors[rng.integers(BLOCKS)], layout.bowl_colors[rng.integers(len(layout.bowl_colors))]
+
+
+def draw_anything(rng: np.random.Generator) -> tuple[SceneLayout, tuple[str, str]]:
+    """A scene out of nowhere: any gripper pose; a quarter holds a block, a quarter has a block in a bowl. And a pair of
+    colors to ask for."""
     start = draw_layout(rng)
+    pair = draw_pair(rng, start)
     poses = start.block_poses.copy()
 
     # order[0] may lie in a bowl, order[1] be held: never the same block.
@@ -220,7 +275,7 @@ def draw_anything(rng: np.random.Generator) -> SceneLayout:
 
     # Mostly open, as it is in an episode while it holds nothing.
     travel = HELD_TRAVEL if holding else FINGER_TRAVEL * (1.0 if rng.random() < 0.6 else rng.random())
-    return SceneLayout(start.block_colors, poses, start.bowl_colors, start.bowl_xy, gripper, float(travel), start.task)
+    return replace(start, block_poses=poses, gripper=gripper, travel=float(travel)), pair
 
 
 def _free_gripper(rng: np.random.Generator, blocks: np.ndarray) -> np.ndarray:
@@ -234,5 +289,5 @@ def _free_gripper(rng: np.random.Generator, blocks: np.ndarray) -> np.ndarray:
                 blocks[rng.integers(len(blocks)), :2] + rng.normal(0, 0.03, 2), GRIPPER_LOW[:2], GRIPPER_HIGH[:2]
             )
 
-        if xyz[2] > 3 * BLOCK_HALF or _apart(blocks[:, :2], xyz[:2], 0.075):
+        if xyz[2] > 3 * BLOCK_HALF or far_from(blocks[:, :2], xyz[:2], 0.075):
             return np.array([*xyz, rng.normal(0, 0.03)])

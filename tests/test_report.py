@@ -16,7 +16,8 @@ from insula.batch import LossName
 from insula.certificate.proof import Outcome
 from insula.certificate.stored import stored_certificate
 from insula.certificate.table import Scheme
-from insula.evaluate.closed_loop import ClosedLoop, EpisodeResult, Recording
+from insula.evaluate.closed_loop import ClosedLoop
+from insula.evaluate.episodes import EpisodeResult, Recording
 from insula.page.html import Html, as_html, tag
 from insula.report import Report, charts, machine, read_metrics, render_report, versions, write_report
 

@@ -1,77 +1,37 @@
-"""Closed loop: the policy acts in scenes it has never seen, each twice, with its instruction and with another one.
+"""Closed loop: the policy acts in scenes it has never seen, each with its own instruction and with others.
 
-    lanes   1 ▏scene 0 ──────────▏scene 1 swapped ──▏ …      every lane is one environment; one that finishes takes the
-            2 ▏scene 0 swapped ─────▏scene 2 ───────▏ …      next episode. All lanes re-plan together, in one batched
-            3 ▏scene 1 ───▏scene 2 swapped ─────────▏ …      call, then execute the first steps of their chunks.
-
-Noise is drawn by (scene, swapped, step), never by lane or call, and every call has the same number of rows: a scene
-evaluated alone is the episode it was among others.
-
-The swapped instruction names another block and the other bowl of the same scene. A policy that only looks, and does not
-listen, never succeeds there and moves a wrong object instead: success under swap is what language following means here.
+own         the scene's own goal, in words of the demonstrations
+swapped     something else in the same scene: another block, into the other bowl. A policy that only looks, and does
+            not listen, never succeeds there and moves a wrong object instead: language following means this here.
+held out    the own goal in words that no demonstration has; of `unseen-pairs`, pairs that none has
 """
 
 import contextlib
 import dataclasses
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import gymnasium
 import numpy as np
 from rich.table import Table
 
-from insula.errors import InputError, NonFiniteError
+from insula.errors import InputError
+from insula.evaluate.episodes import LATENCY_CALLS, Acts, EpisodeResult, Job, Progress, Recording, run_episodes
 from insula.evaluate.intervals import Rate, wilson
 from insula.terminal import as_text
 from insula.worlds.seeds import EVALUATION, RANGES, refuse_seen
 from insula.worlds.tabletop import make_tabletop
 
 NUM_ENVS = 16
-LATENCY_CALLS = 100  # of which the 99th percentile is almost the slowest
 LATENCY_WARM_UP = 5  # the first compiles: single calls are a batch of one, which no lane has run
 PERCENTILES = (50, 90, 99)
-Progress = Callable[[int, int], None]
 MakeEnvironment = Callable[[], gymnasium.Env]
-
-
-@runtime_checkable
-class Acts(Protocol):
-    """What is evaluated. Observations are {"images", "state", "task"}; chunks are in the robot's units."""
-
-    def act(self, observation: dict[str, Any]) -> np.ndarray:
-        """One chunk [H, D]. Used for latency alone, so its noise may be any."""
-        ...
-
-    def act_batch(self, observations: list[dict[str, Any]], seeds: Sequence[Sequence[int]]) -> np.ndarray:
-        """[B, H, D]; all randomness of a row comes from its `seeds`."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class EpisodeResult:
-    """How one episode ended. `wrong_object`: at any time, a block lay in a bowl that was not asked for."""
-
-    seed: int
-    swapped: bool
-    success: bool
-    wrong_object: bool
-    steps: int
-    task: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Recording:
-    """What the cameras saw of an episode, side by side: `frames` uint8 [T + 1, h, cameras·w, 3]."""
-
-    episode: EpisodeResult
-    frames: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class ClosedLoop:
-    """The result. Rates are over scenes, with 95 % Wilson intervals; the swapped ones are None where not tried.
+    """The result. Rates are over scenes, with 95 % Wilson intervals; None of what was not tried.
 
     `latency_ms`: percentiles of single `act` calls, with nothing else running in this process.
     """
@@ -81,10 +41,15 @@ class ClosedLoop:
     replan_steps: int
     seconds: float
     recordings: tuple[Recording, ...] = ()
+    task: str = "put"
 
-    def rate(self, outcome: str, swapped: bool = False) -> Rate | None:
+    def asked(self, swapped: bool = False, held_out: bool = False) -> list[EpisodeResult]:
+        """The episodes in which this was asked."""
+        return [e for e in self.episodes if (e.swapped, e.held_out) == (swapped, held_out)]
+
+    def rate(self, outcome: str, swapped: bool = False, held_out: bool = False) -> Rate | None:
         """Of `outcome`, "success" or "wrong_object"."""
-        rows = [getattr(e, outcome) for e in self.episodes if e.swapped == swapped]
+        rows = [getattr(e, outcome) for e in self.asked(swapped, held_out)]
         return wilson(sum(rows), len(rows)) if rows else None
 
     @property
@@ -108,26 +73,38 @@ class ClosedLoop:
         return self.rate("wrong_object", swapped=True)
 
     @property
+    def held_out_success(self) -> Rate | None:
+        """In words, or of pairs, that no demonstration has; None where they were not asked."""
+        return self.rate("success", held_out=True)
+
+    @property
+    def mean_credit(self) -> float:
+        """The share of what was asked that was done, over episodes with their own instruction."""
+        return float(np.mean([e.credit for e in self.asked()]))
+
+    @property
     def mean_steps(self) -> float:
         """Of all episodes with their own instruction; failures count with all the steps they were given."""
-        return float(np.mean([e.steps for e in self.episodes if not e.swapped]))
+        return float(np.mean([e.steps for e in self.asked()]))
 
     @property
     def mean_steps_of_successes(self) -> float | None:
         """Of the successes with their own instruction; None where there is none, which has no mean."""
-        steps = [e.steps for e in self.episodes if e.success and not e.swapped]
+        steps = [e.steps for e in self.asked() if e.success]
         return float(np.mean(steps)) if steps else None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values: the rates, the latency, and every episode."""
-        names = ("success", "wrong_object", "swapped_success", "swapped_wrong_object")
+        names = ("success", "wrong_object", "swapped_success", "swapped_wrong_object", "held_out_success")
         rates: dict[str, Rate | None] = {name: getattr(self, name) for name in names}
 
         # "episodes" last: it is nearly all of the file, and a person reads the figures above it.
         return {name: rate and rate.to_json() for name, rate in rates.items()} | {
+            "task": self.task,
+            "mean_credit": self.mean_credit,
             "mean_steps": self.mean_steps,
             "mean_steps_of_successes": self.mean_steps_of_successes,
-            "scenes": sum(not e.swapped for e in self.episodes),
+            "scenes": len(self.asked()),
             "first_seed": self.episodes[0].seed,
             "replan_steps": self.replan_steps,
             "seconds": self.seconds,
@@ -143,10 +120,24 @@ class ClosedLoop:
         table.add_row("of the scene", str(self.success), str(self.wrong_object))
         if self.swapped_success is not None:
             table.add_row("swapped", str(self.swapped_success), str(self.swapped_wrong_object))
+        if self.held_out_success is not None:
+            table.add_row("held out", str(self.held_out_success), str(self.rate("wrong_object", held_out=True)))
 
         latency = ", ".join(f"{name} {value:.1f} ms" for name, value in self.latency_ms.items())
-        scenes = sum(not e.swapped for e in self.episodes)
-        return as_text(table, f"{scenes} scenes, {self.mean_steps:.1f} steps on average; one act: {latency}", width=80)
+        scenes = f"{len(self.asked())} scenes of {self.task}"
+        return as_text(table, f"{scenes}, {self.mean_steps:.1f} steps on average; one act: {latency}", width=80)
+
+
+def summary_of_tasks(loops: Iterable[ClosedLoop]) -> str:
+    """One row for each task, as plain text."""
+    table = Table("task", "success", "done", "swapped", "held out", "wrong object", title_justify="left")
+    table.title = "success by task, 95 % intervals"
+    for loop in loops:
+        rates = (loop.swapped_success, loop.held_out_success, loop.wrong_object)
+        others = [str(rate) if rate is not None else "" for rate in rates]
+        table.add_row(loop.task, str(loop.success), f"{loop.mean_credit:.0%}", *others)
+
+    return as_text(table, width=110)
 
 
 def evaluate(
@@ -159,38 +150,42 @@ def evaluate(
     image_size: int = 64,
     progress: Progress | None = None,
     *,
+    task: str = "put",
+    held_out: bool = False,
+    told: bool = False,
     num_envs: int = NUM_ENVS,
     allow_any_seed: bool = False,
     used_seeds: Iterable[int] = (),
     environment: MakeEnvironment | None = None,
 ) -> ClosedLoop:
-    """Run `policy` in the scenes `first_seed .. first_seed + episodes - 1`, executing `replan_steps` of each chunk.
+    """Run `policy` in the scenes `first_seed .. first_seed + episodes - 1` of a task, executing `replan_steps` of each
+    chunk. `swap`, `held_out`: ask for these as well (a task without another goal is not swapped). `told`: every
+    observation brings the true "subtask" of that moment.
 
     `record`: keep the frames of this many scenes, the first ones. `progress(done, total)` follows every episode.
     `num_envs`: environments side by side at most, and the batch size of every `act_batch` call (rows are repeated to
     fill it, whatever the number of episodes: other sizes round differently).
     `used_seeds`: seeds of the demonstrations; `allow_any_seed` lifts the check of the range, never this one.
-    `environment`: makes one environment; the tabletop unless given.
+    `environment`: makes one environment; the tabletop's task unless given.
 
-    Raises InputError for seeds kept for another purpose and for chunks of the wrong shape, NonFiniteError for a chunk
-    with NaN or infinity.
+    Raises InputError for seeds kept for another purpose and an unknown task, and as `run_episodes`.
     """
     seeds = check_seeds(episodes, first_seed, allow_any_seed, used_seeds)
     if replan_steps < 1 or num_envs < 1:
         raise InputError(f"replan_steps is {replan_steps} and num_envs is {num_envs}, expected at least 1 of each")
 
-    jobs = [(seed, swapped) for seed in seeds for swapped in ((False, True) if swap else (False,))]
-    make = environment or (lambda: make_tabletop(image_size=image_size))
+    jobs = _jobs(seeds, swap and can_swap(task), held_out)
+    make = environment or (lambda: make_tabletop(task, image_size))
 
     started = time.perf_counter()
     with _environments(make, min(num_envs, len(jobs))) as envs:
         tell = progress or (lambda done, total: None)
-        done, seen = _run(policy, jobs, envs, num_envs, replan_steps, set(seeds[:record]), tell)
+        done, seen = run_episodes(policy, jobs, envs, num_envs, replan_steps, set(seeds[:record]), tell, told)
     seconds = time.perf_counter() - started  # compiling included, latency not
 
     # Short episodes end first. In the order of scenes two policies can be compared line by line.
     order = {job: i for i, job in enumerate(jobs)}
-    done.sort(key=lambda recording: order[recording.episode.seed, recording.episode.swapped])
+    done.sort(key=lambda one: order[Job(one.episode.seed, one.episode.swapped, one.episode.held_out)])
 
     # Latency last: the environments are closed, so nothing shares the cores with the policy.
     return ClosedLoop(
@@ -199,7 +194,20 @@ def evaluate(
         replan_steps=replan_steps,
         seconds=seconds,
         recordings=tuple(recording for recording in done if len(recording.frames)),
+        task=task,
     )
+
+
+def _jobs(seeds: Iterable[int], swap: bool, held_out: bool) -> list[Job]:
+    kinds = [(False, False), *([(True, False)] if swap else []), *([(False, True)] if held_out else [])]
+    return [Job(seed, *kind) for seed in seeds for kind in kinds]
+
+
+def can_swap(task: str) -> bool:
+    """Whether scenes of this task have another goal. Raises InputError for an unknown task."""
+    from insula.worlds.tabletop.tasks import find_task  # it loads MuJoCo
+
+    return find_task(task).can_swap
 
 
 def check_seeds(episodes: int, first_seed: int, allow_any_seed: bool, used: Iterable[int]) -> range:
@@ -224,121 +232,6 @@ def _environments(make: MakeEnvironment, count: int) -> Iterator[list[gymnasium.
     """This many environments, each closed at the end, also where a later one cannot be made."""
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(contextlib.closing(make())) for _ in range(count)]
-
-
-class _Lane:
-    """One environment and the episode it is in."""
-
-    def __init__(self, env: gymnasium.Env):
-        self.env = env
-        self.busy = False
-
-    def start(self, seed: int, swapped: bool, taped: bool) -> None:
-        self.seed = seed
-        self.swapped = swapped
-        self.taped = taped
-        self.busy = True
-
-        # The same scene either way: swapping changes what is asked for, not what is drawn from the seed.
-        observation, info = self.env.reset(seed=seed, options={"swap": True} if swapped else None)
-        self.observation = observation
-        self.info = info
-        self.task = observation["task"]
-        self.steps = 0
-
-        self.frames: list[np.ndarray] = []
-        self._tape()
-
-    def play(self, actions: np.ndarray) -> None:
-        """Execute [n, D], or fewer where the episode ends."""
-        for action in actions:
-            observation, _, terminated, truncated, info = self.env.step(action)
-            self.observation = observation
-            self.info = info
-            self.steps += 1
-            self._tape()
-
-            # What is left of the chunk was planned for a scene that is over.
-            if terminated or truncated:
-                self.busy = False
-                return
-
-    def result(self) -> Recording:
-        # As of the last step: the environment remembers a wrong object until its reset.
-        success, wrong = bool(self.info["success"]), bool(self.info["wrong_object"])
-        episode = EpisodeResult(self.seed, self.swapped, success, wrong, self.steps, self.task)
-
-        # No frames says "not recorded"; `evaluate` drops these from its recordings.
-        return Recording(episode, np.stack(self.frames) if self.frames else np.empty((0, 0, 0, 3), np.uint8))
-
-    def _tape(self) -> None:
-        if self.taped:
-            self.frames.append(np.concatenate(list(self.observation["images"].values()), axis=1))
-
-
-def _run(
-    policy: Acts,
-    jobs: list[tuple[int, bool]],
-    envs: list[gymnasium.Env],
-    rows: int,
-    replan_steps: int,
-    taped: set[int],
-    tell: Progress,
-) -> tuple[list[Recording], list[dict[str, Any]]]:
-    """Every job once. Also returns some observations on the way, for measuring latency."""
-    waiting, done, seen = deque(jobs), list[Recording](), list[dict[str, Any]]()
-    lanes = [_Lane(env) for env in envs]
-
-    while True:
-        # Before every plan: a call costs the same however few of its rows are episodes.
-        for lane in lanes:
-            if not lane.busy and waiting:
-                seed, swapped = waiting.popleft()
-                lane.start(seed, swapped, seed in taped)
-
-        active = [lane for lane in lanes if lane.busy]
-        if not active:
-            return done, seen
-
-        # From another lane each time: prompts and scenes differ, and so may the time they take.
-        if len(seen) < LATENCY_CALLS:
-            seen.append(active[len(seen) % len(active)].observation)
-
-        for lane, chunk in zip(active, _plan(policy, active, rows, replan_steps), strict=True):
-            lane.play(chunk)
-            if not lane.busy:
-                done.append(lane.result())
-                tell(len(done), len(jobs))
-
-
-def _plan(policy: Acts, active: list[_Lane], rows: int, replan_steps: int) -> np.ndarray:
-    """The next `replan_steps` actions of every active lane, [len(active), replan_steps, D]."""
-    observations = [lane.observation for lane in active]
-    # Noise of scene and step, as the module says: what runs beside an episode, or before it, cannot change it.
-    seeds = [(lane.seed, lane.swapped, lane.steps) for lane in active]
-    missing = rows - len(active)  # one batch size: one compiled program, and the same rounding in it
-    chunks = np.asarray(policy.act_batch(observations + observations[:1] * missing, seeds + seeds[:1] * missing))
-
-    action_space = active[0].env.action_space
-    assert action_space.shape is not None
-    (dim,) = action_space.shape
-    if chunks.ndim != 3 or chunks.shape[0] != rows or chunks.shape[2] != dim:
-        raise InputError(f"act_batch: got {list(chunks.shape)}, expected [{rows}, H, {dim}]")
-    if chunks.shape[1] < replan_steps:
-        raise InputError(
-            f"replan_steps: got {replan_steps}, but chunks have only {chunks.shape[1]} steps; execute at most those"
-        )
-
-    # Not every world refuses NaN, and there a broken checkpoint would pass for a policy that fails.
-    for lane, chunk in zip(active, chunks, strict=False):  # what fills the batch is not executed
-        if not np.isfinite(chunk).all():
-            row, column = np.argwhere(~np.isfinite(chunk))[0]
-            raise NonFiniteError(
-                f"act_batch: action[{row}][{column}] is {chunk[row, column]} at step {lane.steps} of seed {lane.seed} "
-                f"({lane.task!r}), expected finite numbers; look at the weights of this checkpoint"
-            )
-
-    return chunks[: len(active), :replan_steps]
 
 
 def measure_latency(policy: Acts, observations: list[dict[str, Any]], calls: int = LATENCY_CALLS) -> dict[str, float]:

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -12,19 +13,23 @@ from insula.checks import check_integer, check_seed
 from insula.client.connection import KEY_VARIABLE, Client
 from insula.client.plan import Stitching
 from insula.errors import InputError
-from insula.evaluate.closed_loop import Acts, check_seeds, evaluate
+from insula.evaluate.closed_loop import ClosedLoop, check_seeds, evaluate, summary_of_tasks
 from insula.evaluate.delayed import Delay, DelayedPolicy
+from insula.evaluate.episodes import Acts
 from insula.evaluate.rollout_video import ENDINGS, reel, write_video
 from insula.evaluate.served import ServedPolicy
 from insula.files import check_output_file, write_json
 from insula.policy import Policy
+from insula.policy.modes import Mode, SubtaskPolicy, TokenPolicy
 from insula.worlds.seeds import EVALUATION
 from insula.worlds.tabletop.environment import ACTION_DIM, CONTROL_HZ, MAX_STEP
+from insula.worlds.tabletop.tasks import ALL, named_tasks
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Run a trained policy in closed loop in the tabletop: success, wrong objects, and swapped instructions."""
+    """Run a trained policy in closed loop in the tabletop: success, wrong objects, and swapped instructions. Raises
+    InputError for values that cannot be."""
 
     run: tyro.conf.Positional[Path | None] = None
     """Folder that `insula train` wrote."""
@@ -35,8 +40,20 @@ class EvaluateConfig:
     An API key is taken from the environment's INSULA_API_KEY."""
     certificate: Path | None = None
     """Certificates to trust, for a server at wss://."""
+    task: str = "put"
+    """Which of the tabletop's tasks (docs/tasks.md), or all of them."""
+    held_out: bool = False
+    """Also ask in words, and for pairs of colors, that no demonstration has."""
+    mode: Mode = Mode.FLOW
+    """flow; tokens: FAST tokens decoded to chunks; subtask: say the subtask, then act on it by flow."""
+    subtask_every: int = 2
+    """In mode subtask: steps after which it is said again."""
+    subtask_lag: int = 0
+    """In mode subtask: steps that saying it takes, during which the last one is acted on."""
+    told: bool = False
+    """In mode subtask: tell the policy the true subtask, in place of what it would say."""
     episodes: int = 100
-    """Scenes; each is tried with its instruction and with another one."""
+    """Scenes of a task; each is tried with its instruction and with another one."""
     first_seed: int = EVALUATION.start
     """Scenes count up from here. A scene evaluated alone (--episodes 1) is the episode it was among others."""
     replan_steps: int = 2
@@ -62,8 +79,14 @@ class EvaluateConfig:
         check_integer("replan_steps", self.replan_steps, 1)
         check_seed("seed", self.seed)
         self.waits  # noqa: B018 (checks delay and jitter)
+        check_integer("subtask_every", self.subtask_every, 1)
+        check_integer("subtask_lag", self.subtask_lag, 0)
         if (self.run is None) == (self.server is None):
             raise InputError("expected a run, or --server with an address, and not both")
+        if self.mode is not Mode.FLOW and self.run is None:
+            raise InputError(f"--mode {self.mode} needs a run: a server has its own mode")
+        if self.told and self.mode is not Mode.SUBTASK:
+            raise InputError("--told is for --mode subtask: without it no subtask is read")
 
     @property
     def waits(self) -> Delay:
@@ -90,7 +113,13 @@ def load_policy(config: EvaluateConfig) -> Acts:
     """Raises as `Policy.load`, or as `Client.connect`."""
     if config.server is None:
         assert config.run is not None
-        return Policy.load(config.run, config.step, config.seed, robot=config.robot)
+        policy = Policy.load(config.run, config.step, config.seed, robot=config.robot)
+        match config.mode:
+            case Mode.TOKENS:
+                return TokenPolicy(policy)
+            case Mode.SUBTASK:
+                return SubtaskPolicy(policy, config.subtask_every, config.subtask_lag)
+        return policy
 
     trusted = None if config.certificate is None else str(config.certificate)
     client = Client(config.server, os.environ.get(KEY_VARIABLE), certificate=trusted)
@@ -111,11 +140,36 @@ def run_evaluate(config: EvaluateConfig) -> None:
     if config.video is not None:
         check_output_file(config.video, ENDINGS, "video")
 
+    tasks = named_tasks(config.task)
     policy = load_policy(config)
+    found = {task: evaluate_task(policy, config, task) for task in tasks}
+
+    if len(found) > 1:
+        print(summary_of_tasks([loop for loop, _ in found.values()]), flush=True)
+    if config.json is not None:
+        written = {task: {"delay": waits} | loop.to_json() for task, (loop, waits) in found.items()}
+        write_json(config.json, {"tasks": written} if config.task == ALL else written[config.task])
+    if config.video is not None:
+        write_video(config.video, reel([one for loop, _ in found.values() for one in loop.recordings]))
+
+
+def evaluate_task(policy: Acts, config: EvaluateConfig, task: str) -> tuple[ClosedLoop, dict[str, Any]]:
+    """One task: its result, which is printed, and what is said of the delay."""
     period = max(config.replan_steps, config.waits.longest)
     delayed = DelayedPolicy(policy, config.waits, period, HOLD, MOVES)
-    done = evaluate(delayed, config.episodes, config.first_seed, period)
+    done = evaluate(
+        delayed,
+        config.episodes,
+        config.first_seed,
+        period,
+        task=task,
+        held_out=config.held_out,
+        told=config.told,
+    )
     print(done.summary(), flush=True)  # before any file: a full disk must not cost minutes of episodes
+
+    for failure, times in delayed.failures.most_common(3):
+        print(f"{times} times: {failure}; the robot went on with its last chunk, then held", flush=True)
 
     jumps = jump_percentiles(delayed.jumps)
     if config.delay:
@@ -124,8 +178,5 @@ def run_evaluate(config: EvaluateConfig) -> None:
             f"{config.delay} steps of delay, {config.stitching}: velocity jumps where chunks meet, {said}", flush=True
         )
 
-    if config.json is not None:
-        waits = dataclasses.asdict(config.waits) | {"period": period, "velocity_jump": jumps}
-        write_json(config.json, {"delay": waits} | done.to_json())
-    if config.video is not None:
-        write_video(config.video, reel(done.recordings))
+    waits = dataclasses.asdict(config.waits) | {"period": period, "velocity_jump": jumps}
+    return done, waits | {"failed": sum(delayed.failures.values())}

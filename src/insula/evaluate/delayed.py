@@ -11,15 +11,16 @@ so a delay here is exactly what it says, on any machine.
 """
 
 import dataclasses
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from insula.client.plan import Plan, Stitching
-from insula.errors import InputError
-from insula.evaluate.closed_loop import Acts
+from insula.errors import InputError, InsulaError
+from insula.evaluate.episodes import Acts
+from insula.policy.modes import Chunk
 
 REMEMBERED = 10
 """Delays of which the largest is expected next, as in `insula.client.runtime`."""
@@ -63,7 +64,8 @@ class DelayedPolicy:
 
     `hold` is the action [D] for steps in which nothing is due; entries that are NaN stay what they last were (a gripper
     must not open because a chunk is late). `jumps` collects the largest change of an action, over the dimensions that
-    `moves` selects, where one chunk follows another.
+    `moves` selects, where one chunk follows another. Where the policy had no chunk, the last one goes on, and at its
+    end the robot holds; `failures` counts these by what was said.
     """
 
     def __init__(self, policy: Acts, delay: Delay, period: int, hold: np.ndarray, moves: slice = slice(None)) -> None:
@@ -77,6 +79,7 @@ class DelayedPolicy:
         self.delay = delay
         self.period = period
         self.jumps: list[float] = []
+        self.failures: Counter[str] = Counter()
         self._hold = hold
         self._moves = moves
         self._episodes: dict[tuple[int, ...], _Episode] = {}
@@ -98,8 +101,9 @@ class DelayedPolicy:
             for observation, seed in zip(observations, seeds, strict=True)
         ]
         chunks = self.policy.act_batch(asked, seeds)
-        if chunks.shape[1] < self.period:
-            raise InputError(f"chunks have {chunks.shape[1]} steps, but the next is asked for after {self.period}")
+        for chunk in chunks:
+            if not isinstance(chunk, InsulaError) and len(chunk) < self.period:
+                raise InputError(f"chunks have {len(chunk)} steps, but the next is asked for after {self.period}")
 
         played = {seed: self._play(self._episodes[seed[:-1]], seed, chunks[row]) for seed, row in rows.items()}
         return np.stack([played[tuple(seed)] for seed in seeds])
@@ -112,7 +116,7 @@ class DelayedPolicy:
         expected = min(max(episode.late, default=self.delay.steps), len(left))
         return observation | {"previous": {"actions": left, "delay": expected}}
 
-    def _play(self, episode: _Episode, seed: tuple[int, ...], chunk: np.ndarray) -> np.ndarray:
+    def _play(self, episode: _Episode, seed: tuple[int, ...], chunk: Chunk) -> np.ndarray:
         """The next `period` actions, [period, D]."""
         first, late = seed[-1], self._late(seed)
         rows: list[np.ndarray] = []
@@ -137,8 +141,11 @@ class DelayedPolicy:
         episode.late.append(late)
         return np.stack(rows)
 
-    @staticmethod
-    def _add(episode: _Episode, seen: int, chunk: np.ndarray, step: int) -> None:
+    def _add(self, episode: _Episode, seen: int, chunk: Chunk, step: int) -> None:
+        if isinstance(chunk, InsulaError):
+            self.failures[str(chunk)] += 1
+            return
+
         episode.plan.add(seen, chunk, start=step if episode.acted < seen else None)
 
     def _late(self, seed: tuple[int, ...]) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from insula.errors import InputError, did_you_mean
-from insula.evaluate.closed_loop import Recording
+from insula.evaluate.episodes import Recording
 
 VIDEO_FPS = 10
 ENDINGS = (".mp4", ".gif")

@@ -1,0 +1,216 @@
+"""Episodes of a policy, side by side: lanes that take one after another, and plan together in one batched call.
+
+    lanes   1 ▏scene 0 ──────────▏scene 1 swapped ──▏ …      every lane is one environment; one that finishes takes the
+            2 ▏scene 0 swapped ─────▏scene 2 ───────▏ …      next episode. All lanes re-plan together, in one batched
+            3 ▏scene 1 ───▏scene 2 swapped ─────────▏ …      call, then execute the first steps of their chunks.
+
+Noise is drawn by (scene, what is asked, step), never by lane or call, and every call has the same number of rows: a
+scene evaluated alone is the episode it was among others.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import gymnasium
+import numpy as np
+
+from insula.errors import InputError, InsulaError, NonFiniteError
+from insula.policy.modes import Chunk
+
+LATENCY_CALLS = 100  # of which the 99th percentile is almost the slowest
+Progress = Callable[[int, int], None]
+
+
+@runtime_checkable
+class Acts(Protocol):
+    """What is evaluated. Observations are {"images", "state", "task"}; chunks are in the robot's units."""
+
+    def act(self, observation: dict[str, Any]) -> np.ndarray:
+        """One chunk [H, D]. Used for latency alone, so its noise may be any."""
+        ...
+
+    def act_batch(self, observations: list[dict[str, Any]], seeds: Sequence[Sequence[int]]) -> Sequence[Chunk]:
+        """A chunk [H, D] for each row, or why there is none; all randomness of a row comes from its `seeds`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeResult:
+    """How one episode ended. `task`: what was asked; `swapped`: something else than the scene's own; `held_out`: in
+    words, or of pairs, that no demonstration has. `wrong_object`: at any time, a block lay where it was not asked for.
+    `credit`: the share of what was asked that was done in the end."""
+
+    seed: int
+    swapped: bool
+    success: bool
+    wrong_object: bool
+    steps: int
+    task: str
+    held_out: bool = False
+    credit: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """What the cameras saw of an episode, side by side: `frames` uint8 [T + 1, h, cameras·w, 3]."""
+
+    episode: EpisodeResult
+    frames: np.ndarray
+
+
+class Job(NamedTuple):
+    """An episode to run: a scene, and what is asked there (`EpisodeResult`)."""
+
+    seed: int
+    swapped: bool = False
+    held_out: bool = False
+
+    @property
+    def name(self) -> tuple[int, int]:
+        """By which a policy knows the episode, and draws its noise."""
+        return self.seed, 2 if self.held_out else int(self.swapped)
+
+    @property
+    def options(self) -> dict[str, Any] | None:
+        """Of the environment's reset. None for the scene's own goal: not every world knows options."""
+        asked: dict[str, Any] = {"swap": True} if self.swapped else {}
+        return (asked | {"split": "held_out"} if self.held_out else asked) or None
+
+
+class _Lane:
+    """One environment and the episode it is in."""
+
+    def __init__(self, env: gymnasium.Env, told: bool):
+        self.env = env
+        self.told = told
+        self.busy = False
+
+    def start(self, job: Job, taped: bool) -> None:
+        self.job = job
+        self.taped = taped
+        self.busy = True
+
+        # The same scene either way: swapping changes what is asked for, not what is drawn from the seed.
+        observation, info = self.env.reset(seed=job.seed, options=job.options)
+        self.observation = observation
+        self.info = info
+        self.task = observation["task"]
+        self.steps = 0
+
+        self.frames: list[np.ndarray] = []
+        self._tape()
+
+    def play(self, actions: np.ndarray) -> None:
+        """Execute [n, D], or fewer where the episode ends."""
+        for action in actions:
+            observation, _, terminated, truncated, info = self.env.step(action)
+            self.observation = observation
+            self.info = info
+            self.steps += 1
+            self._tape()
+
+            # What is left of the chunk was planned for a scene that is over.
+            if terminated or truncated:
+                self.busy = False
+                return
+
+    def seen(self) -> dict[str, Any]:
+        """The observation; with the true subtask, where the policy is to be told."""
+        return self.observation | {"subtask": self.info["subtask"]} if self.told else self.observation
+
+    def result(self) -> Recording:
+        # As of the last step: the environment remembers a wrong object until its reset.
+        success, wrong = bool(self.info["success"]), bool(self.info["wrong_object"])
+        done = float(self.info.get("credit", success))
+        seed, swapped, held_out = self.job
+        episode = EpisodeResult(seed, swapped, success, wrong, self.steps, self.task, held_out, done)
+
+        # No frames says "not recorded"; `evaluate` drops these from its recordings.
+        return Recording(episode, np.stack(self.frames) if self.frames else np.empty((0, 0, 0, 3), np.uint8))
+
+    def _tape(self) -> None:
+        if self.taped:
+            self.frames.append(np.concatenate(list(self.observation["images"].values()), axis=1))
+
+
+def run_episodes(
+    policy: Acts,
+    jobs: Sequence[Job],
+    envs: Sequence[gymnasium.Env],
+    rows: int,
+    replan_steps: int,
+    taped: set[int],
+    tell: Progress,
+    told: bool = False,
+) -> tuple[list[Recording], list[dict[str, Any]]]:
+    """Every job once, in the order in which they end. Also returns some observations on the way, for measuring latency.
+
+    `rows`: of each call of the policy. `taped`: scenes whose frames are kept. `told`: whether observations have the
+    true "subtask", as the world has it in its `info`. Raises InputError for chunks of the wrong shape, NonFiniteError
+    for one with NaN or infinity, and what a policy gives in place of a chunk.
+    """
+    waiting, done, seen = deque(jobs), list[Recording](), list[dict[str, Any]]()
+    lanes = [_Lane(env, told) for env in envs]
+
+    while True:
+        # Before every plan: a call costs the same however few of its rows are episodes.
+        for lane in lanes:
+            if not lane.busy and waiting:
+                job = waiting.popleft()
+                lane.start(job, job.seed in taped)
+
+        active = [lane for lane in lanes if lane.busy]
+        if not active:
+            return done, seen
+
+        # From another lane each time: prompts and scenes differ, and so may the time they take.
+        if len(seen) < LATENCY_CALLS:
+            seen.append(active[len(seen) % len(active)].seen())
+
+        for lane, chunk in zip(active, _plan(policy, active, rows, replan_steps), strict=True):
+            lane.play(chunk)
+            if not lane.busy:
+                done.append(lane.result())
+                tell(len(done), len(jobs))
+
+
+def _plan(policy: Acts, active: list[_Lane], rows: int, replan_steps: int) -> list[np.ndarray]:
+    """The next `replan_steps` actions [replan_steps, D] of every active lane."""
+    observations = [lane.seen() for lane in active]
+    # Noise of scene and step, as the module says: what runs beside an episode, or before it, cannot change it.
+    seeds = [(*lane.job.name, lane.steps) for lane in active]
+    missing = rows - len(active)  # one batch size: one compiled program, and the same rounding in it
+    chunks = policy.act_batch(observations + observations[:1] * missing, seeds + seeds[:1] * missing)
+    if len(chunks) != rows:
+        raise InputError(f"act_batch: got {len(chunks)} chunks, expected {rows}")
+
+    # What fills the batch is not executed.
+    return [_check(chunk, lane, replan_steps)[:replan_steps] for lane, chunk in zip(active, chunks, strict=False)]
+
+
+def _check(chunk: Chunk, lane: _Lane, replan_steps: int) -> np.ndarray:
+    where = f"at step {lane.steps} of seed {lane.job.seed} ({lane.task!r})"
+    if isinstance(chunk, InsulaError):
+        raise chunk
+
+    action_space = lane.env.action_space
+    assert action_space.shape is not None
+    (dim,) = action_space.shape
+    if chunk.ndim != 2 or chunk.shape[1] != dim:
+        raise InputError(f"act_batch: got a chunk {list(chunk.shape)}, expected [H, {dim}]")
+    if len(chunk) < replan_steps:
+        raise InputError(
+            f"replan_steps: got {replan_steps}, but chunks have only {len(chunk)} steps; execute at most those"
+        )
+
+    # Not every world refuses NaN, and there a broken checkpoint would pass for a policy that fails.
+    if not np.isfinite(chunk).all():
+        row, column = np.argwhere(~np.isfinite(chunk))[0]
+        raise NonFiniteError(
+            f"act_batch: action[{row}][{column}] is {chunk[row, column]} {where}, expected finite numbers; look at the "
+            "weights of this checkpoint"
+        )
+
+    return chunk

@@ -1,6 +1,7 @@
 """Demonstrations of the tabletop's scripted expert, written as a LeRobot v3.0 data set, and questions about scenes."""
 
 import contextlib
+import itertools
 import json
 import logging
 import multiprocessing
@@ -8,7 +9,7 @@ import os
 import shutil
 import signal
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from insula.collect.scenes import render_scenes
+from insula.collect.scenes import DEFAULT_NOISE, render_scenes
 from insula.data.images import EncodedImages, encode_png, encode_pngs
 from insula.data.lerobot.info import Feature, image_feature
 from insula.data.lerobot.writer import LeRobotWriter
@@ -28,6 +29,7 @@ from insula.worlds.tabletop import make_tabletop
 from insula.worlds.tabletop.demonstrator import rollout
 from insula.worlds.tabletop.environment import ACTION_DIM, ACTION_NAMES, STATE_DIM, STATE_NAMES
 from insula.worlds.tabletop.scene import CAMERAS
+from insula.worlds.tabletop.tasks import named_tasks
 
 CONTROL_HZ = 10  # of the environment: frames a second in the data set
 BLOCK = 8  # episodes a worker makes at a time; those begun when there are enough are made in vain
@@ -49,7 +51,9 @@ class _Demonstration:
     """`values` as the writer takes them; empty when the expert failed."""
 
     seed: int
-    task: str
+    task: str  # of the tabletop, by name
+    instruction: str
+    subtasks: list[str]
     values: dict[str, np.ndarray | EncodedImages]
 
 
@@ -66,20 +70,22 @@ def collect(
     root: str | Path,
     episodes: int = 400,
     first_seed: int = DEMONSTRATIONS.start,
-    noise: float | int = 0.3,
+    noise: float | int = DEFAULT_NOISE,
     *,
+    task: str = "put",
     image_size: int = 64,
     processes: int | None = None,
     overwrite: bool = False,
     progress: Callable[[int], Any] | None = None,
 ) -> Collected:
-    """Write `episodes` successful demonstrations of the seeds from `first_seed` on, in the order of their seeds.
+    """Write `episodes` successful demonstrations of a task, or of "all" in turn, of the seeds from `first_seed` on.
 
-    DART: the noisy action is executed, the clean one recorded. Failures are discarded, counted, logged, and listed in
-    `meta/collected.json`. The result does not depend on `processes` (by default one per core, at most 4).
-    `progress` is called with the number of episodes written so far. Workers are spawned: a script must call this under
-    `if __name__ == "__main__":`. Raises InputError when the seeds would leave the range kept for demonstrations
-    or when most attempts fail, DatasetError when `root` is not empty and `overwrite` is not set.
+    DART: the noisy action is executed, the clean one recorded; beside each, in words, what is to be done next.
+    Failures are discarded, counted, logged, and listed in `meta/collected.json`. The result does not depend on
+    `processes` (by default one per core, at most 4). `progress` is called with the number of episodes written so far.
+    Workers are spawned: a script must call this under `if __name__ == "__main__":`. Raises InputError for an unknown
+    task, when the seeds would leave the range kept for demonstrations and when most attempts fail, DatasetError when
+    `root` is not empty and `overwrite` is not set.
     """
     if episodes < 1:
         raise InputError(f"episodes: got {episodes}, expected at least 1")
@@ -88,16 +94,17 @@ def collect(
     workers = min(os.cpu_count() or 1, 4, -(-episodes // BLOCK)) if processes is None else processes
     if workers < 1:
         raise InputError(f"processes: got {processes}, expected at least 1")
+    tasks = named_tasks(task)
     kept: list[int] = []
     discarded: list[int] = []
     features = tabletop_features(image_size)
     with (
         LeRobotWriter(root, CONTROL_HZ, features, "insula_tabletop", overwrite=overwrite) as writer,
-        contextlib.closing(_demonstrations(first_seed, noise, image_size, workers)) as made,
+        contextlib.closing(_demonstrations(first_seed, noise, image_size, workers, tasks)) as made,
     ):
-        for demonstration in made:
+        for demonstration in _in_turn(made, tasks):
             if demonstration.values:
-                writer.add_episode(demonstration.values, demonstration.task)
+                writer.add_episode(demonstration.values, demonstration.instruction, demonstration.subtasks)
                 kept.append(demonstration.seed)
             else:
                 discarded.append(demonstration.seed)
@@ -119,13 +126,34 @@ def collect(
         log.warning("%d of %d demonstrations failed and were discarded", len(discarded), len(kept) + len(discarded))
 
     # Which seeds were seen, for those who evaluate: they must not be asked again.
-    note = {"first_seed": first_seed, "last_seed": kept[-1], "discarded_seeds": discarded, "noise": noise}
+    note = {"first_seed": first_seed, "last_seed": max(kept), "discarded_seeds": discarded, "noise": noise}
+    note |= {"tasks": tasks, "split": "train"}
     write_json(Path(root) / "meta" / "collected.json", note)
     return Collected(Path(root), tuple(kept), tuple(discarded), frames)
 
 
-def _demonstrations(first_seed: int, noise: float | int, image_size: int, workers: int) -> Generator[_Demonstration]:
-    """Seed by seed, to the end of the range; at most two blocks per worker are in the making.
+def _in_turn(made: Iterable[_Demonstration], tasks: tuple[str, ...]) -> Iterator[_Demonstration]:
+    """Failures as they come, successes of one task after the other: however often the expert fails in one, a data set
+    has as many episodes of each."""
+    waiting = {task: deque[_Demonstration]() for task in tasks}
+    turns = itertools.cycle(tasks)
+    turn = next(turns)
+
+    for demonstration in made:
+        if not demonstration.values:
+            yield demonstration
+            continue
+
+        waiting[demonstration.task].append(demonstration)
+        while waiting[turn]:
+            yield waiting[turn].popleft()
+            turn = next(turns)
+
+
+def _demonstrations(
+    first_seed: int, noise: float | int, image_size: int, workers: int, tasks: tuple[str, ...]
+) -> Generator[_Demonstration]:
+    """Seed by seed, to the end of the range, the tasks in turn; at most two blocks per worker are in the making.
 
     Workers are processes: a scene is stepped and encoded in Python, which threads would take in turns, and a GL context
     belongs to one thread at a time.
@@ -136,10 +164,11 @@ def _demonstrations(first_seed: int, noise: float | int, image_size: int, worker
     if workers == 1:
         try:
             for seeds in blocks:
-                yield from _demonstrate(seeds, noise, image_size)
+                yield from _demonstrate(seeds, noise, image_size, tasks)
         finally:
-            if env := _environments.pop(image_size, None):
-                env.close()
+            for task in tasks:
+                if env := _environments.pop((task, image_size), None):
+                    env.close()
         return
 
     context = multiprocessing.get_context("spawn")  # a GL context does not survive a fork
@@ -149,7 +178,7 @@ def _demonstrations(first_seed: int, noise: float | int, image_size: int, worker
         try:
             # The oldest is waited for, even where another is done first: data sets are in the order of their seeds.
             for seeds in blocks:
-                ahead.append(pool.submit(_demonstrate, seeds, noise, image_size))
+                ahead.append(pool.submit(_demonstrate, seeds, noise, image_size, tasks))
                 if len(ahead) == 2 * workers:
                     yield from ahead.popleft().result()
             while ahead:
@@ -158,21 +187,24 @@ def _demonstrations(first_seed: int, noise: float | int, image_size: int, worker
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-_environments: dict[int, gymnasium.Env] = {}  # of this process, by image size; kept, since each needs a GL context
+# Of this process, by task and image size; kept, since each needs a GL context.
+_environments: dict[tuple[str, int], gymnasium.Env] = {}
 
 
-def _demonstrate(seeds: range, noise: float | int, image_size: int) -> list[_Demonstration]:
-    if image_size not in _environments:
-        _environments[image_size] = make_tabletop(image_size=image_size)
-    return [_demonstration(_environments[image_size], seed, noise) for seed in seeds]
+def _demonstrate(seeds: range, noise: float | int, image_size: int, tasks: tuple[str, ...]) -> list[_Demonstration]:
+    return [_demonstration(tasks[seed % len(tasks)], image_size, seed, noise) for seed in seeds]
 
 
-def _demonstration(env: gymnasium.Env, seed: int, noise: float | int) -> _Demonstration:
-    """One episode; scene and noise depend on its seed alone."""
+def _demonstration(task: str, image_size: int, seed: int, noise: float | int) -> _Demonstration:
+    """One episode; scene and noise depend on its task and its seed alone."""
+    if (task, image_size) not in _environments:
+        _environments[task, image_size] = make_tabletop(task, image_size)
+
     # [seed, 1]: the scene itself is drawn from `seed`, and its noise must not repeat those numbers.
+    env = _environments[task, image_size]
     episode = rollout(env, np.random.default_rng([seed, 1]), noise=noise, seed=seed)
     if not episode.success:
-        return _Demonstration(seed, episode.task, {})
+        return _Demonstration(seed, task, episode.task, episode.subtasks, {})
 
     # Compressed here, by a worker, so that the one process that writes has little to do.
     values: dict[str, np.ndarray | EncodedImages] = {
@@ -181,7 +213,7 @@ def _demonstration(env: gymnasium.Env, seed: int, noise: float | int) -> _Demons
     }
     values["observation.state"] = np.stack([o["state"] for o in episode.observations])
     values["action"] = episode.labels  # DART: not what was executed, but what would have been right there
-    return _Demonstration(seed, episode.task, values)
+    return _Demonstration(seed, task, episode.task, episode.subtasks, values)
 
 
 HELD_OUT_SCENES = 500
@@ -189,19 +221,21 @@ HELD_OUT_SCENES = 500
 
 
 def collect_questions(
-    root: str | Path, scenes: int, each: int = 8, *, image_size: int = 64, overwrite: bool = False
+    root: str | Path, scenes: int, each: int = 8, *, task: str = "put", image_size: int = 64, overwrite: bool = False
 ) -> int:
-    """Write `each` questions about each of `scenes` scenes, whose answers the simulator knows, and the pictures:
-    `questions.jsonl` and `images/`. Returns how many questions. Deterministic.
+    """Write `each` questions about each of `scenes` scenes of a task, or of "all" in turn, whose answers the simulator
+    knows, and the pictures: `questions.jsonl` and `images/`. Returns how many questions. Deterministic.
 
-    Raises DatasetError when `root` is not empty and `overwrite` is not set, InputError when the seeds end.
+    Raises DatasetError when `root` is not empty and `overwrite` is not set, InputError for an unknown task and when the
+    seeds end.
     """
     root = Path(root)
+    tasks = named_tasks(task)
     if root.exists() and any(root.iterdir()) and not overwrite:
         raise DatasetError(f"{root} is not empty; choose another folder or overwrite it")
 
     # Past the held-out scenes, on which knowledge is measured before and after training on these.
-    made = render_scenes(PRETRAINING.take(scenes, HELD_OUT_SCENES), each, image_size)
+    made = render_scenes(PRETRAINING.take(scenes, HELD_OUT_SCENES), each, image_size, tasks=tasks)
 
     shutil.rmtree(root / "images", ignore_errors=True)  # of more scenes, if it is overwritten
     (root / "images").mkdir(parents=True)

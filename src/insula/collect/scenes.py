@@ -2,6 +2,7 @@
 
 import dataclasses
 import multiprocessing
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,27 +34,39 @@ KIND_WEIGHTS = {
 up to 24 tokens for one look at the image, a single place two, and that was too little to learn from (docs/log.md, "Many
 places from one look")."""
 
+DEFAULT_NOISE = 0.3
+"""Of demonstrations: deviation of what is added to the expert's moves, in action units."""
+
+TASK_KIND_WEIGHTS = {"size": 1.0, "beside": 1.0, "distance": 1.0, "stacked": 2.0, "next": 6.0}
+"""As `KIND_WEIGHTS`, and asked beside those, of scenes of the harder tasks alone: what pretraining asks stays."""
+
 THING_NAMES = (*(f"{color} {noun}" for noun in ("block", "bowl") for color in COLORS), "gripper")
 
 
 @dataclasses.dataclass(frozen=True)
 class Scenes:
-    """`images[camera]` uint8 [n, h, w, 3]; `places[camera]` float32 [n, len(THING_NAMES), 2] is where each named thing
-    shows (y, x as fractions of the image; NaN where it does not); `questions[i]` lists (kind, question, answer) of
-    scene i."""
+    """`images[camera]` uint8 [n, h, w, 3]; `places[camera]` float32 [n, len(THING_NAMES), 2] is where each of these
+    things shows (y, x as fractions of the image; NaN where it does not); `questions[i]` lists (kind, question, answer)
+    of scene i."""
 
     images: dict[str, np.ndarray]
     places: dict[str, np.ndarray]
     questions: list[list[tuple[str, str, str]]]
 
 
-def render_scenes(seeds: range, questions_each: int, image_size: int, processes: int = 2) -> Scenes:
-    """One independent scene per seed, with this many questions each. The result does not depend on the number of
-    processes, which are spawned: a script must call this under `if __name__ == "__main__":`."""
+def render_scenes(
+    seeds: range, questions_each: int, image_size: int, processes: int = 2, tasks: Sequence[str] = ("put",)
+) -> Scenes:
+    """One independent scene per seed, with this many questions each. The `tasks` take turns by seed: scenes of `put`
+    are out of nowhere, those of others are met along an episode of the expert, where it has a meaning what is next.
+
+    The result does not depend on the number of processes, which are spawned: a script must call this under
+    `if __name__ == "__main__":`. Raises InputError for an unknown task.
+    """
     processes = min(processes, len(seeds))  # one without a scene would know no camera
     parts = [seeds[i::processes] for i in range(processes)]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:  # a GL context does not survive a fork
-        done = pool.starmap(_render, [(part, questions_each, image_size) for part in parts])
+        done = pool.starmap(_render, [(part, questions_each, image_size, tuple(tasks)) for part in parts])
 
     # Dealt out like cards, one to each process in turn; the inverse permutation brings them back in order.
     order = np.argsort(np.concatenate([np.arange(len(seeds))[i::processes] for i in range(processes)]))
@@ -65,15 +78,17 @@ def render_scenes(seeds: range, questions_each: int, image_size: int, processes:
     return Scenes(merge([p.images for p in done]), merge([p.places for p in done]), [asked[i] for i in order])
 
 
-def _render(seeds: range, questions_each: int, image_size: int) -> Scenes:
-    env: Any = make_tabletop(image_size=image_size).unwrapped
+def _render(seeds: range, questions_each: int, image_size: int, tasks: tuple[str, ...]) -> Scenes:
+    environments: dict[str, Any] = {name: make_tabletop(name, image_size).unwrapped for name in tasks}
     images: dict[str, np.ndarray] = {}  # allocated whole: 60,000 scenes as lists, then stacked, would be there twice
     places: dict[str, np.ndarray] = {}
     asked = []
 
     for n, seed in enumerate(seeds):
         rng = np.random.default_rng(seed)
-        observation = env.randomize(rng)
+        task = tasks[seed % len(tasks)]
+        env = environments[task]
+        observation = env.randomize(rng) if task == "put" else _met(env, seed, rng)
         for name, image in observation["images"].items():
             images.setdefault(name, np.empty((len(seeds), *image.shape), np.uint8))[n] = image
 
@@ -81,21 +96,42 @@ def _render(seeds: range, questions_each: int, image_size: int) -> Scenes:
         for camera, pixels in facts.pixels.items():
             places.setdefault(camera, np.full((len(seeds), len(THING_NAMES), 2), np.nan, np.float32))
             for name, pixel in pixels.items():
-                if pixel.in_frame and pixel.visible > 0:
+                if name in THING_NAMES and pixel.in_frame and pixel.visible > 0:
                     places[camera][n, THING_NAMES.index(name)] = pixel.y / image_size, pixel.x / image_size
-        asked.append(_draw(facts, rng, questions_each))
+        asked.append(_draw(facts, rng, questions_each, None if task == "put" else env.goal))
 
-    env.close()
+    for env in environments.values():
+        env.close()
     return Scenes(images, places, asked)
 
 
-def _draw(facts: Any, rng: np.random.Generator, count: int) -> list[tuple[str, str, str]]:
-    """`count` questions, kinds drawn by weight among those that have a plain answer in this scene."""
-    from insula.worlds.tabletop.quiz import questions
+def _met(env: Any, seed: int, rng: np.random.Generator) -> dict[str, Any]:
+    """The observation after a random number of steps of the expert, disturbed as in demonstrations. An episode may end
+    before; its last scene is one, too."""
+    from insula.worlds.tabletop.demonstrator import act, disturb
 
+    observation, _ = env.reset(seed=seed)
+    for _ in range(rng.integers(env.task.max_steps // 3)):  # about what the expert takes
+        observation, _, done, _, _ = env.step(disturb(act(env.table(), env.goal), rng, DEFAULT_NOISE))
+        if done:
+            break
+
+    return observation
+
+
+def _draw(facts: Any, rng: np.random.Generator, count: int, goal: Any = None) -> list[tuple[str, str, str]]:
+    """`count` questions, kinds drawn by weight among those that have a plain answer in this scene; where it has a
+    `goal`, those of the harder tasks among them."""
+    from insula.worlds.tabletop.quiz import questions
+    from insula.worlds.tabletop.task_quiz import task_questions
+
+    known = KIND_WEIGHTS if goal is None else KIND_WEIGHTS | TASK_KIND_WEIGHTS
     pairs = {kind: questions(facts, kind) for kind in KIND_WEIGHTS}
-    kinds = [kind for kind in KIND_WEIGHTS if pairs[kind]]
-    weights = np.array([KIND_WEIGHTS[kind] for kind in kinds])
+    if goal is not None:
+        pairs |= {kind: task_questions(facts.table, goal, kind) for kind in TASK_KIND_WEIGHTS}
+
+    kinds = [kind for kind in known if pairs[kind]]
+    weights = np.array([known[kind] for kind in kinds])
     chosen = rng.choice(len(kinds), count, p=weights / weights.sum())
     return [(kinds[k], *pairs[kinds[k]][rng.integers(len(pairs[kinds[k]]))]) for k in chosen]
 

@@ -38,15 +38,18 @@ def examine(root: Path, every_frame: bool = True) -> list[Finding]:
     except DatasetError as error:
         return [Finding(error.fault, str(error))]
 
-    found = grouped(_Examination(layout, every_frame).findings())
-
-    # As training reads them, which takes a data set that can be read: otherwise the first fault would be told again.
-    return found if any(not one.is_note for one in found) else grouped([*found, *_subtasks(layout)])
+    return grouped(_all_findings(layout, every_frame))
 
 
-def _subtasks(layout: Layout) -> Iterator[Finding]:
+def _all_findings(layout: Layout, every_frame: bool) -> Iterator[Finding]:
+    readable = True
+    for finding in _Examination(layout, every_frame).findings():
+        readable = readable and finding.is_note
+        yield finding
+
+    # As training reads them. Of a data set that cannot be read its first fault would be told again.
     for name in (INDEX, ANNOTATIONS):
-        if name in layout.info.features:
+        if readable and name in layout.info.features:
             try:
                 column_subtasks(LeRobotDataset(layout.root, cache_bytes=0), name)
             except DatasetError as error:

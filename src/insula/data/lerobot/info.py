@@ -207,7 +207,7 @@ def parse_feature(raw: Any) -> Feature:
 
     dtype, shape = raw["dtype"], raw.get("shape")
     if dtype == LANGUAGE:
-        return Feature(dtype, (1,), problem="holds annotations, which are read as subtasks alone")
+        return Feature(dtype, (1,), problem='dtype is "language": annotations, which are read as subtasks alone')
     if dtype not in DTYPES:
         hint = did_you_mean(dtype, DTYPES)
         return Feature(dtype, (), problem=f"dtype is {shown(dtype)}{hint}, known are {', '.join(DTYPES)}")

@@ -414,19 +414,28 @@ def test_blocks_of_other_sizes_lie_on_the_table_as_they_are(worlds):
 
 
 @pytest.mark.parametrize(("half", "touches"), [(0.024, True), (0.016, False)])
-def test_walls_and_rays_meet_a_block_of_its_new_size(worlds, half, touches):
-    """All that MuJoCo keeps of a size is changed: a block whose edge alone is in a wall is found to be there."""
+def test_a_block_of_another_size_is_met_at_its_new_faces(worlds, half, touches):
+    """Not only drawn so: MuJoCo excludes collisions by boxes of its own, and would pass over what grew."""
     env = worlds["relation"]
     env.reset(seed=0)
     truth = env.unwrapped
-    which = next(i for i, one in enumerate(truth.table().blocks) if one.half == half)
-    bowl = truth.table().bowls[0].position
-    pose = [bowl[0] + BOWL_RADIUS - 0.0215, bowl[1], half + 0.003, 1, 0, 0, 0]  # a half of 0.02 would end at the wall
-    truth.data.qpos[6 + 7 * which : 13 + 7 * which] = pose
+    which = [block.half for block in truth.table().blocks].index(half)
+    x, y, _ = truth.table().bowls[0].position
+    # Outside, beside the wall: a half of 0.02 would end 1.5 mm before it.
+    truth.data.qpos[6 + 7 * which : 13 + 7 * which] = [
+        x + BOWL_RADIUS + BOWL_WALL + 0.0215,
+        y,
+        half + 0.003,
+        1,
+        0,
+        0,
+        0,
+    ]
     mujoco.mj_forward(truth.model, truth.data)
 
-    geom = truth.model.geom(f"block{which}").id
-    assert any(geom in contact.geom and contact.dist < -0.001 for contact in truth.data.contact) == touches
+    geom, bowl = truth.model.geom(f"block{which}").id, truth.model.body("bowl0").id
+    bodies = [set(truth.model.geom_bodyid[pair]) for pair in truth.data.contact.geom if geom in pair]
+    assert any(bowl in pair for pair in bodies) == touches
 
 
 def test_distractors_have_the_blocks_colors_and_are_no_blocks(worlds):

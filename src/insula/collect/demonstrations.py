@@ -92,11 +92,9 @@ def collect(
     if episodes < 1:
         raise InputError(f"episodes: got {episodes}, expected at least 1")
     DEMONSTRATIONS.take(episodes, first_seed - DEMONSTRATIONS.start)  # for what it raises
-
-    workers = min(os.cpu_count() or 1, 4, -(-episodes // BLOCK)) if processes is None else processes
-    if workers < 1:
-        raise InputError(f"processes: got {processes}, expected at least 1")
+    workers = _workers(processes, episodes)
     tasks = named_tasks(task)
+
     kept: list[int] = []
     discarded: list[int] = []
     features = tabletop_features(image_size)
@@ -128,12 +126,23 @@ def collect(
         log.warning("%d of %d demonstrations failed and were discarded", len(discarded), len(kept) + len(discarded))
 
     # Which seeds were seen, for those who evaluate: they must not be asked again.
-    note = {"first_seed": first_seed, "last_seed": max(kept), "discarded_seeds": discarded, "noise": noise}
-    note |= {"tasks": tasks, "split": "train"}
-    if UNSEEN_PAIRS.name in tasks:
-        note["held_out_pairs"] = HELD_OUT_PAIRS
-    write_json(Path(root) / "meta" / "collected.json", note)
+    seen = {"first_seed": first_seed, "last_seed": max(kept), "discarded_seeds": discarded, "noise": noise}
+    write_json(Path(root) / "meta" / "collected.json", seen | _asked(tasks))
     return Collected(Path(root), tuple(kept), tuple(discarded), frames)
+
+
+def _workers(processes: int | None, episodes: int) -> int:
+    """As many as were asked for, or as there are cores and work for. Raises InputError for none."""
+    if processes is not None and processes < 1:
+        raise InputError(f"processes: got {processes}, expected at least 1")
+
+    return processes or min(os.cpu_count() or 1, 4, -(-episodes // BLOCK))
+
+
+def _asked(tasks: tuple[str, ...]) -> dict[str, Any]:
+    """What the note of a data set says of its goals: what of them is left for evaluation."""
+    withheld = {"held_out_pairs": HELD_OUT_PAIRS} if UNSEEN_PAIRS.name in tasks else {}
+    return {"tasks": tasks, "split": "train"} | withheld
 
 
 def _in_turn(made: Iterable[_Demonstration], tasks: tuple[str, ...]) -> Iterator[_Demonstration]:
@@ -206,7 +215,8 @@ def _demonstrate(seeds: range, noise: float | int, image_size: int, tasks: tuple
         # Beside `unseen-pairs` no other task may show what shall be unseen; these seeds are left out.
         if UNSEEN_PAIRS.name in tasks:
             env.reset(seed=seed)
-            if asks_held_out(env.unwrapped.goal):
+            truth: Any = env.unwrapped
+            if asks_held_out(truth.goal):
                 continue
         made.append(_demonstration(env, task, seed, noise))
 

@@ -89,10 +89,8 @@ def collect(
     task, when the seeds would leave the range kept for demonstrations and when most attempts fail, DatasetError when
     `root` is not empty and `overwrite` is not set.
     """
-    if episodes < 1:
-        raise InputError(f"episodes: got {episodes}, expected at least 1")
-    DEMONSTRATIONS.take(episodes, first_seed - DEMONSTRATIONS.start)  # for what it raises
     workers = _workers(processes, episodes)
+    DEMONSTRATIONS.take(episodes, first_seed - DEMONSTRATIONS.start)  # for what it raises
     tasks = named_tasks(task)
 
     kept: list[int] = []
@@ -132,7 +130,9 @@ def collect(
 
 
 def _workers(processes: int | None, episodes: int) -> int:
-    """As many as were asked for, or as there are cores and work for. Raises InputError for none."""
+    """As many as were asked for, or as there are cores and work for. Raises InputError for none of either."""
+    if episodes < 1:
+        raise InputError(f"episodes: got {episodes}, expected at least 1")
     if processes is not None and processes < 1:
         raise InputError(f"processes: got {processes}, expected at least 1")
 

@@ -30,6 +30,7 @@ from insula.data.mapping import read_mapping
 from insula.data.samples import Samples
 from insula.errors import InputError
 from insula.evaluate.closed_loop import ClosedLoop, evaluate
+from insula.evaluate.explained import explain
 from insula.evaluate.knowledge import measure_knowledge
 from insula.evaluate.rollout_video import reel, write_video
 from insula.files import check_output_folder, read_json, write_json
@@ -157,7 +158,7 @@ def demo(out: Path, settings: DemoSettings, seed: int) -> Path:
         machine=machine(),
         versions={"insula": version("insula")} | versions(),
     )
-    write_video(out / "rollouts.mp4", reel(closed_loop.recordings))
+    write_video(out / "rollouts.mp4", reel(explain(policy, closed_loop.recordings)))
     path = write_report(out / "report.html", report)
     stages.note("report", True)  # the last: a demo that has it is finished, and the next call starts again
     return path

@@ -24,13 +24,12 @@ from small import (
     prefix,
     velocity,
 )
+from small_policy import observation, policy
 
 from insula import flow, losses
 from insula.batch import Observation, Previous
 from insula.certificate.gradients import prove
 from insula.certificate.proof import Outcome
-from insula.data.normalize import NormStats
-from insula.data.robot import Robot
 from insula.decode.flow import sample_actions
 from insula.decode.realtime import MAX_GUIDANCE, guidance_weight, guide, keep, soft_mask
 from insula.errors import InputError
@@ -39,11 +38,6 @@ from insula.model.attention import attend_with_memory
 from insula.model.config import ModelConfig, config_from_dict
 from insula.model.expert import run_expert
 from insula.model.insulation import insulate
-from insula.policy import Policy
-from insula.runs.assets import Assets
-from insula.tokens.fast import FASTCodec
-from insula.tokens.sequence import FASTTokenizer
-from insula.tokens.text import embedded
 
 MODELS: dict[str, ModelConfig] = {name: dataclasses.replace(SMALL, **fields) for name, fields in VARIANTS.items()}
 MODELS["state token, adaRMS"] = dataclasses.replace(SMALL, state_input="token")
@@ -431,29 +425,6 @@ def test_a_delay_leaves_a_step_to_learn() -> None:
 
 
 # --- the policy ------------------------------------------------------------------------------------------------------
-
-SERVED = dataclasses.replace(SMALL, vocab_size=2800, max_prompt_len=32, max_fast_len=40)
-STATS = {
-    "state": NormStats(np.zeros(2), np.ones(2), np.array([-1.0, -1.0]), np.array([3.0, 1.0])),
-    "actions": NormStats(np.zeros(2), np.ones(2), np.array([-1.0, -2]), np.array([1.0, 4])),
-}
-ROBOT = Robot(STATS, SERVED.cameras, horizon=3, delta=(0,))
-"""One step and one dimension fewer than the model; its first action is relative to the state."""
-
-
-def policy(rtc_max_delay: int = 0) -> Policy:
-    config = SERVED.with_objective(rtc_max_delay=rtc_max_delay)
-    chunks = np.random.default_rng(0).uniform(-1, 1, (64, H, D)).astype(np.float32)
-    codec = FASTCodec.fit(chunks, 400, 5.0)
-    tokenizer = FASTTokenizer(embedded(), codec, "pi05", max_token_len=72, max_prompt_len=32)
-    return Policy(model(SERVED)[0], Assets(config, tokenizer, {"arm": ROBOT}))
-
-
-def observation(left: object = None, delay: object = 0, **others: Any) -> dict[str, Any]:
-    images = {name: np.full((16, 16, 3), 99, np.uint8) for name in SERVED.cameras}
-    seen = {"images": images, "state": np.array([1.0, 0.5], np.float32), "task": "put it there"} | others
-    return seen if left is None else seen | {"previous": {"actions": left, "delay": delay}}
-
 
 LEFT = np.array([[1.5, 2.0], [0.7, -1.0]])
 

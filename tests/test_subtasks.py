@@ -41,7 +41,7 @@ from insula.data.loader import Loader
 from insula.data.mapping import Mapping, RobotData, mapping_to_json, parse_mapping, read_mapping
 from insula.data.samples import Samples
 from insula.data.subtasks import read_subtasks
-from insula.errors import DatasetError, TokenBudgetError
+from insula.errors import DatasetError, InputError, TokenBudgetError
 from insula.inspection.token_columns import ColumnKind, form_of, lay_out_columns
 from insula.model.params import abstract_params
 from insula.testing import randomize
@@ -51,7 +51,14 @@ from insula.tokens.fast import FASTCodec
 from insula.tokens.sequence import FASTTokenizer, Tokenized
 from insula.tokens.text import embedded
 from insula.train.config import TrainConfig
-from insula.train.data import fit_assets, held_out_sources, open_data, training_mixture, training_sources
+from insula.train.data import (
+    fit_assets,
+    held_out_sources,
+    moved_mapping,
+    open_data,
+    training_mixture,
+    training_sources,
+)
 from insula.train.run import train
 
 SMALL = dataclasses.replace(
@@ -329,6 +336,23 @@ def test_forms_that_cannot_be(extra: str, message: str) -> None:
     with pytest.raises(DatasetError, match=message):
         mapped(extra)
     assert mapped('{"subtasks": "s", "losses": ["flow"], "forms": {"actions": 1}}').weights == [2.0]
+
+
+def test_a_file_of_lines_may_move_with_its_mapping(tmp_path: Path) -> None:
+    """As the data set may, while a run goes on; another column is another training."""
+    cameras = f'cameras = {{ front = "{CAMERA}" }}'
+
+    def write(name: str, subtasks: str) -> Path:
+        (tmp_path / name).mkdir()
+        text = f'[robots.arm]\npath = "set"\n{cameras}\nsubtasks = "{subtasks}"\n'
+        (tmp_path / name / "data.toml").write_text(text)
+        return tmp_path / name / "data.toml"
+
+    stored = read_mapping(write("before", "labels.jsonl"), ("front",))
+    moved = moved_mapping(stored, write("after", "labels.jsonl"), ("front",))
+    assert moved.robots["arm"].subtasks == tmp_path / "after" / "labels.jsonl"
+    with pytest.raises(InputError, match=r"robots\.arm\.subtasks is 'step', the run was started with .*labels\.jsonl"):
+        moved_mapping(stored, write("other", "step"), ("front",))
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------

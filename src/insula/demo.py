@@ -36,20 +36,23 @@ from insula.evaluate.rollout_video import reel, write_video
 from insula.files import check_output_folder, read_json, write_json
 from insula.parallel.mesh import ONE_DEVICE
 from insula.policy import Policy
+from insula.policy.modes import Mode, SubtaskPolicy
 from insula.report import Report, machine, read_metrics, versions, write_report
 from insula.runs.folder import CERTIFICATE_FILE, CHECKPOINTS_FOLDER, METRICS_FILE
-from insula.train.config import TrainConfig, to_dict
+from insula.train.config import TrainConfig, to_dict, training_preset
 from insula.train.data import held_out_sources, open_data
 from insula.train.resume import newest_step
 from insula.train.run import train
 from insula.worlds.seeds import PRETRAINING
+from insula.worlds.tabletop.tasks import named_tasks
 
 console = Console(stderr=True)  # stdout says where the report is, and nothing else
 
 
 @dataclasses.dataclass(frozen=True)
 class DemoSettings:
-    """How much of everything."""
+    """How much of everything, of which task, or all of them. `preset`: what training starts from; `mode`: how the
+    policy acts."""
 
     demonstrations: int
     question_scenes: int
@@ -58,6 +61,9 @@ class DemoSettings:
     episodes: int
     knowledge_scenes: int
     evaluate_every: int
+    task: str = "put"
+    preset: str = "tiny"
+    mode: Mode = Mode.FLOW
 
 
 DEMO = DemoSettings(
@@ -74,6 +80,18 @@ QUICK = DemoSettings(
     demonstrations=24, question_scenes=24, steps=40, batch_size=16, episodes=4, knowledge_scenes=20, evaluate_every=40
 )
 
+# Seven tasks, or one of them that takes a tower or three blocks, need more of everything.
+TASKS_DEMO = DemoSettings(
+    demonstrations=2100,
+    question_scenes=1400,
+    steps=12_000,
+    batch_size=32,
+    episodes=100,
+    knowledge_scenes=200,
+    evaluate_every=1000,
+    preset="tabletop",
+    mode=Mode.SUBTASK,
+)
 
 MIXTURE_FILE = "data.toml"
 MIXTURE = """\
@@ -81,11 +99,16 @@ MIXTURE = """\
 path = "data"
 cameras = { front = "observation.images.front", wrist = "observation.images.wrist" }
 weight = 3
-
+{words}
 [questions.scenes]  # so that the backbone keeps what it knew
 path = "questions"
 weight = 1
 """
+WORDS = """\
+subtasks = "subtask_index"
+forms = { flat = 2, subtask = 1, actions = 2 }
+"""
+"""What the mixture says besides, for tasks that are done step by step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +116,9 @@ class DemoConfig:
     """Demonstrations, FAST, training, evaluation on unseen scenes, one report.html. Goes on where it stopped."""
 
     out: Path | None = None
-    """Folder for everything; runs/demo, or runs/quick with --quick."""
+    """Folder for everything; runs/demo, runs/quick with --quick, or runs/TASK for other tasks than put."""
+    task: str = "put"
+    """Which of the tabletop's tasks (docs/tasks.md), or all of them by one policy, which takes longer."""
     quick: bool = False
     """The same path in about two minutes, for a smoke test; it learns next to nothing."""
     seed: int = 0
@@ -105,9 +130,15 @@ class DemoConfig:
 
 def run_demo(config: DemoConfig) -> None:
     """Make the demo, and say where its report is. Raises as `demo`."""
-    out = config.out or Path("runs/quick" if config.quick else "runs/demo")
+    named_tasks(config.task)  # for what it raises
+    plain = config.task == DemoSettings.task
+    out = config.out or Path("runs/quick" if config.quick else "runs/demo" if plain else f"runs/{config.task}")
     check_output_folder(out, "out")
-    print(f"report: {demo(out, QUICK if config.quick else DEMO, config.seed)}")
+
+    settings = DEMO if plain else dataclasses.replace(TASKS_DEMO, task=config.task)
+    if config.quick:
+        settings = dataclasses.replace(QUICK, task=config.task, preset=settings.preset, mode=settings.mode)
+    print(f"report: {demo(out, settings, config.seed)}")
 
 
 def demo(out: Path, settings: DemoSettings, seed: int) -> Path:
@@ -118,12 +149,13 @@ def demo(out: Path, settings: DemoSettings, seed: int) -> Path:
     """
     stages = Stages(out, settings, seed)
     data = stages.do("collect", lambda: _collect(out / "data", settings))
-    stages.do("questions", lambda: collect_questions(out / "questions", settings.question_scenes, overwrite=True))
+    stages.do("questions", lambda: _ask(out / "questions", settings))
 
     # A file, so that the same training can be had with `insula train --data`, and changed.
-    (out / MIXTURE_FILE).write_text(MIXTURE, encoding="utf-8")
-    config = TrainConfig(
-        run=out / "run",
+    words = "" if settings.mode is Mode.FLOW else WORDS
+    (out / MIXTURE_FILE).write_text(MIXTURE.replace("{words}", words), encoding="utf-8")
+    config = dataclasses.replace(
+        training_preset(settings.preset, out / "run"),
         data=out / MIXTURE_FILE,
         seed=seed,
         steps=settings.steps,
@@ -140,11 +172,14 @@ def demo(out: Path, settings: DemoSettings, seed: int) -> Path:
     knowledge = stages.do("knowledge", lambda: _knowledge(policy, settings))
     proof = _certificate(config)
     fast = stages.do("fast", lambda: _fast(policy, config))
-    closed_loop = _closed_loop(policy, settings, out / "data")  # no stage: the page needs its frames, too
-    write_json(out / "closed_loop.json", closed_loop.to_json())
+    loops = _closed_loops(policy, settings, out / "data")  # no stage: the page needs their frames, too
+    closed_loop = next(iter(loops.values()))
+    by_task = {task: loop.to_json() for task, loop in loops.items()}
+    write_json(out / "closed_loop.json", closed_loop.to_json() if len(loops) == 1 else {"tasks": by_task})
 
     report = Report(
         closed_loop=closed_loop.to_json(),
+        by_task=by_task,
         recordings=closed_loop.recordings,
         metrics=read_metrics(out / "run" / METRICS_FILE),
         knowledge=knowledge,
@@ -152,7 +187,7 @@ def demo(out: Path, settings: DemoSettings, seed: int) -> Path:
         insulation=proof,
         fast=fast,
         demonstrations=data["demonstrations"],
-        seconds={**stages.seconds, "closed loop": closed_loop.seconds},
+        seconds={**stages.seconds, "closed loop": sum(loop.seconds for loop in loops.values())},
         settings=to_dict(config),
         seed=seed,
         machine=machine(),
@@ -214,8 +249,12 @@ class Stages:
 
 
 def _collect(root: Path, settings: DemoSettings) -> dict[str, int]:
-    done = collect(root, settings.demonstrations, overwrite=True)
+    done = collect(root, settings.demonstrations, task=settings.task, overwrite=True)
     return {"demonstrations": len(done.seeds), "frames": done.frames, "discarded": len(done.discarded)}
+
+
+def _ask(root: Path, settings: DemoSettings) -> int:
+    return collect_questions(root, settings.question_scenes, task=settings.task, overwrite=True)
 
 
 def _train(config: TrainConfig) -> bool:
@@ -246,15 +285,19 @@ def _question_share(path: Path) -> float:
     return sum(questions.weight for questions in mapping.questions.values()) / sum(mapping.weights)
 
 
-def _closed_loop(policy: Policy, settings: DemoSettings, data: Path) -> ClosedLoop:
-    """Unseen scenes, each with its own instruction and with another one."""
+def _closed_loops(policy: Policy, settings: DemoSettings, data: Path) -> dict[str, ClosedLoop]:
+    """Unseen scenes of each task: with their own instruction, with another one, in words that no demonstration has."""
     # Seeds of evaluation are other ones by their range. This looks at what was really collected.
     made = read_json(data / "meta" / "collected.json", "first_seed", "last_seed")
     used = range(made["first_seed"], made["last_seed"] + 1)
-    done = evaluate(policy, settings.episodes, used_seeds=used)
+    acting = SubtaskPolicy(policy, every=2) if settings.mode is Mode.SUBTASK else policy
+    held_out = settings.task != DemoSettings.task  # trained on `put` alone, which is one sentence, others say nothing
+    loops = {}
+    for task in named_tasks(settings.task):
+        loops[task] = evaluate(acting, settings.episodes, used_seeds=used, task=task, held_out=held_out)
+        console.print(loops[task].summary(), markup=False)
 
-    console.print(done.summary(), markup=False)
-    return done
+    return loops
 
 
 def _certificate(config: TrainConfig) -> dict[str, Any]:

@@ -29,7 +29,8 @@ from insula.worlds.tabletop import make_tabletop
 from insula.worlds.tabletop.demonstrator import rollout
 from insula.worlds.tabletop.environment import ACTION_DIM, ACTION_NAMES, STATE_DIM, STATE_NAMES
 from insula.worlds.tabletop.scene import CAMERAS
-from insula.worlds.tabletop.tasks import named_tasks
+from insula.worlds.tabletop.tasks import UNSEEN_PAIRS, named_tasks
+from insula.worlds.tabletop.tasks.unseen_pairs import HELD_OUT_PAIRS, asks_held_out
 
 CONTROL_HZ = 10  # of the environment: frames a second in the data set
 BLOCK = 8  # episodes a worker makes at a time; those begun when there are enough are made in vain
@@ -80,21 +81,18 @@ def collect(
 ) -> Collected:
     """Write `episodes` successful demonstrations of a task, or of "all" in turn, of the seeds from `first_seed` on.
 
-    DART: the noisy action is executed, the clean one recorded; beside each, in words, what is to be done next.
+    DART: the noisy action is executed, the clean one recorded; beside each, in words, what is to be done next. Pairs of
+    colors that `unseen-pairs` holds out are in no data set that this task is part of, its own or "all".
     Failures are discarded, counted, logged, and listed in `meta/collected.json`. The result does not depend on
     `processes` (by default one per core, at most 4). `progress` is called with the number of episodes written so far.
     Workers are spawned: a script must call this under `if __name__ == "__main__":`. Raises InputError for an unknown
     task, when the seeds would leave the range kept for demonstrations and when most attempts fail, DatasetError when
     `root` is not empty and `overwrite` is not set.
     """
-    if episodes < 1:
-        raise InputError(f"episodes: got {episodes}, expected at least 1")
+    workers = _workers(processes, episodes)
     DEMONSTRATIONS.take(episodes, first_seed - DEMONSTRATIONS.start)  # for what it raises
-
-    workers = min(os.cpu_count() or 1, 4, -(-episodes // BLOCK)) if processes is None else processes
-    if workers < 1:
-        raise InputError(f"processes: got {processes}, expected at least 1")
     tasks = named_tasks(task)
+
     kept: list[int] = []
     discarded: list[int] = []
     features = tabletop_features(image_size)
@@ -126,10 +124,25 @@ def collect(
         log.warning("%d of %d demonstrations failed and were discarded", len(discarded), len(kept) + len(discarded))
 
     # Which seeds were seen, for those who evaluate: they must not be asked again.
-    note = {"first_seed": first_seed, "last_seed": max(kept), "discarded_seeds": discarded, "noise": noise}
-    note |= {"tasks": tasks, "split": "train"}
-    write_json(Path(root) / "meta" / "collected.json", note)
+    seen = {"first_seed": first_seed, "last_seed": max(kept), "discarded_seeds": discarded, "noise": noise}
+    write_json(Path(root) / "meta" / "collected.json", seen | _asked(tasks))
     return Collected(Path(root), tuple(kept), tuple(discarded), frames)
+
+
+def _workers(processes: int | None, episodes: int) -> int:
+    """As many as were asked for, or as there are cores and work for. Raises InputError for none of either."""
+    if episodes < 1:
+        raise InputError(f"episodes: got {episodes}, expected at least 1")
+    if processes is not None and processes < 1:
+        raise InputError(f"processes: got {processes}, expected at least 1")
+
+    return processes or min(os.cpu_count() or 1, 4, -(-episodes // BLOCK))
+
+
+def _asked(tasks: tuple[str, ...]) -> dict[str, Any]:
+    """What the note of a data set says of its goals: what of them is left for evaluation."""
+    withheld = {"held_out_pairs": HELD_OUT_PAIRS} if UNSEEN_PAIRS.name in tasks else {}
+    return {"tasks": tasks, "split": "train"} | withheld
 
 
 def _in_turn(made: Iterable[_Demonstration], tasks: tuple[str, ...]) -> Iterator[_Demonstration]:
@@ -192,16 +205,27 @@ _environments: dict[tuple[str, int], gymnasium.Env] = {}
 
 
 def _demonstrate(seeds: range, noise: float | int, image_size: int, tasks: tuple[str, ...]) -> list[_Demonstration]:
-    return [_demonstration(tasks[seed % len(tasks)], image_size, seed, noise) for seed in seeds]
+    made = []
+    for seed in seeds:
+        task = tasks[seed % len(tasks)]
+        if (task, image_size) not in _environments:
+            _environments[task, image_size] = make_tabletop(task, image_size)
+        env = _environments[task, image_size]
+
+        # Beside `unseen-pairs` no other task may show what shall be unseen; these seeds are left out.
+        if UNSEEN_PAIRS.name in tasks:
+            env.reset(seed=seed)
+            truth: Any = env.unwrapped
+            if asks_held_out(truth.goal):
+                continue
+        made.append(_demonstration(env, task, seed, noise))
+
+    return made
 
 
-def _demonstration(task: str, image_size: int, seed: int, noise: float | int) -> _Demonstration:
+def _demonstration(env: Any, task: str, seed: int, noise: float | int) -> _Demonstration:
     """One episode; scene and noise depend on its task and its seed alone."""
-    if (task, image_size) not in _environments:
-        _environments[task, image_size] = make_tabletop(task, image_size)
-
     # [seed, 1]: the scene itself is drawn from `seed`, and its noise must not repeat those numbers.
-    env = _environments[task, image_size]
     episode = rollout(env, np.random.default_rng([seed, 1]), noise=noise, seed=seed)
     if not episode.success:
         return _Demonstration(seed, task, episode.task, episode.subtasks, {})

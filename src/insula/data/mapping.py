@@ -6,6 +6,8 @@ state = ["observation.state"]                 columns, joined in this order; or 
 actions = ["action"]
 cameras = { front = "observation.images.top" }        the model's name = the data set's
 weight = 3.0                                  how often it is drawn, relative to the others
+subtasks = "subtask_index"                    which step of its task each frame is (insula.data.subtasks)
+forms = { subtask = 1, actions = 3 }          what is asked of a frame, how often (insula.tokens.dialects.Form)
 
 [questions.scenes]                            images with questions and answers (insula.data.questions)
 path = "questions"

@@ -52,11 +52,11 @@ class Subtasks:
 def read_subtasks(dataset: LeRobotDataset, data: RobotData) -> Subtasks:
     """Of all frames, as `data` maps them. Raises DatasetError naming the episode and frame, or the file and line, of
     what is wrong; and where no frame has a subtask."""
-    assert data.subtasks is not None
-    is_file = isinstance(data.subtasks, Path)
-    found = _from_lines(dataset, data.subtasks) if is_file else column_subtasks(dataset, data.subtasks)
+    source = data.subtasks
+    assert source is not None
+    found = _from_lines(dataset, source) if isinstance(source, Path) else column_subtasks(dataset, source)
     if not found.known.any():
-        raise DatasetError(f"data set {dataset.root}: no frame has a subtask in {data.subtasks}; leave `subtasks` out")
+        raise DatasetError(f"data set {dataset.root}: no frame has a subtask in {source}; leave `subtasks` out")
 
     return found
 

@@ -118,14 +118,15 @@ def append(
 
     def layer(x: Array, inputs: tuple[BackboneLayer, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         p, cached_k, cached_v = inputs
-        k, v = keys_and_values(p, config, x, rotary)
+        y = layers.rms_norm(x, p.attention_norm)
+        k, v = keys_and_values(p, config, y, rotary)
 
         def look(q: Array) -> Array:
             # As the expert reads its memory: one softmax over the cache and the token itself, and no copy of the cache.
-            q, own_k, own_v = (y[:, None] for y in (q, k, v))
+            q, own_k, own_v = (part[:, None] for part in (q, k, v))
             return attend_with_memory(q, own_k, own_v, cached_k, cached_v, cache.mask, alone)[:, 0]
 
-        return update(p, config, x, rotary, look), (k, v)
+        return update(p, config, x, y, rotary, look), (k, v)
 
     x, (keys, values) = layers.walk(layer, x, (backbone.layers, cache.keys, cache.values), config.compute)
 

@@ -18,7 +18,7 @@ INSPECTED = DataConfig(on_overflow="drop_token_loss")
 class InspectConfig:
     """See one sample as a model does: every token and mask, who may look at whom, what each loss scores, and, measured,
     where gradients go. Writes one offline page. Exit code 1 where insulation leaks or nothing is shown. On the command
-    line --preset (tiny, small, pi05, pi0) chooses the model where there is no run."""
+    line --preset (tiny, tabletop, small, pi05, pi0) chooses the model where there is no run."""
 
     run: Path | None = None
     """A training run: its weights, and samples it was never trained on."""

@@ -153,15 +153,17 @@ def run_layers(
     rotary = masks.positions(token_mask)  # of real tokens: where the padding stands, and how much, changes nothing
 
     def layer(x: Array, p: BackboneLayer, wanted: Array | None = None) -> tuple[Array, tuple[Array, Array]]:
-        k, v = keys_and_values(p, config, x, rotary)
+        y = layers.rms_norm(x, p.attention_norm)
+        k, v = keys_and_values(p, config, y, rotary)
 
         # The last layer's output is read only where a token is scored, at most 24 of 76 positions at tiny. Queries and
         # feed-forward of the others took a tenth of the whole train step. Their keys and values are needed either way.
         query_rotary, query_mask = rotary, mask
         if wanted is not None:
             x, query_rotary, query_mask = (gather_positions(rows, wanted) for rows in (x, rotary, mask))
+            y = layers.rms_norm(x, p.attention_norm)
 
-        return update(p, config, x, query_rotary, lambda q: attend(q, k, v, query_mask)), (k, v)
+        return update(p, config, x, y, query_rotary, lambda q: attend(q, k, v, query_mask)), (k, v)
 
     # A scan runs one and the same body for every layer, so there the last one cannot do less.
     if config.compute.scan_layers:
@@ -175,10 +177,10 @@ def run_layers(
 
 
 def keys_and_values(
-    p: BackboneLayer, config: ModelConfig, x: Float[Array, "B n W"], rotary: Int[Array, "B n"]
+    p: BackboneLayer, config: ModelConfig, y: Float[Array, "B n W"], rotary: Int[Array, "B n"]
 ) -> tuple[Float[Array, "B n G E"], Float[Array, "B n G E"]]:
-    """What one layer lets others read of these positions, the n-th at rotary position `rotary`."""
-    y = layers.rms_norm(x, p.attention_norm)
+    """What one layer lets others read of these positions, from its normed input `y`; the n-th is at rotary position
+    `rotary`."""
     k = layers.rope(layers.matmul(y, p.key, config.compute.dtype), rotary)
     return k, layers.matmul(y, p.value, config.compute.dtype)
 
@@ -187,13 +189,13 @@ def update(
     p: BackboneLayer,
     config: ModelConfig,
     x: Float[Array, "B n W"],
+    y: Float[Array, "B n W"],
     rotary: Int[Array, "B n"],
     look: Callable[[Array], Array],
 ) -> Float[Array, "B n W"]:
-    """The rest of the layer: what these positions become by `look`, from queries [B, n, N, E] to what they find, and by
-    the feed-forward."""
+    """The rest of the layer: what these positions `x`, normed `y`, become by `look`, from queries [B, n, N, E] to what
+    they find, and by the feed-forward."""
     dtype = config.compute.dtype
-    y = layers.rms_norm(x, p.attention_norm)  # as in `keys_and_values`: XLA computes it once
     q = layers.rope(layers.matmul(y, p.query, dtype), rotary) * config.backbone.head_dim**-0.5
     x = x + layers.merge_heads(look(q), p.out, dtype)
     return x + layers.geglu(layers.rms_norm(x, p.mlp_norm), p.gate, p.up, p.down, dtype)

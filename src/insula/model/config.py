@@ -280,6 +280,9 @@ TINY = ModelConfig(
     objective=ObjectiveConfig(flow_samples=2),
 )
 
+# With room for all of its tasks: a subtask in the prompt, and lists of seven things to answer.
+TABLETOP = dataclasses.replace(TINY, name="tabletop", max_prompt_len=40, max_fast_len=32)
+
 TINY_BFLOAT16 = TINY.with_compute(dtype="bfloat16")
 """What training on a CPU with AVX-512 bfloat16 wants; docs/log.md has the ratios."""
 
@@ -320,8 +323,7 @@ PI05 = ModelConfig(
 
 # The state is no text here, so the prompt is short.
 PI0 = dataclasses.replace(PI05, name="pi0", state_input="token", time_input="mlp", max_prompt_len=48)
-
-PRESETS = {config.name: config for config in (TINY, SMALL, PI05, PI0)}
+PRESETS = {config.name: config for config in (TINY, TABLETOP, SMALL, PI05, PI0)}
 
 
 def preset(name: str) -> ModelConfig:

@@ -30,6 +30,8 @@ class Report:
     title: str = "insula: a knowledge-insulated policy, from demonstrations to closed loop"
     closed_loop: Mapping[str, Any] | None = None
     """`ClosedLoop.to_json()`."""
+    by_task: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """The same for each task, where there are several."""
     recordings: tuple[Recording, ...] = ()
     metrics: tuple[Mapping[str, Any], ...] = ()
     """Rows of `metrics.jsonl`: `read_metrics(path)`."""
@@ -65,6 +67,7 @@ def render_report(report: Report) -> str:
         sections.show_statement(report.demonstrations),
         sections.show_headline(report.closed_loop, report.knowledge, report.insulation, report.seconds, report.machine),
         _section("Closed loop on unseen scenes", sections.show_closed_loop(report.closed_loop)),
+        *([_section("By task", sections.show_tasks(report.by_task))] if len(report.by_task) > 1 else []),
         _section("Rollouts", sections.show_rollouts(report.recordings)),
         _section("Is the backbone insulated?", sections.show_insulation(report.insulation)),
         _section("What the backbone still knows", sections.show_knowledge(report.knowledge, report.question_share)),

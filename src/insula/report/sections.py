@@ -135,6 +135,25 @@ def show_closed_loop(loop: Mapping[str, Any] | None) -> Html | None:
     )
 
 
+def show_tasks(by_task: Mapping[str, Mapping[str, Any]]) -> Html:
+    """One row for each task."""
+
+    def said(rate: Mapping[str, Any] | None) -> Html | str:
+        if rate is None:
+            return tag("span", MISSING, class_="missing")
+        return f"{percent(rate['rate'])} ({_interval(rate)})"
+
+    rows = []
+    for task, loop in by_task.items():
+        rate = loop["success"]
+        bar = charts.interval_bar(rate["rate"], rate["low"], rate["high"], False)
+        others = [said(loop[key]) for key in ("swapped_success", "held_out_success", "wrong_object")]
+        rows.append([task, said(rate), bar, percent(loop["mean_credit"]), *others])
+
+    names = ["task", "success", "", "done", "swapped", "held-out words or pairs", "wrong object"]
+    return html_table(names, rows)
+
+
 def _success_mark(episode: Mapping[str, Any]) -> Html:
     """Success or failure, in a word and a color."""
     # Never by color alone.

@@ -10,7 +10,17 @@ from insula.checks import check_integer, check_number, check_seed
 from insula.data.config import DEFAULT_READING, DataConfig
 from insula.errors import InputError, did_you_mean
 from insula.files import as_path, read_json
-from insula.model.config import PI0, PI05, SMALL, TINY_BFLOAT16, ModelConfig, build, check_object, config_from_dict
+from insula.model.config import (
+    PI0,
+    PI05,
+    SMALL,
+    TABLETOP,
+    TINY_BFLOAT16,
+    ModelConfig,
+    build,
+    check_object,
+    config_from_dict,
+)
 from insula.parallel.mesh import ALL_DEVICES, MeshConfig
 from insula.parallel.processes import ALONE, ProcessesConfig
 from insula.train.optimizer import DEFAULT, PI0_OPTIMIZER, PI05_OPTIMIZER, SMALL_OPTIMIZER, OptimizerConfig
@@ -19,8 +29,8 @@ from insula.train.sinks import SinkKind
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Train a knowledge-insulated policy. On the command line --preset (tiny, small, pi05, pi0) chooses what all other
-    flags start from. Raises InputError for values that cannot be."""
+    """Train a knowledge-insulated policy. On the command line --preset (tiny, tabletop, small, pi05, pi0) chooses what
+    all other flags start from. Raises InputError for values that cannot be."""
 
     run: Path
     """Folder for everything: settings, metrics, checkpoints."""
@@ -106,6 +116,15 @@ class TrainConfig:
 _DEFAULTS = TrainConfig(run=Path())
 TRAINING = {
     "tiny": _DEFAULTS,
+    # Several tasks in one policy; few and coarse FAST tokens, as in the demo.
+    "tabletop": dataclasses.replace(
+        _DEFAULTS,
+        model=TABLETOP.with_compute(dtype="bfloat16"),
+        reading=DataConfig(fast_vocab=512, fast_scale=5.0),
+        steps=12_000,
+        evaluate_every=1000,
+        checkpoint_every=2000,
+    ),
     # From random weights: there are none of these sizes.
     "small": dataclasses.replace(_DEFAULTS, model=SMALL, optimizer=SMALL_OPTIMIZER, steps=20_000, from_scratch=True),
     # As openpi trains them, except for the batch size: your memory decides that.

@@ -353,12 +353,11 @@ def _resize(model: mujoco.MjModel, body: int, half: float) -> None:
     if model.geom_size[geom, 0] == half:
         return
 
-    # All that MuJoCo derived from the size: what it excludes from collision and from rays by, and the tree of boxes.
+    # And what MuJoCo derived from it when it compiled, to exclude collisions and rays by.
     model.geom_size[geom] = half
     model.geom_rbound[geom] = half * np.sqrt(3)
     model.geom_aabb[geom, 3:] = half
-    first = model.body_bvhadr[body]
-    model.bvh_aabb[first : first + model.body_bvhnum[body], 3:] = half
+    model.bvh_aabb[model.body_bvhadr[body], 3:] = half  # a tree of one: a block is a single geom
 
 
 def _square_yaw(quat: np.ndarray) -> float:

@@ -28,7 +28,7 @@ def _draw(rng: np.random.Generator, split: Split) -> Scene:
     blocks = None
     while blocks is None:
         paths = tuple(_path(rng) for _ in range(BOWLS))
-        ways = [np.linspace(*path.ends, _POINTS) for path in paths]
+        ways = [np.linspace(path.ends[0], path.ends[1], _POINTS) for path in paths]
         if all(far_from(ways[0], point, BOWL_TO_BOWL) for point in ways[1]):
             blocks = place_blocks(rng, np.concatenate(ways))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from insula.worlds.tabletop.goals import Goal
 from insula.worlds.tabletop.instructions import COLORS
 from insula.worlds.tabletop.scene import draw_layout
 from insula.worlds.tabletop.tasks.pairs import Pair, pair_goal
@@ -14,6 +15,11 @@ from insula.worlds.tabletop.tasks.task import Scene, Split, Task
 
 HELD_OUT_PAIRS: tuple[Pair, ...] = tuple(zip(COLORS, (*COLORS[2:], *COLORS[:2]), strict=True))
 """Red in blue, green in yellow, blue in purple, yellow in orange, purple in red, orange in green."""
+
+
+def asks_held_out(goal: Goal) -> bool:
+    """Whether a block goes into a bowl of its held-out color, whatever the task and however it is said."""
+    return any((one.block, one.target) in HELD_OUT_PAIRS and one.relation == "in" for one in goal.placements)
 
 
 def _draw(rng: np.random.Generator, split: Split) -> Scene:

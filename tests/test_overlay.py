@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small import FAR, SMALL, VARIANTS, difference, draws, jit, model, prefix
+from small_policy import policy
 
 from insula.data.normalize import NormStats
 from insula.data.robot import Robot
@@ -28,10 +29,6 @@ from insula.model.insulation import insulate
 from insula.policy import Policy
 from insula.policy.modes import SubtaskPolicy
 from insula.policy.speaking import Said
-from insula.runs.assets import Assets
-from insula.tokens.fast import FASTCodec
-from insula.tokens.sequence import FASTTokenizer
-from insula.tokens.text import embedded
 from insula.worlds.tabletop import demonstrator, make_tabletop
 
 TASK = "put the red block in the blue bowl"
@@ -246,10 +243,8 @@ def acting() -> Policy:
     def stats(size: int) -> NormStats:
         return NormStats(np.zeros(size), np.ones(size), np.full(size, -1.0), np.ones(size))
 
-    chunks = np.random.default_rng(0).uniform(-1, 1, (64, 4, 7)).astype(np.float32)
-    tokenizer = FASTTokenizer(embedded(), FASTCodec.fit(chunks, 400, 5.0), "pi05", max_token_len=120, max_prompt_len=80)
     robot = Robot({"state": stats(5), "actions": stats(7)}, CONFIG.cameras, horizon=4)
-    return Policy(model(CONFIG)[0], Assets(CONFIG, tokenizer, {"arm": robot}))
+    return policy(config=CONFIG, robot=robot)
 
 
 def short_world() -> gymnasium.Env:
@@ -262,9 +257,9 @@ def run(policy: Acts, record: int = 1, **options: Any) -> ClosedLoop:
 
 @pytest.fixture(scope="module")
 def spoken(acting: Policy) -> SimpleNamespace:
-    policy = SubtaskPolicy(acting, every=4, known=WORDS)
-    done = run(policy)
-    return SimpleNamespace(policy=policy, done=done, recordings=explain(policy, done.recordings))
+    speaking = SubtaskPolicy(acting, every=4, known=WORDS)
+    done = run(speaking)
+    return SimpleNamespace(policy=speaking, done=done, recordings=explain(speaking, done.recordings))
 
 
 def test_plans_are_kept_of_what_is_recorded_and_change_no_number(acting: Policy, spoken: SimpleNamespace) -> None:
@@ -307,8 +302,8 @@ def test_every_plan_knows_its_subtask_and_its_look(acting: Policy, spoken: Simpl
 
 
 def test_told_and_plain_policies_have_a_look_and_no_said_subtask(acting: Policy) -> None:
-    policy = SubtaskPolicy(acting)
-    told = explain(policy, run(policy, told=True, swap=False).recordings)
+    speaking = SubtaskPolicy(acting)
+    told = explain(speaking, run(speaking, told=True, swap=False).recordings)
     assert told[0].plans[0].said is None and told[0].plans[0].look is not None
     assert "block" in told[0].plans[0].observation["subtask"]
 
@@ -341,9 +336,9 @@ def test_a_video_shows_what_is_known(spoken: SimpleNamespace, tmp_path: Any) -> 
 
 def test_steps_without_a_chunk_are_marked() -> None:
     hold = np.array([0.0] * 6 + [np.nan])
-    policy = DelayedPolicy(Speechless(), Delay(), REPLAN, hold)
-    (recording,) = explain(policy, run(policy, swap=False).recordings)
-    held = tuple(policy.held[recording.episode.job.name])
+    waiting = DelayedPolicy(Speechless(), Delay(), REPLAN, hold)
+    (recording,) = explain(waiting, run(waiting, swap=False).recordings)
+    held = tuple(waiting.held[recording.episode.job.name])
     assert held[:2] == (3, 4) and recording.plans[1].look is None
     assert [len(plan.chunk) for plan in recording.plans] == [3, 2, 2]  # with what is left behind the first two steps
 

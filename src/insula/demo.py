@@ -193,7 +193,7 @@ def demo(out: Path, settings: DemoSettings, seed: int) -> Path:
         machine=machine(),
         versions={"insula": version("insula")} | versions(),
     )
-    write_video(out / "rollouts.mp4", reel(explain(policy, closed_loop.recordings)))
+    write_video(out / "rollouts.mp4", reel(closed_loop.recordings))
     path = write_report(out / "report.html", report)
     stages.note("report", True)  # the last: a demo that has it is finished, and the next call starts again
     return path
@@ -294,8 +294,10 @@ def _closed_loops(policy: Policy, settings: DemoSettings, data: Path) -> dict[st
     held_out = settings.task != DemoSettings.task  # trained on `put` alone, which is one sentence, others say nothing
     loops = {}
     for task in named_tasks(settings.task):
-        loops[task] = evaluate(acting, settings.episodes, used_seeds=used, task=task, held_out=held_out)
-        console.print(loops[task].summary(), markup=False)
+        done = evaluate(acting, settings.episodes, used_seeds=used, task=task, held_out=held_out)
+        console.print(done.summary(), markup=False)
+        # Before the next task, whose episodes have the same names: what was said in these is then forgotten.
+        loops[task] = dataclasses.replace(done, recordings=explain(acting, done.recordings))
 
     return loops
 

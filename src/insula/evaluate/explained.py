@@ -5,6 +5,7 @@ the same numbers.
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -76,7 +77,6 @@ def look_at(policy: Policy, observations: Sequence[dict[str, Any]], seeds: Seque
     LOOK_TIME, the mean over layers, heads and action tokens. What was left of a last chunk (real-time chunking) is left
     out. Raises InputError as `Policy.act_batch`."""
     config, robot = policy.config, policy.robot
-    watch = jax.jit(_watch, static_argnames="config")
     looks: list[Look] = []
 
     for start in range(0, len(observations), NUM_ENVS):
@@ -89,7 +89,7 @@ def look_at(policy: Policy, observations: Sequence[dict[str, Any]], seeds: Seque
         chunk = robot.normalize_actions(policy.sample(inputs, named), inputs.state).astype(np.float32)
         lacking = ((0, 0), (0, config.horizon - robot.horizon), (0, config.action_dim - robot.action_dim))
         keys = np.stack([noise_key(policy.seed, *seed) for seed in named])
-        found = np.asarray(watch(policy.params, config, inputs.observation, keys, np.pad(chunk, lacking)))
+        found = np.asarray(_watch(policy.params, config, inputs.observation, keys, np.pad(chunk, lacking)))
 
         by_camera = dict(zip(config.cameras, np.moveaxis(found, 1, 0), strict=True))
         looks += [{camera: by_camera[camera][row] for camera in robot.cameras} for row in range(NUM_ENVS)]
@@ -97,6 +97,7 @@ def look_at(policy: Policy, observations: Sequence[dict[str, Any]], seeds: Seque
     return looks[: len(observations)]
 
 
+@partial(jax.jit, static_argnames="config")  # here, so that the tasks of an evaluation share a compiled program
 def _watch(
     params: Params,
     config: ModelConfig,

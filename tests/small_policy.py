@@ -8,6 +8,7 @@ from small import SMALL, model
 
 from insula.data.normalize import NormStats
 from insula.data.robot import Robot
+from insula.model.config import ModelConfig
 from insula.policy import Policy
 from insula.runs.assets import Assets
 from insula.tokens.fast import FASTCodec
@@ -23,12 +24,13 @@ ROBOT = Robot(STATS, SERVED.cameras, horizon=3, delta=(0,))
 """One step and one dimension fewer than the model; its first action is relative to the state."""
 
 
-def policy(rtc_max_delay: int = 0) -> Policy:
-    config = SERVED.with_objective(rtc_max_delay=rtc_max_delay)
-    chunks = np.random.default_rng(0).uniform(-1, 1, (64, SMALL.horizon, SMALL.action_dim)).astype(np.float32)
+def policy(rtc_max_delay: int = 0, config: ModelConfig = SERVED, robot: Robot = ROBOT) -> Policy:
+    chunks = np.random.default_rng(0).uniform(-1, 1, (64, config.horizon, config.action_dim)).astype(np.float32)
     codec = FASTCodec.fit(chunks, 400, 5.0)
-    tokenizer = FASTTokenizer(embedded(), codec, "pi05", max_token_len=72, max_prompt_len=32)
-    return Policy(model(SERVED)[0], Assets(config, tokenizer, {"arm": ROBOT}))
+    limits = {"max_token_len": config.max_token_len, "max_prompt_len": config.max_prompt_len}
+    tokenizer = FASTTokenizer(embedded(), codec, "pi05", **limits)
+    assets = Assets(config.with_objective(rtc_max_delay=rtc_max_delay), tokenizer, {"arm": robot})
+    return Policy(model(config)[0], assets)
 
 
 def observation(left: object = None, delay: object = 0, **others: Any) -> dict[str, Any]:

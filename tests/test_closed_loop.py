@@ -247,7 +247,7 @@ def recording(success: bool) -> Recording:
 
 def test_mp4_reads_back(tmp_path) -> None:
     frames = recording(True).frames
-    path = write_video(tmp_path / "new" / "rollout.mp4", frames, fps=10, scale=1)
+    path = write_video(tmp_path / "new" / "rollout.mp4", frames, fps=10)
     with av.open(str(path)) as container:
         read = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         assert container.streams.video[0].average_rate == 10
@@ -256,25 +256,32 @@ def test_mp4_reads_back(tmp_path) -> None:
 
 
 def test_gif_reads_back(tmp_path) -> None:
-    with Image.open(write_video(tmp_path / "rollout.gif", recording(True).frames, fps=5, scale=3)) as image:
-        assert image.n_frames == 6 and image.size == (102, 51) and image.info["duration"] == 200
+    with Image.open(write_video(tmp_path / "rollout.gif", recording(True).frames, fps=5)) as image:
+        assert image.n_frames == 6 and image.size == (34, 17) and image.info["duration"] == 200
 
 
 def test_a_reel_ends_each_episode_on_its_color() -> None:
-    frames = reel([recording(True), recording(False)])
+    frames = list(reel([recording(True), recording(False)]))
     assert len(frames) == 2 * (6 + 8)
-    (r, g, _), (r2, g2, _) = frames[13, 0, 0].tolist(), frames[-1, 0, 0].tolist()
+    (r, g, _), (r2, g2, _) = frames[13][0, 0].tolist(), frames[-1][0, 0].tolist()
     assert g > r and r2 > g2
-    assert np.array_equal(frames[13, 5, 5], recording(True).frames[-1, 5, 5])
+    assert np.array_equal(frames[13][20, 20], recording(True).frames[-1, 5, 5])
+    assert np.array_equal(frames[5][:68, :136], recording(True).frames[5].repeat(4, 0).repeat(4, 1))  # not before it
+    assert np.any(frames[13][68:] != frames[-1][68:])  # nor is the end told by color alone
 
 
 def test_videos_that_cannot_be_written_say_why(tmp_path) -> None:
     frames = recording(True).frames
     with pytest.raises(ValueError, match=r"ending '.mp3', expected one of .mp4, .gif \(did you mean '.mp4'\?\)"):
         write_video(tmp_path / "a.mp3", frames)
-    with pytest.raises(ValueError, match=r"got float64\[6, 17, 34, 3\], expected uint8"):
+    with pytest.raises(ValueError, match=r"frame 0 is float64\[17, 34, 3\], expected uint8"):
         write_video(tmp_path / "a.mp4", frames / 255)
-    with pytest.raises(ValueError, match="scale is 0"):
-        write_video(tmp_path / "a.gif", frames, scale=0)
+    with pytest.raises(ValueError, match=r"frame 1 is uint8\[17, 30, 3\], expected .* all of one size"):
+        write_video(tmp_path / "b.gif", [frames[0], frames[0][:, :30]])
+    with pytest.raises(ValueError, match="fps is 0"):
+        write_video(tmp_path / "a.gif", frames, fps=0)
+    with pytest.raises(ValueError, match="no frame"):
+        write_video(tmp_path / "a.gif", frames[:0])
+    assert not (tmp_path / "a.mp4").exists() and not (tmp_path / "a.gif").exists()
     with pytest.raises(ValueError, match="record=1"):
         reel([])

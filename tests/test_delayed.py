@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from insula.client.plan import Stitching
+from insula.client.plan import Plan, Stitching
 from insula.errors import InputError
 from insula.evaluate.delayed import Delay, DelayedPolicy
 
@@ -33,8 +33,13 @@ def play(policy: DelayedPolicy, cycles: int, scene: int = 7) -> list[float]:
     """The first dimension of what is executed, from the start of an episode."""
     done: list[float] = []
     for _ in range(cycles):
-        done += policy.act_batch([{"state": 0}], [(scene, len(done))])[0, :, 0].tolist()
+        done += executed(policy, (scene, len(done)))[:, 0].tolist()
     return done
+
+
+def executed(policy: DelayedPolicy, seed: tuple[int, ...]) -> np.ndarray:
+    """Until the next chunk is asked for, [period, D]."""
+    return policy.act_batch([{"state": 0}], [seed])[0][: policy.period]
 
 
 def test_without_a_delay_the_policy_is_as_it_is() -> None:
@@ -50,17 +55,49 @@ def test_the_last_chunk_is_executed_until_the_next_one_is_there() -> None:
 
 def test_nothing_is_executed_from_behind_a_chunks_end() -> None:
     policy = DelayedPolicy(Counts(horizon=4), Delay(4), period=4, hold=HOLD)
-    played = policy.act_batch([{}], [(7, 0)])[0]
+    played = executed(policy, (7, 0))
     assert played.tolist() == [[0, 0]] * 4  # no gripper was closed before
-    assert policy.act_batch([{}], [(7, 4)])[0].tolist() == [[0, 1], [1, 1], [2, 1], [3, 1]]
-    assert policy.act_batch([{}], [(7, 8)])[0].tolist() == [[0, 1]] * 4  # that of step 4 had ended when it came
+    assert executed(policy, (7, 4)).tolist() == [[0, 1], [1, 1], [2, 1], [3, 1]]
+    assert executed(policy, (7, 8)).tolist() == [[0, 1]] * 4  # that of step 4 had ended when it came
+
+
+@pytest.mark.parametrize("stitching", Stitching)
+def test_behind_what_is_executed_is_what_would_follow(stitching: Stitching) -> None:
+    """Told ahead of time, and never forgotten for it: the next rows are the same, asked for or not."""
+    policy = DelayedPolicy(Counts(), Delay(2, stitching=stitching), period=3, hold=HOLD)
+    first, second = (policy.act_batch([{}], [(7, step)])[0] for step in (0, 3))
+    assert first[:, 0].tolist() == [0, 0, *range(8)]
+    ensemble = stitching is Stitching.ENSEMBLE
+    assert second[:2, 0].tolist() == [1, 2] and second[-1, 0] == 307
+    assert len(second) == 8 and (second[2, 0] == 302) is not ensemble  # there it is a mean with the first chunk's
+
+    class Blind(Plan):
+        def ahead(self, step: int) -> list[np.ndarray]:
+            return []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("insula.evaluate.delayed.Plan", Blind)
+        unasked = play(DelayedPolicy(Counts(), Delay(2, stitching=stitching), period=3, hold=HOLD), 6)
+    assert play(DelayedPolicy(Counts(), Delay(2, stitching=stitching), period=3, hold=HOLD), 6) == unasked
+
+
+def test_steps_in_which_it_held_are_kept_by_episode() -> None:
+    policy = DelayedPolicy(Counts(horizon=4), Delay(4), period=4, hold=HOLD)
+    for step in (0, 4, 8):
+        policy.act_batch([{}, {}, {}], [(7, step), (8, step), (7, step)])  # the last only fills the batch
+    assert policy.held == {(7,): [0, 1, 2, 3, 8, 9, 10, 11], (8,): [0, 1, 2, 3, 8, 9, 10, 11]}
+    policy.act_batch([{}], [(7, 0)])  # again
+    assert policy.held[7,] == [0, 1, 2, 3]
+    waiting = DelayedPolicy(Counts(), Delay(), period=4, hold=HOLD)
+    play(waiting, 3)
+    assert waiting.held == {(7,): []}
 
 
 def test_a_held_gripper_stays_as_it_was() -> None:
     policy = DelayedPolicy(Counts(horizon=5), Delay(4), period=5, hold=HOLD)
-    assert policy.act_batch([{}], [(7, 0)])[0].tolist() == [[0, 0]] * 4 + [[0, 1]]
-    assert policy.act_batch([{}], [(7, 5)])[0].tolist() == [[1, 1], [2, 1], [3, 1], [4, 1], [504, 1]]
-    assert policy.act_batch([{}], [(7, 10)])[0].tolist() == [[0, 1]] * 4 + [[1000, 1]]  # as it had held
+    assert executed(policy, (7, 0)).tolist() == [[0, 0]] * 4 + [[0, 1]]
+    assert executed(policy, (7, 5)).tolist() == [[1, 1], [2, 1], [3, 1], [4, 1], [504, 1]]
+    assert executed(policy, (7, 10)).tolist() == [[0, 1]] * 4 + [[1000, 1]]  # as it had held
 
 
 def test_an_episode_does_not_see_its_neighbors_or_what_was_before() -> None:
@@ -71,7 +108,7 @@ def test_an_episode_does_not_see_its_neighbors_or_what_was_before() -> None:
         step = len(together)
         rows = policy.act_batch([{}, {}, {}], [(3, step), (7, step), (3, step)])
         assert np.array_equal(rows[0], rows[2])  # a row that only fills the batch
-        together += rows[1, :, 0].tolist()
+        together += rows[1][: policy.period, 0].tolist()
     assert together == alone
     assert play(policy, 5) == alone  # the same episode again
 

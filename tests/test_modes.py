@@ -72,7 +72,8 @@ def test_a_robot_goes_on_with_its_last_chunk_then_holds() -> None:
 
     robot = DelayedPolicy(Failing(), Delay(0), 2, np.array([0.0, np.nan]))
     played = [robot.act_batch([{}], [(5, step)])[0].tolist() for step in (0, 2, 4)]
-    assert played == [[[1, 1], [2, 2]], [[3, 3], [0, 3]], [[0, 3], [0, 3]]]  # its own third step; then it holds
+    # Two steps each, and what would follow; its own third step; then it holds.
+    assert played == [[[1, 1], [2, 2], [3, 3]], [[3, 3], [0, 3]], [[0, 3], [0, 3]]]
     assert robot.failures == {"nothing": 2}
 
 

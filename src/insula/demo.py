@@ -30,6 +30,7 @@ from insula.data.mapping import read_mapping
 from insula.data.samples import Samples
 from insula.errors import InputError
 from insula.evaluate.closed_loop import ClosedLoop, evaluate
+from insula.evaluate.explained import explain
 from insula.evaluate.knowledge import measure_knowledge
 from insula.evaluate.rollout_video import reel, write_video
 from insula.files import check_output_folder, read_json, write_json
@@ -293,8 +294,10 @@ def _closed_loops(policy: Policy, settings: DemoSettings, data: Path) -> dict[st
     held_out = settings.task != DemoSettings.task  # trained on `put` alone, which is one sentence, others say nothing
     loops = {}
     for task in named_tasks(settings.task):
-        loops[task] = evaluate(acting, settings.episodes, used_seeds=used, task=task, held_out=held_out)
-        console.print(loops[task].summary(), markup=False)
+        done = evaluate(acting, settings.episodes, used_seeds=used, task=task, held_out=held_out)
+        console.print(done.summary(), markup=False)
+        # Before the next task, whose episodes have the same names: what was said in these is then forgotten.
+        loops[task] = dataclasses.replace(done, recordings=explain(acting, done.recordings))
 
     return loops
 

@@ -66,15 +66,15 @@ class Plan:
         while self._chunks and not self._covers(self._chunks[0], step) and self._chunks[0].start < step:
             self._chunks.popleft()
 
-        due = [chunk.actions[step - chunk.start] for chunk in self._chunks if self._covers(chunk, step)]
-        if not due:
-            return None
-        if len(due) == 1:
-            return due[0]
+        return self._due(step)
 
-        # Oldest first, with the most weight: the mean moves slowly, which is what makes it smooth.
-        weights = np.exp(-ENSEMBLE_DECAY * np.arange(len(due)))
-        return np.average(due, axis=0, weights=weights).astype(due[0].dtype)
+    def ahead(self, step: int) -> list[np.ndarray]:
+        """What would be due from a step on, [D] each, were no chunk to come any more. It forgets nothing."""
+        rows: list[np.ndarray] = []
+        while (action := self._due(step + len(rows))) is not None:
+            rows.append(action)
+
+        return rows
 
     def origin(self, step: int) -> int | None:
         """The step of the newest observation behind the action of a step; None where nothing is due."""
@@ -94,6 +94,17 @@ class Plan:
     def clear(self) -> None:
         """Forget all: another episode begins."""
         self._chunks.clear()
+
+    def _due(self, step: int) -> np.ndarray | None:
+        due = [chunk.actions[step - chunk.start] for chunk in self._chunks if self._covers(chunk, step)]
+        if not due:
+            return None
+        if len(due) == 1:
+            return due[0]
+
+        # Oldest first, with the most weight: the mean moves slowly, which is what makes it smooth.
+        weights = np.exp(-ENSEMBLE_DECAY * np.arange(len(due)))
+        return np.average(due, axis=0, weights=weights).astype(due[0].dtype)
 
     def _covers(self, chunk: _Chunk, step: int) -> bool:
         young = self.max_age is None or step - chunk.seen <= self.max_age

@@ -24,6 +24,7 @@ from insula.worlds.seeds import EVALUATION, RANGES, refuse_seen
 from insula.worlds.tabletop import make_tabletop
 
 NUM_ENVS = 16
+RECORDED = 3  # scenes
 LATENCY_WARM_UP = 5  # the first compiles: single calls are a batch of one, which no lane has run
 PERCENTILES = (50, 90, 99)
 MakeEnvironment = Callable[[], gymnasium.Env]
@@ -146,7 +147,7 @@ def evaluate(
     first_seed: int = EVALUATION.start,
     replan_steps: int = 2,
     swap: bool = True,
-    record: int = 3,
+    record: int = RECORDED,
     image_size: int = 64,
     progress: Progress | None = None,
     *,
@@ -162,7 +163,7 @@ def evaluate(
     chunk. `swap`, `held_out`: ask for these as well (a task without another goal is not swapped). `told`: every
     observation brings the true "subtask" of that moment.
 
-    `record`: keep the frames of this many scenes, the first ones. `progress(done, total)` follows every episode.
+    `record`: keep frames and plans of this many scenes, the first ones. `progress(done, total)` follows every episode.
     `num_envs`: environments side by side at most, and the batch size of every `act_batch` call (rows are repeated to
     fill it, whatever the number of episodes: other sizes round differently).
     `used_seeds`: seeds of the demonstrations; `allow_any_seed` lifts the check of the range, never this one.
@@ -185,7 +186,7 @@ def evaluate(
 
     # Short episodes end first. In the order of scenes two policies can be compared line by line.
     order = {job: i for i, job in enumerate(jobs)}
-    done.sort(key=lambda one: order[Job(one.episode.seed, one.episode.swapped, one.episode.held_out)])
+    done.sort(key=lambda one: order[one.episode.job])
 
     # Latency last: the environments are closed, so nothing shares the cores with the policy.
     return ClosedLoop(

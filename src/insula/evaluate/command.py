@@ -13,9 +13,10 @@ from insula.checks import check_integer, check_seed
 from insula.client.connection import KEY_VARIABLE, Client
 from insula.client.plan import Stitching
 from insula.errors import InputError
-from insula.evaluate.closed_loop import ClosedLoop, check_seeds, evaluate, summary_of_tasks
+from insula.evaluate.closed_loop import RECORDED, ClosedLoop, check_seeds, evaluate, summary_of_tasks
 from insula.evaluate.delayed import Delay, DelayedPolicy
 from insula.evaluate.episodes import Acts
+from insula.evaluate.explained import explain
 from insula.evaluate.rollout_video import ENDINGS, reel, write_video
 from insula.evaluate.served import ServedPolicy
 from insula.files import check_output_file, write_json
@@ -63,7 +64,7 @@ class EvaluateConfig:
     json: Path | None = None
     """Write the results to this .json file."""
     video: Path | None = None
-    """Write the first episodes to this .mp4 or .gif."""
+    """Write the first episodes to this .mp4 or .gif, with the subtask, the chunk, and where the expert looks."""
     robot: str | None = None
     """Which one to act for, where the run was trained on several."""
     delay: int = 0
@@ -165,6 +166,7 @@ def evaluate_task(policy: Acts, config: EvaluateConfig, task: str) -> tuple[Clos
         task=task,
         held_out=config.held_out,
         told=config.told,
+        record=0 if config.video is None else RECORDED,
     )
     print(done.summary(), flush=True)  # before any file: a full disk must not cost minutes of episodes
 
@@ -177,6 +179,10 @@ def evaluate_task(policy: Acts, config: EvaluateConfig, task: str) -> tuple[Clos
         print(
             f"{config.delay} steps of delay, {config.stitching}: velocity jumps where chunks meet, {said}", flush=True
         )
+
+    if config.video is not None:
+        held = (dataclasses.replace(one, held=tuple(delayed.held[one.episode.job.name])) for one in done.recordings)
+        done = dataclasses.replace(done, recordings=explain(policy, held))
 
     waits = dataclasses.asdict(config.waits) | {"period": period, "velocity_jump": jumps}
     return done, waits | {"failed": sum(delayed.failures.values())}

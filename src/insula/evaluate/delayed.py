@@ -60,12 +60,12 @@ class _Episode:
 
 class DelayedPolicy:
     """A policy as seen by a robot that looks again every `period` steps and gets an answer `delay` later: `act_batch`
-    returns what the robot executes meanwhile, [B, period, D].
+    returns what the robot executes meanwhile, and behind it what it would go on with: [n, D] each, n ≥ period.
 
     `hold` is the action [D] for steps in which nothing is due; entries that are NaN stay what they last were (a gripper
     must not open because a chunk is late). `jumps` collects the largest change of an action, over the dimensions that
     `moves` selects, where one chunk follows another. Where the policy had no chunk, the last one goes on, and at its
-    end the robot holds; `failures` counts these by what was said.
+    end the robot holds; `failures` counts these by what was said. `held`: by episode, the steps in which it held.
     """
 
     def __init__(self, policy: Acts, delay: Delay, period: int, hold: np.ndarray, moves: slice = slice(None)) -> None:
@@ -80,6 +80,7 @@ class DelayedPolicy:
         self.period = period
         self.jumps: list[float] = []
         self.failures: Counter[str] = Counter()
+        self.held: dict[tuple[int, ...], list[int]] = {}
         self._hold = hold
         self._moves = moves
         self._episodes: dict[tuple[int, ...], _Episode] = {}
@@ -88,13 +89,14 @@ class DelayedPolicy:
         """One chunk of the policy itself."""
         return self.policy.act(observation)
 
-    def act_batch(self, observations: list[dict[str, Any]], seeds: Sequence[Sequence[int]]) -> np.ndarray:
+    def act_batch(self, observations: list[dict[str, Any]], seeds: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """`seeds` are (scene, …, step): all but the last name an episode."""
         # Rows that only fill a batch repeat a seed: they are the same row.
         rows = {tuple(seed): row for row, seed in reversed(list(enumerate(seeds)))}
         for seed in rows:
             if seed[-1] == 0:
                 self._episodes[seed[:-1]] = _Episode(Plan(self.delay.stitching), deque(maxlen=REMEMBERED))
+                self.held[seed[:-1]] = []
 
         asked = [
             self._ask(observation, self._episodes[tuple(seed[:-1])], seed[-1])
@@ -106,7 +108,7 @@ class DelayedPolicy:
                 raise InputError(f"chunks have {len(chunk)} steps, but the next is asked for after {self.period}")
 
         played = {seed: self._play(self._episodes[seed[:-1]], seed, chunks[row]) for seed, row in rows.items()}
-        return np.stack([played[tuple(seed)] for seed in seeds])
+        return [played[tuple(seed)] for seed in seeds]
 
     def _ask(self, observation: dict[str, Any], episode: _Episode, step: int) -> dict[str, Any]:
         left = episode.plan.left(step) if self.delay.stitching is Stitching.RTC else None
@@ -117,7 +119,7 @@ class DelayedPolicy:
         return observation | {"previous": {"actions": left, "delay": expected}}
 
     def _play(self, episode: _Episode, seed: tuple[int, ...], chunk: Chunk) -> np.ndarray:
-        """The next `period` actions, [period, D]."""
+        """The next `period` actions, and what is left of the plan behind them."""
         first, late = seed[-1], self._late(seed)
         rows: list[np.ndarray] = []
         for step in range(first, first + self.period):
@@ -126,7 +128,8 @@ class DelayedPolicy:
 
             action, origin = episode.plan.action(step), episode.plan.origin(step)
             if action is None:
-                action = self._held(episode)
+                action = self._hold_still(episode)
+                self.held[seed[:-1]].append(step)
             elif episode.origin is not None and origin != episode.origin:
                 assert episode.last is not None
                 self.jumps.append(float(np.abs(action - episode.last)[self._moves].max()))
@@ -139,7 +142,7 @@ class DelayedPolicy:
         if late == self.period:  # there with the next request
             self._add(episode, first, chunk, first + late)
         episode.late.append(late)
-        return np.stack(rows)
+        return np.stack(rows + episode.plan.ahead(first + self.period))
 
     def _add(self, episode: _Episode, seen: int, chunk: Chunk, step: int) -> None:
         if isinstance(chunk, InsulaError):
@@ -156,7 +159,7 @@ class DelayedPolicy:
         rng = np.random.default_rng([abs(int(part)) for part in seed])
         return int(self.delay.steps + rng.integers(-self.delay.jitter, self.delay.jitter + 1))
 
-    def _held(self, episode: _Episode) -> np.ndarray:
+    def _hold_still(self, episode: _Episode) -> np.ndarray:
         kept = np.isnan(self._hold)
         last = np.zeros_like(self._hold) if episode.last is None else episode.last
         return np.where(kept, last, self._hold).astype(np.float32)

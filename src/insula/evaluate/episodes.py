@@ -10,7 +10,7 @@ scene evaluated alone is the episode it was among others.
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import gymnasium
@@ -18,9 +18,15 @@ import numpy as np
 
 from insula.errors import InputError, InsulaError, NonFiniteError
 from insula.policy.modes import Chunk
+from insula.policy.speaking import Said
+from insula.shapes import Float, UInt8
 
 LATENCY_CALLS = 100  # of which the 99th percentile is almost the slowest
 Progress = Callable[[int, int], None]
+Look = Mapping[str, np.ndarray]
+"""How much of the expert's attention each patch of a camera's picture gets: float32 [rows, columns] by camera."""
+WAY_CAMERA = "front"
+"""Its picture shows where a chunk leads."""
 
 
 @runtime_checkable
@@ -36,28 +42,13 @@ class Acts(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class EpisodeResult:
-    """How one episode ended. `task`: what was asked; `swapped`: something else than the scene's own; `held_out`: in
-    words, or of pairs, that no demonstration has. `wrong_object`: at any time, a block lay where it was not asked for.
-    `credit`: the share of what was asked that was done in the end."""
+@runtime_checkable
+class Foresees(Protocol):
+    """A world that can say where a chunk would lead."""
 
-    seed: int
-    swapped: bool
-    success: bool
-    wrong_object: bool
-    steps: int
-    task: str
-    held_out: bool = False
-    credit: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Recording:
-    """What the cameras saw of an episode, side by side: `frames` uint8 [T + 1, h, cameras·w, 3]."""
-
-    episode: EpisodeResult
-    frames: np.ndarray
+    def chunk_pixels(self, chunk: np.ndarray, camera: str) -> np.ndarray:
+        """The way of the gripper in a camera's picture, (x, y) of [n + 1, 2], for actions [n, D] from here on."""
+        ...
 
 
 class Job(NamedTuple):
@@ -77,6 +68,59 @@ class Job(NamedTuple):
         """Of the environment's reset. None for the scene's own goal: not every world knows options."""
         asked: dict[str, Any] = {"swap": True} if self.swapped else {}
         return (asked | {"split": "held_out"} if self.held_out else asked) or None
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeResult:
+    """How one episode ended. `task`: what was asked; `swapped`: something else than the scene's own; `held_out`: in
+    words, or of pairs, that no demonstration has. `wrong_object`: at any time, a block lay where it was not asked for.
+    `credit`: the share of what was asked that was done in the end."""
+
+    seed: int
+    swapped: bool
+    success: bool
+    wrong_object: bool
+    steps: int
+    task: str
+    held_out: bool = False
+    credit: float = 0.0
+
+    @property
+    def job(self) -> Job:
+        """What was to be run."""
+        return Job(self.seed, self.swapped, self.held_out)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Planned:
+    """A plan of a recorded episode: what was seen at `step`, and the `chunk` from there on, of which the first steps
+    were executed. `pixels` [n + 1, 2]: its way in the picture of `WAY_CAMERA`; None where the world cannot say.
+
+    `said`, the subtask that is acted on, and `look`, where the expert looked, are known only after the evaluation
+    (`insula.evaluate.explained`).
+    """
+
+    step: int
+    observation: dict[str, Any]
+    chunk: Float[np.ndarray, "n D"]
+    pixels: Float[np.ndarray, "_ 2"] | None = None
+    said: Said | None = None
+    look: Look | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """What the cameras saw of an episode, side by side, with what was planned meanwhile, in order. `held`: steps in
+    which no chunk was due, so that the robot held; known only after the evaluation, too."""
+
+    episode: EpisodeResult
+    frames: UInt8[np.ndarray, "_ h width 3"]
+    plans: tuple[Planned, ...] = ()
+    held: tuple[int, ...] = ()
+
+    def planned(self, step: int) -> Planned | None:
+        """What is acted on at a step; None where that was not kept."""
+        return next((plan for plan in reversed(self.plans) if plan.step <= step), None)
 
 
 class _Lane:
@@ -100,11 +144,17 @@ class _Lane:
         self.steps = 0
 
         self.frames: list[np.ndarray] = []
+        self.plans: list[Planned] = []
         self._tape()
 
-    def play(self, actions: np.ndarray) -> None:
-        """Execute [n, D], or fewer where the episode ends."""
-        for action in actions:
+    def play(self, chunk: np.ndarray, steps: int) -> None:
+        """Execute the first `steps` of [n, D], or fewer where the episode ends."""
+        if self.taped:
+            world = self.env.unwrapped
+            pixels = world.chunk_pixels(chunk, WAY_CAMERA) if isinstance(world, Foresees) else None
+            self.plans.append(Planned(self.steps, self.seen(), chunk, pixels))
+
+        for action in chunk[:steps]:
             observation, _, terminated, truncated, info = self.env.step(action)
             self.observation = observation
             self.info = info
@@ -128,7 +178,8 @@ class _Lane:
         episode = EpisodeResult(seed, swapped, success, wrong, self.steps, self.task, held_out, done)
 
         # No frames says "not recorded"; `evaluate` drops these from its recordings.
-        return Recording(episode, np.stack(self.frames) if self.frames else np.empty((0, 0, 0, 3), np.uint8))
+        frames = np.stack(self.frames) if self.frames else np.empty((0, 0, 0, 3), np.uint8)
+        return Recording(episode, frames, tuple(self.plans))
 
     def _tape(self) -> None:
         if self.taped:
@@ -147,9 +198,9 @@ def run_episodes(
 ) -> tuple[list[Recording], list[dict[str, Any]]]:
     """Every job once, in the order in which they end. Also returns some observations on the way, for measuring latency.
 
-    `rows`: of each call of the policy. `taped`: scenes whose frames are kept. `told`: whether observations have the
-    true "subtask", as the world has it in its `info`. Raises InputError for chunks of the wrong shape, NonFiniteError
-    for one with NaN or infinity, and what a policy gives in place of a chunk.
+    `rows`: of each call of the policy. `taped`: scenes whose frames and plans are kept. `told`: whether observations
+    have the true "subtask", as the world has it in its `info`. Raises InputError for chunks of the wrong shape,
+    NonFiniteError for one with NaN or infinity, and what a policy gives in place of a chunk.
     """
     waiting, done, seen = deque(jobs), list[Recording](), list[dict[str, Any]]()
     lanes = [_Lane(env, told) for env in envs]
@@ -170,14 +221,14 @@ def run_episodes(
             seen.append(active[len(seen) % len(active)].seen())
 
         for lane, chunk in zip(active, _plan(policy, active, rows, replan_steps), strict=True):
-            lane.play(chunk)
+            lane.play(chunk, replan_steps)
             if not lane.busy:
                 done.append(lane.result())
                 tell(len(done), len(jobs))
 
 
 def _plan(policy: Acts, active: list[_Lane], rows: int, replan_steps: int) -> list[np.ndarray]:
-    """The next `replan_steps` actions [replan_steps, D] of every active lane."""
+    """A chunk [n, D] for every active lane, of at least `replan_steps` actions."""
     observations = [lane.seen() for lane in active]
     # Noise of scene and step, as the module says: what runs beside an episode, or before it, cannot change it.
     seeds = [(*lane.job.name, lane.steps) for lane in active]
@@ -187,7 +238,7 @@ def _plan(policy: Acts, active: list[_Lane], rows: int, replan_steps: int) -> li
         raise InputError(f"act_batch: got {len(chunks)} chunks, expected {rows}")
 
     # What fills the batch is not executed.
-    return [_check(chunk, lane, replan_steps)[:replan_steps] for lane, chunk in zip(active, chunks, strict=False)]
+    return [_check(chunk, lane, replan_steps) for lane, chunk in zip(active, chunks, strict=False)]
 
 
 def _check(chunk: Chunk, lane: _Lane, replan_steps: int) -> np.ndarray:

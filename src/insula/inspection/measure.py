@@ -11,8 +11,8 @@ from insula import flow
 from insula.batch import Batch, Observation
 from insula.compile import compiled_quickly
 from insula.decode.flow import sample_actions
+from insula.decode.look import expert_look
 from insula.losses import Targets, draw, expert_loss, scored_tokens
-from insula.model.attention import attend_with_memory, memory_weights
 from insula.model.backbone import run_backbone
 from insula.model.config import ModelConfig
 from insula.model.expert import Expert, run_expert
@@ -75,11 +75,7 @@ Measure = Callable[[Params, Batch, Bool[AnyArray, "H D"], PRNGKeyArray], SampleM
 def make_measure(config: ModelConfig) -> Measure:
     """A function of parameters, a batch of one, which values of a chunk its robot has, and a key; compiled once. In
     float32, whatever the config computes in."""
-    # Unrolled, since the expert's attention is watched by a function that is called for every layer, and a scan calls
-    # it once for all.
-    config = config.with_objective(flow_samples=EXPECTED_DRAWS).with_compute(
-        dtype="float32", scan_layers=False, remat="none"
-    )
+    config = config.with_objective(flow_samples=EXPECTED_DRAWS).with_compute(dtype="float32")
 
     def measure(params: Params, batch: Batch, has_value: Array, rng: PRNGKeyArray) -> SampleMeasures:
         targets = scored_tokens(batch, config)
@@ -146,18 +142,7 @@ def _flow_error(expert: Expert, config: ModelConfig, memory: Memory, batch: Batc
 
 
 def _expert_look(expert: Expert, config: ModelConfig, memory: Memory, batch: Batch, noise: Array) -> Array:
-    """[LOOK_TIMES, X, N, M+A], from the weights of every layer's attention."""
-    watched: list[Array] = []
-
-    # The attention itself does not return its weights: compute them beside it, layer by layer.
-    def attend(q: Array, k: Array, v: Array, memory_k: Array, memory_v: Array, memory_mask: Array, own: Array) -> Array:
-        watched.append(memory_weights(q, k, memory_k, memory_mask, own))
-        return attend_with_memory(q, k, v, memory_k, memory_v, memory_mask, own)
-
+    """[LOOK_TIMES, X, N, M+A], with one draw of noise."""
     time = jnp.asarray(LOOK_TIMES)[None]
     noisy = flow.add_noise(batch.actions[:, None], jnp.broadcast_to(noise, (1, len(LOOK_TIMES), *noise.shape)), time)
-    run_expert(expert, config, memory, batch.observation.state, noisy, time, attend)
-
-    weights = jnp.stack(watched, axis=1)[0]  # [X, K, A, N, M+A]
-    of_actions = weights[:, :, -config.horizon :]  # without the state's token
-    return jnp.mean(of_actions, axis=2).swapaxes(0, 1)
+    return expert_look(expert, config, memory, batch.observation.state, noisy, time)[0]

@@ -6,6 +6,6 @@ modes.py      FAST tokens → chunk; subtask → flow → chunk   TokenPolicy, S
 command.py    insula ask: a question about pictures
 """
 
-from insula.policy.acting import Inputs, Policy, Seed, join, noise_key
+from insula.policy.acting import Inputs, Policy, Seed, draw_noise, join, noise_key
 
-__all__ = ["Inputs", "Policy", "Seed", "join", "noise_key"]
+__all__ = ["Inputs", "Policy", "Seed", "draw_noise", "join", "noise_key"]

@@ -17,10 +17,11 @@ from insula.batch import Observation, Previous
 from insula.data.observe import Observer, check_raw, stack_images, stack_previous
 from insula.decode.flow import FLOW_STEPS, sample_actions
 from insula.errors import InputError, NonFiniteError, did_you_mean
+from insula.model.config import ModelConfig
 from insula.model.params import Params
 from insula.runs.assets import Assets
 from insula.runs.loading import load_model
-from insula.shapes import Array, Float, Shaped
+from insula.shapes import AnyArray, Array, Float, Shaped
 from insula.tokens.sequence import Tokenized
 
 Seed = Sequence[int]
@@ -87,9 +88,8 @@ class Policy:
         def chunk(
             params: Params, observation: Observation, keys: Shaped[Array, "B 2"], previous: Previous | None
         ) -> Array:
-            shape = (self.config.horizon, self.config.action_dim)
-            noise = jax.vmap(lambda key: jax.random.normal(jax.random.wrap_key_data(key, impl="threefry2x32"), shape))
-            return sample_actions(params, self.config, observation, noise(keys), steps, mask, previous)
+            noise = draw_noise(keys, self.config)
+            return sample_actions(params, self.config, observation, noise, steps, mask, previous)
 
         self._chunk = jax.jit(chunk)
 
@@ -187,3 +187,10 @@ def noise_key(*seed: int) -> np.ndarray:
     # On the host: folding in one integer after another would be a small program on the device for each row.
     text = ",".join(str(int(number)) for number in seed)
     return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), "<u4").astype(np.uint32)
+
+
+def draw_noise(keys: Shaped[AnyArray, "B 2"], config: ModelConfig) -> Float[Array, "B H D"]:
+    """The noise that chunks start from, of the keys that `noise_key` made."""
+    shape = (config.horizon, config.action_dim)
+    draw = jax.vmap(lambda key: jax.random.normal(jax.random.wrap_key_data(key, impl="threefry2x32"), shape))
+    return draw(keys)

@@ -1,7 +1,6 @@
 """What `insula ask` does."""
 
 import dataclasses
-import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -74,7 +73,7 @@ def run_ask(config: AskConfig) -> None:
 
     (said,) = speaker.ask(images, [config.question], grammar(speaker, config))
     print(said.check("the answer"))
-    print(f"probability {math.exp(sum(said.log_probs)):.3g}, {len(said.tokens)} tokens", file=sys.stderr)
+    print(f"probability {said.probability:.3g}, {len(said.tokens)} tokens", file=sys.stderr)
 
 
 def read_pictures(given: tuple[str, ...]) -> dict[str, np.ndarray]:

@@ -118,6 +118,10 @@ class SubtaskPolicy:
         chunks = self.policy.act_batch([o for o, _ in told], seeds)
         return [chunk if error is None else error for chunk, (_, error) in zip(chunks, told, strict=True)]
 
+    def current(self, episode: tuple[int, ...], step: int) -> Said:
+        """What is acted on at a step of an episode in which subtasks were said."""
+        return next(one.said for one in reversed(self.spoken[episode]) if one.since <= step)
+
     def _listen(self, observations: list[dict[str, Any]], seeds: Sequence[Seed]) -> None:
         """Have the subtasks said that are due."""
         due = {}
@@ -141,8 +145,7 @@ class SubtaskPolicy:
             return observation, None
 
         *episode, step = seed
-        current = next(one.said for one in reversed(self.spoken[tuple(episode)]) if one.since <= step)
         try:
-            return observation | {"subtask": current.check("the subtask")}, None
+            return observation | {"subtask": self.current(tuple(episode), step).check("the subtask")}, None
         except DecodeError as error:
             return observation, error

@@ -1,6 +1,7 @@
 """What a policy's backbone says: FAST tokens, subtasks and answers are decoded by one compiled program."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -25,6 +26,11 @@ class Said:
     log_probs: list[float]
     ended: bool
     text: str
+
+    @property
+    def probability(self) -> float:
+        """That the model says exactly this."""
+        return math.exp(sum(self.log_probs))
 
     def check(self, what: str) -> str:
         """The text. Raises DecodeError where it never ended."""

@@ -25,7 +25,7 @@ import numpy as np
 from gymnasium import spaces
 
 from insula.errors import InputError, did_you_mean
-from insula.worlds.tabletop.facts import Block, Bowl, Distractor, Facts, Table, look
+from insula.worlds.tabletop.facts import Block, Bowl, Distractor, Facts, Table, look, project
 from insula.worlds.tabletop.goals import Goal, achieved, credit, misplaced, subtask
 from insula.worlds.tabletop.instructions import check_color
 from insula.worlds.tabletop.rendering import Renderer
@@ -211,6 +211,20 @@ class TabletopEnv(gymnasium.Env):
         names += [f"{d.color} {d.shape}" for d in table.distractors]
         bodies = dict(zip(names, [*self._blocks, *self._bowls, *self._distractors], strict=True))
         return look(self.model, self.data, table, bodies, self.image_size)
+
+    def chunk_pixels(self, chunk: np.ndarray, camera: str = "front") -> np.ndarray:
+        """Where the fingertips would go if every move of a chunk [H, 7] came out as it says: pixels float64 [H + 1, 2]
+        (x, y from the top left) of a camera as it stands now. The first is where they are.
+
+        Raises InputError for a camera that is not there and as `check_action`, RuntimeError before the first reset.
+        """
+        if camera not in CAMERAS:
+            raise InputError(f"camera: got {camera!r}, expected one of {', '.join(CAMERAS)}")
+
+        points = [self.table().gripper]
+        for action in chunk:
+            points.append(np.clip(points[-1] + MAX_STEP * check_action(action)[:3], GRIPPER_LOW, GRIPPER_HIGH))
+        return project(self.model, self.data, camera, np.stack(points), self.image_size)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,6 @@ from insula.model.config import ModelConfig
 from insula.model.vision import resize
 from insula.tokens.dialects import Form
 
-
 TITLES: dict[Form | None, str] = {
     None: "question → answer",
     Form.FLAT: "task → actions",

@@ -77,9 +77,11 @@ class Listener:
 
         free = hear(anything(vocab, self.tokenizer.stop_id), source.robot)
         try:
-            return Speech(free, hear(self._grammar_of(source.robot), source.robot))
+            grammar = self._grammar_of(source.robot)
         except InputError as error:
             return Speech(free, unbound=str(error))
+
+        return Speech(free, hear(grammar, source.robot))
 
     def _grammar_of(self, robot: Robot) -> Grammar:
         """Raises InputError where the codec cannot spell every chunk, or none within the limit."""
@@ -97,7 +99,7 @@ class Listener:
 
         tokens = said.row(0)
         scores = jax.device_get(self._score(params, _answered(batch, asked, tokens)))
-        chunk = robot and self.tokenizer.actions_from(tokens, robot.horizon, robot.action_dim)
+        chunk = None if robot is None else self.tokenizer.actions_from(tokens, robot.horizon, robot.action_dim)
         return Utterance(tokens, bool(said.ended[0]), scores, chunk)
 
 

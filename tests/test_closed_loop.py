@@ -1,6 +1,8 @@
 """Closed-loop evaluation: it says 100 % of an expert, 0 % of an idler, and catches a policy that does not listen."""
 
+import contextlib
 import json
+import time
 from typing import Any
 
 import av
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from insula.errors import DecodeError, InputError, InsulaError
 from insula.evaluate.closed_loop import ClosedLoop, evaluate, measure_latency
 from insula.evaluate.episodes import EpisodeResult, Recording
 from insula.evaluate.intervals import wilson
@@ -164,6 +167,17 @@ def test_latency_calls_act_alone(of_expert) -> None:
 
     measure_latency(Noting(np.zeros((1, 7))), [{"n": 0}, {"n": 1}], calls=4)
     assert calls == [0, 1, 0, 1, 0, 1, 0, 1, 0]  # warm-up first
+
+
+@pytest.mark.parametrize(("error", "is_one"), [(DecodeError, False), (InputError, True)])
+def test_a_chunk_that_was_not_said_has_its_latency_too(error: type[InsulaError], is_one: bool) -> None:
+    class Mute(Constant):
+        def act(self, observation: dict[str, Any]) -> np.ndarray:
+            time.sleep(0.002)
+            raise error("nothing was said")
+
+    with pytest.raises(error) if is_one else contextlib.nullcontext():
+        assert measure_latency(Mute(np.zeros((1, 7))), [{}], calls=4)["p50"] >= 2
 
 
 # --- what it refuses ------------------------------------------------------------------------------------------------

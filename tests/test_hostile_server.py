@@ -19,6 +19,7 @@ from websockets.sync.server import ServerConnection, serve
 
 from insula.cli import execute
 from insula.client import Client, Loop, Recorder, RuntimeConfig, Stitching, Summary
+from insula.client.connection import read_reply
 from insula.client.protocol import pack, unpack
 from insula.errors import InputError, ProtocolError, ServerError
 
@@ -171,6 +172,22 @@ def test_what_are_no_actions_of_this_robot_is_not_executed(chunk: Any) -> None:
         _, summary = drive(url, arm=arm)
     assert summary.refused > 0
     assert all(action.shape == (3,) and (action == 1).all() for action in executed(arm))
+
+
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        ({"subtask": "lift it", "subtask_age": 2}, ("lift it", 2)),
+        ({"subtask": "a\n\x1b[2J" + "b" * 9000, "subtask_age": -1}, ("a  [2J" + "b" * 1994, None)),
+        ({"subtask": ["lift"], "subtask_age": True}, (None, None)),
+        ({"subtask": None, "subtask_age": "old"}, (None, None)),
+        ({}, (None, None)),
+    ],
+    ids=str,
+)
+def test_a_subtask_is_a_line_of_text_or_none(said: dict[str, Any], read: tuple[str | None, int | None]) -> None:
+    reply = read_reply({"actions": GOOD} | said, 1.0)
+    assert (reply.subtask, reply.subtask_age) == read
 
 
 @pytest.mark.parametrize("stitching", list(Stitching))

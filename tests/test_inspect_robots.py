@@ -1,7 +1,7 @@
 """The policy for inspect-robots, as that package runs it. Skipped where it is not installed."""
 # ruff: noqa: E402 - the first import decides whether there are others
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,9 @@ from inspect_robots.task import Task
 from inspect_robots.types import Action, Observation, StepResult
 from live_server import OBSERVATION, Scripted, serving, small_policy
 
-from insula.errors import InputError, ServerError
+from insula.errors import InputError, InsulaError, ServerError
 from insula.policy import Policy
+from insula.serve.observations import Request
 from insula.serve.policy_backend import PolicyBackend
 
 STEPS = 10
@@ -120,6 +121,28 @@ def test_it_acts_as_the_policy_itself() -> None:
     assert seen["task"] == "put it away"
     for camera in ("front", "wrist"):
         np.testing.assert_array_equal(seen["images"][camera], OBSERVATION["images"][camera])
+
+
+class Thinking(Scripted):
+    """Its subtasks are numbered."""
+
+    def think(self, requests: Sequence[Request], size: int) -> list[str | InsulaError]:
+        self.said = getattr(self, "said", 0) + 1
+        return [f"subtask {self.said}"] * len(requests)
+
+
+def test_what_a_server_remembers_ends_with_a_scene() -> None:
+    backend = Thinking(metadata=METADATA)
+    with serving(backend, subtask_every=1e6) as url:
+        adapter = resolve("policy", "insula", url=url, cameras="front=top", state="gripper,joint_pos")
+        for number in range(2):
+            adapter.reset(Scene(str(number), "put it away"))
+            for _ in range(2):
+                adapter.act(Arm().observe(None))
+        adapter.close()
+
+    said = [request.observation["subtask"] for request in backend.asked]
+    assert said == ["subtask 1", "subtask 1", "subtask 2", "subtask 2"]
 
 
 METADATA = {

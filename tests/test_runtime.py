@@ -137,6 +137,14 @@ def test_a_first_observation_that_is_refused_ends_it_with_the_reason() -> None:
         drive(world, steps=5)
 
 
+@pytest.mark.parametrize("kind", ["undecoded", "stale", "overloaded"])
+def test_a_first_refusal_that_says_nothing_of_the_next_is_held_through(kind: str) -> None:
+    world = World()
+    world.errors[0] = ProtocolError(kind, "", "not this time")
+    arm, summary = drive(world, steps=6)
+    assert summary.refused == 1 and arm.done[:5] == [None, None, None, None, 200.0]
+
+
 def test_a_later_refusal_is_counted_and_held_through() -> None:
     world = World(horizon=3)
     world.errors[2] = ProtocolError("stale", "", "waited")
@@ -159,6 +167,15 @@ def test_a_delay_longer_than_the_policy_was_trained_for_is_not_sent() -> None:
     world.metadata = {"rtc_max_delay": 2}
     drive(world, steps=10, stitching=Stitching.RTC)
     assert all("previous" not in asked for asked in world.asked)
+
+
+def test_what_is_left_is_not_sent_where_no_chunk_goes_on_from_it() -> None:
+    """Not even where an answer takes no step at all."""
+    for most, sent in ((0, False), (None, True)):
+        world = World(delay=lambda step: 0)
+        world.metadata = {"rtc_max_delay": most}
+        drive(world, steps=10, stitching=Stitching.RTC)
+        assert any("previous" in asked for asked in world.asked) is sent
 
 
 def test_steps_that_were_missed_are_left_out_and_never_made_up_for() -> None:

@@ -12,6 +12,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor
 
 from insula.client.connection import KEY_VARIABLE, Client
+from insula.errors import InputError
 from lerobot_policy_insula.configuration_insula import InsulaConfig
 
 IMAGES, STATE = "observation.images.", "observation.state"
@@ -42,8 +43,9 @@ class InsulaPolicy(PreTrainedPolicy):
         self.config._save_pretrained(Path(save_directory))
 
     def reset(self) -> None:
-        """Forget what was not executed."""
+        """Forget what was not executed, and let the server forget: it knows a subtask as long as a connection."""
         self._due.clear()
+        self.client.close()
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Tensor], **_: Any) -> Tensor:
@@ -55,9 +57,12 @@ class InsulaPolicy(PreTrainedPolicy):
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Tensor], **_: Any) -> Tensor:
-        """A chunk [B, H, D], one request for each row."""
+        """A chunk [B, H, D], one request for each row. Raises InputError for several rows where the server would take
+        them for one robot's."""
         tasks = batch.get("task", "")
         rows = len(batch[STATE])
+        if rows > 1 and self.client.metadata.get("mode") == "subtask":
+            raise InputError(f"{rows} robots over one connection, but the server remembers one subtask for each; use 1")
         tasks = [tasks] * rows if isinstance(tasks, str) else list(tasks)
         chunks = [self.client.infer(self._observation(batch, row, tasks[row])).actions for row in range(rows)]
         return torch.from_numpy(np.stack(chunks)).float().to(self.config.device)

@@ -29,13 +29,16 @@ REPLY_LIMITS = dataclasses.replace(LIMITS, message=64 * 2**20, numbers=2**22)
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reply:
     """`actions` [H, D] in the robot's units. Milliseconds: `infer_ms` in the policy, `server_ms` in the server with all
-    waiting, `round_trip_ms` as seen from here."""
+    waiting, `round_trip_ms` as seen from here. `subtask`: what they were chosen for, in words, where the server acts on
+    subtasks; `subtask_age`: how many requests ago it was seen to be next, 0 for one that was told."""
 
     actions: np.ndarray
     round_trip_ms: float
     infer_ms: float | None
     server_ms: float | None
     raw: dict[str, Any]
+    subtask: str | None = None
+    subtask_age: int | None = None
 
 
 class Client:
@@ -117,7 +120,8 @@ class Client:
             pause = min(2 * pause, LONGEST_WAIT)
 
     def infer(self, observation: Mapping[str, Any]) -> Reply:
-        """The next actions. `observation`: {"images": {camera: uint8 [h, w, 3]}, "state": [S], "task": str}.
+        """The next actions. `observation`: {"images": {camera: uint8 [h, w, 3]}, "state": [S], "task": str},
+        and "subtask": str to tell a server that acts on subtasks what to do now.
 
         Raises ServerError where the server is gone or does not answer in time (the connection is closed then: a late
         reply would be taken for the next one's), ProtocolError where it refuses the observation, which says why.
@@ -230,7 +234,10 @@ def read_reply(answer: dict[str, Any], round_trip_ms: float) -> Reply:
         _milliseconds(answer, "policy_timing", "infer_ms"),
         _milliseconds(answer, "server_timing", "total_ms"),
     )
-    return Reply(actions, round_trip_ms, infer, server, answer)
+    subtask, age = answer.get("subtask"), answer.get("subtask_age")
+    subtask = printable(subtask) if isinstance(subtask, str) else None
+    age = age if isinstance(age, int) and not isinstance(age, bool) and 0 <= age < 1e9 else None
+    return Reply(actions, round_trip_ms, infer, server, answer, subtask, age)
 
 
 def _milliseconds(answer: dict[str, Any], part: str, name: str) -> float | None:

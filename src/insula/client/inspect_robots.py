@@ -69,8 +69,9 @@ class InsulaPolicy(PolicyBase):
             self._state = tuple(one.key for one in described.fields)
 
     def reset(self, scene: Scene) -> None:
-        """Remember the instruction; the server remembers nothing."""
+        """Remember the instruction, and let the server forget: it may know a subtask for as long as a connection."""
         self._task = scene.instruction
+        self.client.close()
 
     def act(self, observation: Observation) -> ActionChunk:
         """Ask the server. Raises as `Client.infer`."""

@@ -3,6 +3,7 @@
     server ─► client   metadata, once                                    msgpack, one binary message
     client ─► server   an observation                                    msgpack, one binary message
     server ─► client   {"actions", "policy_timing", "server_timing"}     msgpack, one binary message
+                       and where it acts on subtasks {"subtask", "subtask_age"}
            or          {"error", "field", "message"}                     JSON, one text message
 
 As openpi-client writes them, arrays are maps {b"__ndarray__": True, b"data", b"dtype", b"shape"}, and scalars
@@ -58,6 +59,12 @@ class ErrorKind(enum.StrEnum):
     """The API key is missing or wrong. Never sent as a frame: such a connection is refused."""
     FAILED = "failed"
     """The policy failed, or its actions were not finite. Never answered by zeros."""
+    UNDECODED = "undecoded"
+    """What the policy said is no chunk, or no subtask: of another observation it may say one."""
+
+
+PASSING = frozenset({"superseded", "stale", "overloaded", "stopping", "undecoded"})
+"""Kinds that say nothing of the next observation."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 {"step": 12, "time": 1.2, "state": [...], "action": [...] or null, "origin": 10, "connected": true}
 {"step": 12, "of": 10, "chunk": [[...]], "round_trip_ms": 31.2, "infer_ms": 24.9, "server_ms": 25.6}
+                            of a server that acts on subtasks also "subtask": "...", "subtask_age": 3
 {"step": 12, "error": "..."}
 
 Pictures are kept as PNG files beside it, every `every` steps: pictures/000012_front.png. `insula replay` shows it.
@@ -71,7 +72,8 @@ class Recorder:
     def reply(self, of: int, step: int, reply: Reply) -> None:
         """A chunk for what was seen at step `of`, there at `step`."""
         times = {"round_trip_ms": reply.round_trip_ms, "infer_ms": reply.infer_ms, "server_ms": reply.server_ms}
-        self._write({"step": step, "of": of, "chunk": [_numbers(row) for row in reply.actions], **times})
+        subtask = {"subtask": reply.subtask, "subtask_age": reply.subtask_age} if reply.subtask is not None else {}
+        self._write({"step": step, "of": of, "chunk": [_numbers(row) for row in reply.actions], **times, **subtask})
 
     def error(self, step: int, message: str) -> None:
         """What was asked at `step` was not answered."""

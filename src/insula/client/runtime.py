@@ -21,7 +21,7 @@ import numpy as np
 
 from insula.client.connection import Client, Reply
 from insula.client.plan import Plan, Stitching
-from insula.client.protocol import ErrorKind
+from insula.client.protocol import PASSING, ErrorKind
 from insula.client.record import Recorder, Tick
 from insula.errors import InputError, InsulaError, ProtocolError, ServerError
 
@@ -131,8 +131,8 @@ class Loop:
     def run(self, steps: int | None = None, should_stop: Callable[[], bool] = lambda: False) -> Summary:
         """Act until control step `steps`, or until told to stop. The robot is left holding.
 
-        Raises ProtocolError where the very first observation is refused, because every other one would be, too, and
-        where the API key is wrong.
+        Raises ProtocolError where the very first observation is refused for what it is, because every other one would
+        be, too, and where the API key is wrong.
         """
         self._started = self._clock()
         step = taken = held = 0
@@ -231,16 +231,20 @@ class Loop:
         if left is not None and self._asker.connected:
             delay = min(max(self._delays, default=1), len(left))
 
-            # Farther than it was trained to be given, a policy would refuse: then it starts a chunk of its own.
+            # Farther than it was trained to be given, a policy would refuse, and with 0 whatever it is given: then it
+            # starts a chunk of its own.
             most = self._asker.client.metadata.get("rtc_max_delay")
-            if most is None or delay <= most:
+            if most is None or delay <= most > 0:
                 request["previous"] = {"actions": left, "delay": delay}
         return request
 
 
 def _is_final(error: InsulaError, step: int) -> bool:
     """Whether asking again can only fail again."""
-    return isinstance(error, ProtocolError) and (step == 0 or error.kind == ErrorKind.UNAUTHORIZED)
+    if not isinstance(error, ProtocolError) or error.kind in PASSING:
+        return False
+
+    return step == 0 or error.kind == ErrorKind.UNAUTHORIZED
 
 
 class _Asker:

@@ -37,7 +37,8 @@ class EvaluateConfig:
     step: int | None = None
     """Which of its checkpoints; the newest unless told."""
     server: str | None = None
-    """In place of a run: address of a policy server, as ws://127.0.0.1:8000. Its noise is by the server's own --seed.
+    """In place of a run: address of a policy server, as ws://127.0.0.1:8000. Its noise is by the server's own --seed,
+    its mode the server's own --mode; in mode subtask it says one for every chunk.
     An API key is taken from the environment's INSULA_API_KEY."""
     certificate: Path | None = None
     """Certificates to trust, for a server at wss://."""
@@ -86,7 +87,7 @@ class EvaluateConfig:
             raise InputError("expected a run, or --server with an address, and not both")
         if self.mode is not Mode.FLOW and self.run is None:
             raise InputError(f"--mode {self.mode} needs a run: a server has its own mode")
-        if self.told and self.mode is not Mode.SUBTASK:
+        if self.told and self.mode is not Mode.SUBTASK and self.server is None:
             raise InputError("--told is for --mode subtask: without it no subtask is read")
 
     @property
@@ -111,7 +112,8 @@ def jump_percentiles(jumps: Sequence[float]) -> dict[str, float]:
 
 
 def load_policy(config: EvaluateConfig) -> Acts:
-    """Raises as `Policy.load`, or as `Client.connect`."""
+    """Raises as `Policy.load`, or as `Client.connect`, and InputError where a server is told subtasks that it does not
+    read."""
     if config.server is None:
         assert config.run is not None
         policy = Policy.load(config.run, config.step, config.seed, robot=config.robot)
@@ -125,6 +127,8 @@ def load_policy(config: EvaluateConfig) -> Acts:
     trusted = None if config.certificate is None else str(config.certificate)
     client = Client(config.server, os.environ.get(KEY_VARIABLE), certificate=trusted)
     client.connect()  # now, rather than in the middle of the first scene
+    if config.told and client.metadata.get("mode") != Mode.SUBTASK:
+        raise InputError(f"--told: {config.server} reads no subtask; start it with --mode subtask")
     return ServedPolicy(client)
 
 

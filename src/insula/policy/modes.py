@@ -15,7 +15,7 @@ import numpy as np
 
 from insula.checks import check_integer
 from insula.errors import DecodeError, InsulaError
-from insula.policy.acting import Policy, Seed
+from insula.policy.acting import Inputs, Policy, Seed
 from insula.policy.speaking import Said, Speaker
 from insula.shapes import Float
 from insula.tokens.fast_grammar import action_grammar
@@ -54,8 +54,13 @@ class TokenPolicy:
 
     def act_batch(self, observations: list[dict[str, Any]], seeds: Sequence[Seed]) -> list[Chunk]:
         """A chunk for each observation, or a DecodeError. Raises InputError as `Policy.act_batch`."""
-        said = self.speaker.say(self.policy.observe(observations), seeds, self.grammar)
-        return [self._chunk(one, np.asarray(o["state"])) for one, o in zip(said, observations, strict=True)]
+        seen = self.policy.observe(observations)
+        return self.sample(Inputs(seen, None, np.stack([o["state"] for o in observations])), seeds)
+
+    def sample(self, inputs: Inputs, seeds: Sequence[Seed]) -> list[Chunk]:
+        """A chunk for each row of `inputs`, or a DecodeError. What is left of a last chunk is not gone on from."""
+        said = self.speaker.say(inputs.observation, seeds, self.grammar)
+        return [self._chunk(one, state) for one, state in zip(said, inputs.state, strict=True)]
 
     def _chunk(self, said: Said, state: np.ndarray) -> Chunk:
         robot = self.policy.robot

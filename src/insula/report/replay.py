@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ MOST_POINTS = 2000
 MOST_PICTURES = 12
 """Of one camera."""
 MOST_ERRORS = 20
+MOST_SUBTASKS = 200
 LARGEST = 1e30
 MOST_DIMENSIONS = 16
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -99,9 +101,11 @@ def _check_numbers(row: dict[str, Any], where: str, *names: str) -> None:
         value = row.get(name)
         if not _is_number(value):
             raise InputError(f"{where}: {name} is {value!r:.60}, expected a number")
-    for name in ("origin", "infer_ms", "server_ms"):
+    for name in ("origin", "infer_ms", "server_ms", "subtask_age"):
         if row.get(name) is not None and not _is_number(row[name]):
             raise InputError(f"{where}: {name} is {row[name]!r:.60}, expected a number or null")
+    if not isinstance(row.get("subtask", ""), str):
+        raise InputError(f"{where}: subtask is {row['subtask']!r:.60}, expected text")
     for name in ("state", "action"):
         values = row.get(name) or []
         if not isinstance(values, list) or not all(map(_is_number, values)):
@@ -125,6 +129,7 @@ def render_replay(folder: Path, log: Log) -> str:
             torn,
             _section("What happened", _facts(log)),
             _section("How long the robot waited", _waits(log)),
+            _subtasks(log),
             _section("What it was told", _numbers(log, "action", "Actions; gaps are steps in which it held")),
             _section("What it felt", _numbers(log, "state", "State")),
             _section("What it saw", _pictures(folder / PICTURES_FOLDER)),
@@ -180,6 +185,23 @@ def _waits(log: Log) -> Html | None:
     rows["delay, steps"] = _thinned([(row["step"], row["step"] - row["of"]) for row in log.replies])
     shown = {name: points for name, points in rows.items() if np.isfinite(points[1]).any()}
     return strip_chart("Replies, milliseconds", shown, "control step")
+
+
+def _subtasks(log: Log) -> Html | None:
+    """A row for each stretch of replies with the same one; nothing of a server that acts on none."""
+    told = [(printable(row["subtask"], 300), row) for row in log.replies if "subtask" in row]
+    stretches = [list(rows) for _, rows in itertools.groupby(told, key=lambda one: one[0])]
+    if not stretches:
+        return None
+
+    shown: list[list[Any]] = []
+    for stretch in stretches[:MOST_SUBTASKS]:
+        (subtask, first), ages = stretch[0], [row.get("subtask_age") or 0 for _, row in stretch]
+        shown.append([subtask, f"{first['of']:,}", f"{len(stretch):,}", f"{max(ages):,}"])
+    more = len(stretches) - len(shown)
+    rest = tag("p", f"The first {len(shown):,}; {more:,} more followed.") if more else ""
+    table = html_table(["subtask", "from step", "replies", "oldest, requests"], shown)
+    return _section("What it was to do", Html(table + rest))
 
 
 def _numbers(log: Log, part: str, title: str) -> Html | None:

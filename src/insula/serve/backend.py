@@ -1,15 +1,19 @@
 """What answers requests: a policy on a thread of its own, so that nothing on the network waits for arithmetic."""
 
 import asyncio
+import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from insula.errors import InsulaError
 from insula.serve.observations import Request
+
+log = logging.getLogger(__name__)
 
 _Answer = TypeVar("_Answer")
 Answer = np.ndarray | InsulaError
@@ -31,6 +35,15 @@ class Backend(Protocol):
 
     def answer(self, requests: Sequence[Request], size: int) -> list[Answer]:
         """One for each request; the batch is filled up to `size`. A bad request fails alone."""
+        ...
+
+
+@runtime_checkable
+class Thinks(Protocol):
+    """A backend whose requests have a "subtask" in their observation, and that can say what it should be."""
+
+    def think(self, requests: Sequence[Request], size: int) -> list[str | InsulaError]:
+        """The subtask of each request, or why there is none. Else as `Backend.answer`."""
         ...
 
 
@@ -59,6 +72,27 @@ class Worker:
             # The loop is closed where the server gave up waiting.
             if not loop.is_closed():
                 loop.call_soon_threadsafe(_settle, done, outcome, failed)
+
+
+async def in_one_call(
+    worker: Worker,
+    method: Callable[[Sequence[Request], int], list[_Answer | InsulaError]],
+    requests: Sequence[Request],
+    sizes: Sequence[int],
+) -> tuple[list[_Answer | InsulaError], float]:
+    """What a method of the backend answers, in a batch of the next of `sizes`, and the seconds it took. Where it breaks
+    there is an error for each request."""
+    size = next(size for size in sizes if size >= len(requests))
+    started = time.perf_counter()
+    answers: list[_Answer | InsulaError]
+    try:
+        answers = await worker.call(method, requests, size)
+    except Exception:
+        # A fault of ours. The log has all of it, a reply nothing: neither paths nor code are a client's business.
+        log.exception("a batch of %d failed", len(requests))
+        answers = [InsulaError("the policy failed; the server's log says how") for _ in requests]
+
+    return answers, time.perf_counter() - started
 
 
 def _settle(done: asyncio.Future, outcome: Any, failed: BaseException | None) -> None:

@@ -14,6 +14,7 @@ from insula.serve.guard import make_guard, make_tls, read_key
 from insula.serve.observations import parse_renames
 from insula.serve.policy_backend import PolicyBackend
 from insula.serve.server import PolicyServer
+from insula.serve.worded import BACKENDS
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ def run_serve(config: ServeConfig) -> None:
         renames,
         config.max_connections,
         config.idle_s,
+        config.subtask_every_s,
     )
     with contextlib.closing(listen(config.host, config.port)) as listening:
         scheme = "ws" if tls is None else "wss"
@@ -52,4 +54,4 @@ def load_backend(config: ServeConfig) -> PolicyBackend:
     """Raises as `Policy.load`."""
     policy = Policy.load(config.run, config.step, config.seed, config.robot)
     certificate = stored_certificate(assets_folder(config.run, config.step) / CERTIFICATE_FILE)
-    return PolicyBackend(policy, config.run.resolve().name, str(certificate["outcome"]))
+    return BACKENDS[config.mode](policy, config.run.resolve().name, str(certificate["outcome"]))

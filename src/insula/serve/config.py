@@ -7,6 +7,7 @@ import tyro
 
 from insula.checks import check_integer, check_number, check_seed
 from insula.errors import InputError
+from insula.policy.modes import Mode
 
 LARGEST_BATCH = 256
 
@@ -22,6 +23,10 @@ class ServeConfig:
     """Checkpoint to serve; the newest unless given."""
     robot: str | None = None
     """Which one to act for, where the run was trained on several."""
+    mode: Mode = Mode.FLOW
+    """flow; tokens: FAST tokens decoded to chunks; subtask: say the subtask, then act on it by flow."""
+    subtask_every_s: float = 1.0
+    """In mode subtask: seconds after which a robot's subtask is said again, while it acts on the last one."""
     seed: int = 0
     """Of the policy's noise."""
     host: str = "127.0.0.1"
@@ -51,6 +56,7 @@ class ServeConfig:
         check_integer("max_connections", self.max_connections, 1, 4096)
         check_number("max_wait_ms", self.max_wait_ms, "from 0 to 1000", lambda ms: 0 <= ms <= 1000)
         check_number("idle_s", self.idle_s, "≥ 1", lambda seconds: seconds >= 1)
+        check_number("subtask_every_s", self.subtask_every_s, "≥ 0", lambda seconds: seconds >= 0)
         check_seed("seed", self.seed)
         if not self.host:  # the library would take it for every address
             raise InputError("host is empty; 127.0.0.1 is this machine alone, 0.0.0.0 every address")

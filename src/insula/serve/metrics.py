@@ -21,6 +21,10 @@ class Metrics:
         )
         self._waited = Histogram("insula_wait_seconds", "Time in line", buckets=BUCKETS, registry=self.registry)
         self._inferred = Histogram("insula_infer_seconds", "One batch", buckets=BUCKETS, registry=self.registry)
+        self._thoughts = Counter("insula_thoughts", "Subtasks by outcome", ["outcome"], registry=self.registry)
+        self._thinking = Histogram(
+            "insula_think_seconds", "One batch of thoughts", buckets=BUCKETS, registry=self.registry
+        )
         self._batches = Histogram(
             "insula_batch_size", "Requests of one batch", buckets=(1, 2, 4, 8, 16, 32, 64), registry=self.registry
         )
@@ -41,6 +45,12 @@ class Metrics:
         """One call of the policy."""
         self._batches.observe(size)
         self._inferred.observe(seconds)
+
+    def thought(self, said: int, failed: int, seconds: float) -> None:
+        """One batch of thoughts: those that gave a subtask, and those that did not."""
+        self._thoughts.labels("said").inc(said)
+        self._thoughts.labels("failed").inc(failed)
+        self._thinking.observe(seconds)
 
     def unwanted(self) -> None:
         """A chunk was made for a robot that has gone."""

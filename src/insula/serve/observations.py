@@ -3,6 +3,7 @@
     images / image  {camera: uint8 [h, w, 3]}      state  [S]      task or prompt  text
     max_age_ms      milliseconds after which the answer would be of no use; it is not worked on then
     seed            integers that the noise is drawn by: the same chunk again, wherever and whenever
+    subtask         text: the step of the task to do now, where the server acts on subtasks
     previous        {"actions": [n, D], "delay": steps}: what is left of the last chunk, for real-time chunking
 
 Maps may be nested or flat, with dots or slashes, behind "observation" or not: `observation/image/front`,
@@ -27,11 +28,13 @@ _WHOLE = ("previous",)
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What `Policy.act` takes, and how it is to be answered."""
+    """What `Policy.act` takes, and how it is to be answered. `subtask` is beside the observation, as it came: a server
+    that acts on none does not look at it."""
 
     observation: dict[str, Any]
     seed: tuple[int, ...] | None = None
     max_age_ms: float | None = None
+    subtask: Any = None
 
 
 Renames = Mapping[str, str]
@@ -67,12 +70,15 @@ def read_request(message: Mapping[str, Any], renames: Renames) -> Request:
             found[place] = found.pop(name)
 
     observation: dict[str, Any] = {"images": {}}
+    subtask = None
     for name, value in found.items():
         place = _canonical(name)
         if place.startswith("images."):
             observation["images"][place.removeprefix("images.")] = value
         elif place in ("state", "task", "previous"):
             observation[place] = value
+        elif place == "subtask":
+            subtask = value
 
     if parts:
         arrays = [np.atleast_1d(_numbers(part, "state")) for part in parts]
@@ -82,7 +88,7 @@ def read_request(message: Mapping[str, Any], renames: Renames) -> Request:
     elif "state" in observation:
         observation["state"] = _numbers(observation["state"], "state")
 
-    return Request(observation, _seed(found.get("seed")), _max_age(found.get("max_age_ms")))
+    return Request(observation, _seed(found.get("seed")), _max_age(found.get("max_age_ms")), subtask)
 
 
 def _leaves(message: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, Any]]:

@@ -28,13 +28,15 @@ from websockets.http11 import Response
 
 from insula.client.protocol import LIMITS, ErrorKind, error_frame, pack, unpack
 from insula.errors import ProtocolError
-from insula.serve.backend import Backend, Worker
-from insula.serve.batching import Batcher, Done, Ticket
+from insula.serve.backend import Backend, Thinks, Worker
+from insula.serve.batching import Batcher
 from insula.serve.guard import Guard
 from insula.serve.metrics import CONTENT_TYPE, Metrics
 from insula.serve.observations import Renames, read_request
 from insula.serve.sockets import Bounded, quiet
 from insula.serve.status import RELOAD_S, render_status
+from insula.serve.thinking import Mind, Thinker
+from insula.serve.tickets import Done, Subtask, Ticket
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ OUTSTANDING = 4
 
 @dataclass(eq=False)
 class Robot:
-    """One connection, as the page shows it."""
+    """One connection, as the page shows it; `subtask` is what its last chunk was for."""
 
     address: str
     since: float = field(default_factory=time.time)
@@ -65,6 +67,8 @@ class Robot:
     refused: int = 0
     last_ms: float | None = None
     owed: int = 0
+    subtask: Subtask | None = None
+    mind: Mind = field(default_factory=Mind)
 
 
 @dataclass(eq=False)
@@ -77,7 +81,8 @@ class Owed:
 
 
 class PolicyServer:
-    """`load` makes the backend, on the policy's thread. Then `run` until `stop`."""
+    """`load` makes the backend, on the policy's thread. Then `run` until `stop`. `subtask_every`: seconds after which
+    what a robot is to do is said again, by a backend that thinks."""
 
     def __init__(
         self,
@@ -88,6 +93,7 @@ class PolicyServer:
         renames: Renames | None = None,
         max_connections: int = 64,
         idle: float = 600.0,
+        subtask_every: float = 1.0,
     ) -> None:
         self.metrics = Metrics()
         self.robots: dict[ServerConnection, Robot] = {}
@@ -101,6 +107,7 @@ class PolicyServer:
         self._renames = renames or {}
         self._max_connections = max_connections
         self._idle = idle
+        self._subtask_every = subtask_every
         self._worker = Worker()
         self._batcher: Batcher | None = None
         self._ready = asyncio.Event()
@@ -163,7 +170,10 @@ class PolicyServer:
             await self._worker.call(self.backend.warm, size)
 
         count = lambda: len(self.robots)  # noqa: E731
-        self._batcher = Batcher(self.backend, self._worker, self._sizes, self._max_wait, count, self.metrics)
+        thinker = None
+        if isinstance(self.backend, Thinks):
+            thinker = Thinker(self.backend, self._worker, self._sizes, self._subtask_every, self.metrics)
+        self._batcher = Batcher(self.backend, self._worker, self._sizes, self._max_wait, count, self.metrics, thinker)
         self.metrics.ready(True)
         self._ready.set()
         await self._batcher.run()
@@ -212,6 +222,7 @@ class PolicyServer:
         except ConnectionClosed:
             pass
         finally:
+            robot.mind.gone = True
             del self.robots[connection]
             self.metrics.connections(len(self.robots))
 
@@ -246,7 +257,7 @@ class PolicyServer:
                     await connection.close(1000, f"no request for {self._idle:g} s")
                     return
 
-                reply = self._accept(message, last)
+                reply = self._accept(message, last, robot)
                 last = reply.ticket or last
                 robot.owed += 1
                 await owed.put(reply)
@@ -257,7 +268,7 @@ class PolicyServer:
                     self.metrics.abandoned()
                 last.abandon()
 
-    def _accept(self, message: bytes | str, last: Ticket | None) -> Owed:
+    def _accept(self, message: bytes | str, last: Ticket | None, robot: Robot) -> Owed:
         arrived = time.perf_counter()
         try:
             request = read_request(unpack(message), self._renames)
@@ -266,7 +277,7 @@ class PolicyServer:
             if last is not None and not last.running:
                 last.refuse(ProtocolError(ErrorKind.SUPERSEDED, "", "a newer observation came before it was worked on"))
             assert self._batcher is not None
-            return Owed(arrived, self._batcher.submit(request, most=2 * self._max_connections))
+            return Owed(arrived, self._batcher.submit(request, 2 * self._max_connections, robot.mind))
         except ProtocolError as error:
             return Owed(arrived, refusal=error)
 
@@ -298,6 +309,7 @@ class PolicyServer:
             if done is not None:
                 before = time.perf_counter() - reply.arrived
                 robot.answered += 1
+                robot.subtask = done.subtask
                 robot.last_ms = before * 1000
                 self.metrics.answered(before, done.waited)
 
@@ -344,7 +356,10 @@ def _frame(done: Done, arrived: float, before: float | None) -> bytes:
     if before is not None:
         server["prev_total_ms"] = before * 1000
 
-    return pack({"actions": done.actions, "policy_timing": {"infer_ms": infer}, "server_timing": server})
+    reply = {"actions": done.actions, "policy_timing": {"infer_ms": infer}, "server_timing": server}
+    if done.subtask is not None:
+        reply |= {"subtask": done.subtask.text, "subtask_age": done.subtask.age}
+    return pack(reply)
 
 
 def _plain(status: HTTPStatus, text: str) -> Response:

@@ -3,8 +3,10 @@
 import time
 from typing import TYPE_CHECKING, Any
 
+from insula.errors import printable
 from insula.page import render_page
 from insula.page.html import Html, html_table, tag
+from insula.serve.backend import Thinks
 
 if TYPE_CHECKING:
     from insula.serve.server import PolicyServer
@@ -47,11 +49,15 @@ def _robots(server: "PolicyServer") -> Html:
     if not server.robots:
         return tag("p", "No robot is connected.")
 
-    rows = [
-        [robot.address, _ago(robot.since), robot.answered, robot.refused, _milliseconds(robot.last_ms)]
-        for robot in server.robots.values()
-    ]
-    return html_table(["robot", "connected for", "answered", "refused", "last reply"], rows)
+    robots = server.robots.values()
+    head = ["robot", "connected for", "answered", "refused", "last reply"]
+    rows = [[one.address, _ago(one.since), one.answered, one.refused, _milliseconds(one.last_ms)] for one in robots]
+    if isinstance(server.backend, Thinks):
+        head.append("subtask, and its age in requests")
+        for row, one in zip(rows, robots, strict=True):
+            row.append("none yet" if one.subtask is None else f"{printable(one.subtask.text, 200)} ({one.subtask.age})")
+
+    return html_table(head, rows)
 
 
 def _latency(buckets: list[tuple[float, int]]) -> Html:

@@ -1,5 +1,6 @@
 """Data sets of tests/lerobot_files.py with the step of the task at each frame, in each way that LeRobot has had."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from lerobot_files import FPS, LENGTHS, v30
+from lerobot_files import CAMERA, FPS, LENGTHS, v30
+from mixtures import SMALL
+
+from insula.inspection.config import INSPECTED, InspectConfig
+from insula.inspection.findings import Inspector
+from insula.inspection.subject import open_subject
 
 STEPS = ("reach for the block", "lift it", "put it down")
 CHANGE = 3
@@ -65,6 +71,23 @@ def with_index(root: Path, texts: tuple[str, ...] = STEPS, rows: Rows = numbers,
     note = {"index_columns": ["subtask"], "columns": [], "column_indexes": [], "pandas_version": "2.0.0"}
     pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(note)}), root / "meta" / "subtasks.parquet")
     return root
+
+
+def write_mapping(root: Path, forms: str) -> Path:
+    """`root/data.toml`, of the robot arm with these forms, and `root/set`, in which one episode begins without any."""
+    with_index(root / "set")
+    cameras = f'{{ front = "{CAMERA}" }}'
+    extra = f'subtasks = "subtask_index"\nforms = {{ {forms} }}'
+    (root / "data.toml").write_text(f'[robots.arm]\npath = "set"\ncameras = {cameras}\n{extra}\n')
+    return root / "data.toml"
+
+
+def subtask_inspector(root: Path, forms: str = "flat = 1, subtask = 1, actions = 2") -> Inspector:
+    """Of `write_mapping`, with random weights as if they were trained: they say something, though nothing learned."""
+    model = dataclasses.replace(SMALL, max_prompt_len=48)
+    reading = dataclasses.replace(INSPECTED, fast_vocab=400, fast_scale=4.0)
+    subject = open_subject(InspectConfig(data=write_mapping(root, forms), model=model, reading=reading))
+    return Inspector(dataclasses.replace(subject, trained=True))
 
 
 def entry(content: str | None, time: float, style: str = "subtask") -> dict[str, Any]:

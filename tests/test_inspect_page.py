@@ -1,5 +1,6 @@
 """The page of `insula inspect` in a real browser: what is drawn is what the model has, cell by cell."""
 
+import contextlib
 import dataclasses
 import re
 import socket
@@ -16,6 +17,8 @@ import uvicorn
 from chromium import browser, needs_chromium
 from mixtures import SMALL, record, write_mixture
 from playwright.sync_api import Browser, Page, expect
+from starlette.applications import Starlette
+from subtask_files import STEPS, subtask_inspector
 
 from insula.data.config import DataConfig
 from insula.errors import FileError, InputError
@@ -79,16 +82,24 @@ def _is_ours(asked: str, page: str) -> bool:
     return asked.startswith(("data:", "blob:")) or asked.split("?")[0] == page.split("?")[0]
 
 
-@pytest.fixture
-def server(inspector: Inspector) -> Iterator[str]:
-    running = uvicorn.Server(uvicorn.Config(make_app(inspector, "arm", 3), log_level="warning", lifespan="off"))
+@contextlib.contextmanager
+def serving(app: Starlette) -> Iterator[str]:
+    running = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
     listening = socket.create_server((HOST, 0))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
     thread.start()
-    yield f"http://{HOST}:{listening.getsockname()[1]}/"
-    running.should_exit = True
-    thread.join(timeout=30)
-    assert not thread.is_alive()
+    try:
+        yield f"http://{HOST}:{listening.getsockname()[1]}/"
+    finally:
+        running.should_exit = True
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def server(inspector: Inspector) -> Iterator[str]:
+    with serving(make_app(inspector, "arm", 3)) as address:
+        yield address
 
 
 def drawn_mask(page: Page) -> np.ndarray:
@@ -249,8 +260,93 @@ def test_the_server_serves_any_sample(show: Callable[..., Page], server: str, fo
     page.wait_for_url("**/?source=scenes&sample=0")
     page.wait_for_selector("#matrix[data-scale]")
     expect(page.locator("#verdict")).to_contain_text("lacks a loss")
-    expect(page.get_by_text("A question: it has no chunk of actions.")).to_be_visible()
+    expect(page.get_by_text("The answer is in words: it has no chunk of actions.")).to_be_visible()
     expect(page.get_by_text("Not measured: this sample has no actions.")).to_be_visible()
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory: pytest.TempPathFactory) -> Inspector:
+    return subtask_inspector(tmp_path_factory.mktemp("frames"), "subtask = 1, actions = 3")
+
+
+@pytest.fixture(scope="module")
+def frame_file(frames: Inspector, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_page(tmp_path_factory.mktemp("frame") / "inspect.html", render_sample(frames.look(8, "arm:subtask")))
+
+
+def test_both_sequences_of_a_frame(show: Callable[..., Page], frames: Inspector, frame_file: Path) -> None:
+    page, found = show(frame_file.as_uri()), frames.look(8, "arm:subtask")
+    frame = page.locator("#frame")
+    expect(frame).to_contain_text(
+        "task → subtask (arm:subtask, seen here), task + subtask → actions (--source arm:actions"
+    )
+    images = found.subject.assets.config.num_image_tokens
+    for one in found.sequences:
+        sequence = page.locator(f'#sequence [data-source="{one.sample.name}"]')
+        ids = [int(text) for text in sequence.locator(".token small").all_inner_texts()]
+        real = one.seen.token_mask[images:].tolist()
+        shown = sequence.locator(".token").evaluate_all(
+            "(tokens) => tokens.map((t) => [...t.querySelectorAll('i')].map((mask) => mask.className === 'on'))"
+        )
+        assert shown == np.stack([getattr(one.seen, name)[images:] for name in MASKS], axis=1).tolist()
+        assert [i for i, there in zip(ids, real, strict=False) if there] == one.seen.id[images:][real].tolist()
+        losses = page.locator(f'#losses [data-source="{one.sample.name}"]')
+        assert losses.locator(".scored tbody tr").count() == int(one.seen.loss_mask.sum())
+    names = page.evaluate("[...document.querySelectorAll('[id]')].map((node) => node.id)")
+    assert len(names) == len(set(names)) and "chunk-1" in names  # no name is given twice
+    expect(page.locator('#sequence [data-source="arm:subtask"]')).to_contain_text("has no chunk of actions")
+
+
+def test_the_matrix_of_either_sequence(show: Callable[..., Page], frames: Inspector, frame_file: Path) -> None:
+    page, found = show(frame_file.as_uri()), frames.look(8, "arm:subtask")
+    drawn = []
+    for one in found.sequences:
+        page.locator(f"input[name=sequence][value='{one.sample.name}']").check()
+        size = len(one.seen.id) + one.expert_positions
+        page.wait_for_selector(f'#matrix[data-size="{size}"]')
+        drawn.append(drawn_mask(page))
+        ours = model_mask(found.subject.assets.config, one.seen.token_mask, one.seen.ar_mask, one.expert_positions)
+        assert np.array_equal(drawn[-1], ours)
+    assert drawn[0].shape != drawn[1].shape
+
+
+def test_what_the_backbone_says_is_on_the_page(
+    show: Callable[..., Page], frames: Inspector, frame_file: Path, file: Path
+) -> None:
+    page, found = show(frame_file.as_uri()), frames.look(8, "arm:subtask")
+    said, acted = (one.speech for one in found.sequences)
+    assert said is not None and acted is not None and acted.bound is not None and acted.free.chunk is not None
+    expect(page.locator("#truth")).to_have_text(f"True: “{STEPS[0]}”")
+    expect(page.locator("#right")).to_have_class("bad")
+    ids = [int(text) for text in page.locator("#free-tokens tbody tr td:nth-child(2)").all_inner_texts()]
+    assert ids == said.free.tokens and page.locator("#free-tokens .said").count() <= len(ids)
+    assert page.locator("#free-tokens tbody tr").first.locator(".top span").count() == 5
+    expect(page.locator("#free-chunk-1")).to_contain_text(f"no chunk, {acted.free.chunk.invalid}")
+    expect(page.locator("#bound-chunk-1")).to_contain_text(f"{len(acted.bound.tokens)} tokens, a chunk.")
+    page.locator("#speech summary").nth(2).click()
+    shown = page.locator("#bound-tokens-1 tbody tr td:nth-child(2)").all_inner_texts()
+    assert list(map(int, shown)) == acted.bound.tokens
+    assert page.locator("#spoken-1 .uplot").count() == 3
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    # The control: a page of a robot without subtasks has one sequence, and says an action alone.
+    plain = show(file.as_uri())
+    assert plain.locator("#frame").count() == plain.locator("article").count() == plain.locator("#truth").count() == 0
+    assert plain.locator("#bound-chunk").count() == 1 and plain.locator("input[name=sequence]").count() == 0
+
+
+def test_the_server_goes_from_one_sequence_to_the_other(show: Callable[..., Page], frames: Inspector) -> None:
+    with serving(make_app(frames)) as address:
+        page = show(address)
+        expect(page.get_by_text("Sample 0 of", exact=False)).to_contain_text("arm:actions")  # has both losses
+        page.get_by_label("source").select_option("arm:subtask")
+        page.get_by_label("sample", exact=True).fill("9")
+        page.get_by_role("button", name="look").click()
+        page.wait_for_url("**/?source=arm%3Asubtask&sample=9")
+        expect(page.locator("#verdict")).to_contain_text("lacks a loss")
+        page.locator("#frame a", has_text="arm:actions").click()
+        page.wait_for_url("**/?source=arm%3Aactions&sample=9")
+        page.wait_for_selector("#matrix[data-scale]")
+        expect(page.locator("#verdict")).to_contain_text("Insulation holds")
 
 
 def test_a_port_that_cannot_be_used() -> None:

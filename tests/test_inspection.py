@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from mixtures import SMALL, write_mixture
+from subtask_files import STEPS, subtask_inspector
 
 from insula import losses
 from insula.batch import Batch, LossName
@@ -20,8 +21,9 @@ from insula.certificate.table import Scheme
 from insula.data.config import DataConfig
 from insula.data.lerobot import LeRobotWriter
 from insula.data.lerobot.info import Feature, image_feature
+from insula.data.samples import Samples
 from insula.decode.flow import sample_actions
-from insula.errors import DatasetError, InsulaError
+from insula.errors import DatasetError, InputError, InsulaError
 from insula.inspection.command import certify, inspect, run_inspect
 from insula.inspection.config import INSPECTED, InspectConfig
 from insula.inspection.findings import Findings, Inspector
@@ -33,8 +35,9 @@ from insula.inspection.influence import (
     judge_influence,
     measure_influence,
 )
-from insula.inspection.measure import LOOK_TIMES, TIMES, TOP
+from insula.inspection.measure import LOOK_TIMES, TIMES, TOP, as_served
 from insula.inspection.sample_page import render_sample
+from insula.inspection.speech import Speech, Utterance
 from insula.inspection.subject import Subject, open_subject
 from insula.inspection.token_columns import ColumnKind, form_of, lay_out_columns, read_chunk
 from insula.inspection.variants import IS_ON, REASONS, Cell, draw_variants, model_mask
@@ -45,8 +48,12 @@ from insula.model.backbone import run_backbone
 from insula.model.config import PI05
 from insula.model.insulation import insulate
 from insula.page import write_page
+from insula.policy import Policy
+from insula.policy.speaking import Speaker
 from insula.tokens import masks
 from insula.tokens.dialects import Form
+from insula.tokens.fast_grammar import action_grammar
+from insula.tokens.grammar import anything
 from insula.tokens.sequence import state_bins
 
 
@@ -293,7 +300,193 @@ def test_the_policys_chunk_is_what_it_would_serve(found: Findings, inspector: In
     )
 
 
-# --- 4. gradients, and what moves what --------------------------------------------------------------------------------
+# --- 4. what the backbone says, and the other sequences of a frame ----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory: pytest.TempPathFactory) -> Inspector:
+    return subtask_inspector(tmp_path_factory.mktemp("frames"))
+
+
+@pytest.fixture(scope="module")
+def frame(frames: Inspector) -> Findings:
+    """Frame 8 of the data set, which episode 1 begins with "reach for the block"."""
+    return frames.look(8, "arm:subtask")
+
+
+def written(found: Findings, *kinds: ColumnKind) -> str:
+    return "".join(found.seen.text[column] for column in found.seen.where(*kinds))
+
+
+def test_every_sequence_of_the_frame_is_beside_it(frames: Inspector, frame: Findings) -> None:
+    names = ["arm:subtask", "arm", "arm:actions"]
+    assert [one.sample.name for one in frame.sequences] == names
+    assert [form_of(one.sample.source) for one in frame.sequences] == [Form.SUBTASK, Form.FLAT, Form.ACTIONS]
+    assert len({one.sample.where for one in frame.sequences}) == 1 and frame.sample.where.endswith("episode 1, frame 1")
+    subtask, flat, actions = frame.sequences
+    assert written(subtask, ColumnKind.ANSWER) == STEPS[0] and STEPS[0] not in written(flat, ColumnKind.PROMPT)
+    assert f"Subtask: {STEPS[0]}" in written(actions, ColumnKind.PROMPT)
+    assert written(flat, ColumnKind.FAST) == written(actions, ColumnKind.FAST) != ""
+
+    # Numbers differ once a frame was left out: the same frame is not the same row.
+    last = frames.look(21, "arm:actions")
+    assert {one.sample.name: one.sample.number for one in last.sequences} == {
+        "arm:actions": 21,
+        "arm:subtask": 21,
+        "arm": 23,
+    }
+    assert frames.subject.first == "arm" and frames.look(3, "arm").others
+
+
+def test_a_frame_without_a_subtask_says_so(frames: Inspector, frame: Findings, inspector: Inspector) -> None:
+    bare = frames.look(19, "arm")  # the first frame of episode 2
+    assert bare.others == [] and sample_view(bare)["lacks_subtask"]
+    assert not sample_view(frame)["lacks_subtask"]
+    assert not sample_view(inspector.look(3, "arm"))["lacks_subtask"]  # a robot that never had any
+
+
+def test_each_sequence_has_its_own_masks_and_losses(frame: Findings) -> None:
+    params, config = frame.subject.params, frame.subject.assets.config
+    shown = sample_view(frame)
+    for one, view in zip(frame.sequences, (shown, *shown["others"]), strict=True):
+        _, metrics = compute_loss(params, config, on_device(one), jax.random.key(0))
+        assert view["losses"]["fast"] == pytest.approx(float(metrics["fast"]), rel=1e-4)
+        assert len(view["losses"]["tokens"]) == view["about"]["scored"] == int(metrics["scored_tokens"])
+        masks_shown = [[token[name] for token in view["tokens"]] for name in ("token_mask", "ar_mask", "loss_mask")]
+        observation, batch = one.sample.batch.observation, one.sample.batch
+        assert masks_shown == [mask[0].tolist() for mask in (observation.token_mask, batch.ar_mask, batch.loss_mask)]
+        assert (view["losses"]["flow"] > 0) == (view["chunk"] is not None) == (view["about"]["source"] != "arm:subtask")
+    assert len({view["losses"]["fast"] for view in (shown, *shown["others"])}) == 3
+    assert shown["outcome"] == "not asked" and shown["about"]["title"] == "task → subtask"
+
+
+def likeliest_tokens(said: Utterance, vocab_size: int) -> list[int]:
+    """In each place; this model has rows that are no token, and with random weights they are as likely as others."""
+    rows = said.scores.likeliest[said.scores.valid]
+    return [next(i for i in row.tolist() if i < vocab_size) for row in rows]
+
+
+def test_what_is_said_is_what_the_policy_says(frames: Inspector, frame: Findings) -> None:
+    """Token by token as `Speaker` decodes it, which has a cache; and greedy, so each is the likeliest in its place."""
+    speaker = Speaker(Policy(frames.subject.params, frames.subject.assets))
+    tokenizer = frames.subject.assets.tokenizer
+    for one in frame.sequences:
+        source, served = one.sample.source, as_served(one.sample.batch, frames.subject.assets.config)
+        words = source.form is Form.SUBTASK  # type: ignore[attr-defined]
+        stop = tokenizer.text.eos_id if words else tokenizer.stop_id
+        assert one.speech is not None and (one.speech.bound is None) == words
+        free = one.speech.free
+        (said,) = speaker.say(served, [(0,)], anything(tokenizer.vocab_size, stop))
+        assert (said.tokens, said.ended) == (free.tokens, free.ended) and len(said.tokens) > 1
+        valid = free.scores.valid
+        np.testing.assert_allclose(np.log(free.scores.probability[valid]), said.log_probs, atol=1e-4)
+        assert likeliest_tokens(free, tokenizer.vocab_size) == free.tokens
+
+        if one.speech.bound is not None:
+            bound = one.speech.bound
+            grammar = action_grammar(tokenizer, source.robot.horizon, source.robot.action_dim)  # type: ignore[attr-defined]
+            assert bound.ended and grammar.accepts(bound.tokens) and not grammar.accepts(free.tokens)
+            assert bound.chunk and bound.chunk.actions is not None and bound.chunk.actions.shape == (6, 3)
+            # The control of "the likeliest": a grammar takes others.
+            assert likeliest_tokens(bound, tokenizer.vocab_size) != bound.tokens
+
+
+def test_what_was_said_is_shown_beside_what_is_true(frame: Findings) -> None:
+    shown = sample_view(frame)
+    said = shown["speech"]
+    assert said["truth"] == STEPS[0] and said["free"]["text"] != STEPS[0] and not said["right"]
+    assert said["bound"] is said["common"] is None and said["free"]["chunk"] is said["free"]["invalid"] is None
+    assert frame.speech is not None
+    tokens = said["free"]["tokens"]
+    assert [token["id"] for token in tokens] == frame.speech.free.tokens
+    own = [next(other for other in token["top"] if other["id"] == token["id"]) for token in tokens]
+    assert [other["probability"] for other in own] == [token["probability"] for token in tokens]
+
+    acted = shown["others"][1]["speech"]
+    assert acted["truth"] is None and acted["free"]["chunk"] is None and acted["free"]["invalid"].startswith("because ")
+    recorded = np.asarray(frame.sample.batch.actions)[0, :6, :3]
+    chunk = np.array(acted["bound"]["chunk"])
+    assert acted["bound"]["error"] == pytest.approx(np.sqrt(np.mean((chunk - recorded) ** 2)), rel=1e-3)
+    free, bound = ([token["id"] for token in acted[way]["tokens"]] for way in ("free", "bound"))
+    n = acted["common"]
+    assert not acted["alike"] and free[:n] == bound[:n] and free[n : n + 1] != bound[n : n + 1]
+
+
+def test_a_backbone_that_knows_the_answer_is_right(frame: Findings) -> None:
+    """The control of "not right": the sample's own tokens, as if they had been said, with and without their end."""
+    assert frame.speech is not None and frame.measured is not None
+    own = frame.seen.id[frame.seen.loss_mask].tolist()
+    scores = frame.measured.tokens
+    knowing = Utterance(own, True, scores, None)
+    shown = sample_view(dataclasses.replace(frame, speech=Speech(knowing)))["speech"]
+    assert shown["right"] and shown["free"]["text"] == shown["truth"] == STEPS[0]
+    cut = sample_view(dataclasses.replace(frame, speech=Speech(dataclasses.replace(knowing, ended=False))))["speech"]
+    assert not cut["right"]
+
+
+def test_a_sample_that_says_its_own_chunk_is_alike(frames: Inspector, frame: Findings) -> None:
+    """What is free and whole already is the same within the grammar."""
+    actions = frame.others[1]
+    assert actions.measured is not None and actions.speech is not None
+    own, robot = actions.seen.id[actions.seen.loss_mask].tolist(), actions.sample.source.robot  # type: ignore[attr-defined]
+    chunk = frames.subject.assets.tokenizer.actions_from(own, robot.horizon, robot.action_dim)
+    knowing = Utterance(own, True, actions.measured.tokens, chunk)
+    shown = sample_view(dataclasses.replace(actions, speech=Speech(knowing, knowing)))["speech"]
+    assert shown["alike"] and shown["common"] == len(own)
+    # Rounding alone is between them.
+    assert 0 < shown["free"]["error"] < 0.3 and shown["free"]["invalid"] is None
+
+
+def test_an_answer_to_a_question_is_said(inspector: Inspector) -> None:
+    shown = sample_view(inspector.look(3, "scenes"))
+    assert shown["others"] == [] and shown["speech"]["truth"] == "60 of 255" and len(shown["speech"]["free"]["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"params": None}, "the model was not run"),
+        ({"trained": False}, "random weights have learned to say nothing; needs a trained model: --run RUN"),
+    ],
+)
+def test_who_has_nothing_to_say_says_why(inspector: Inspector, changes: dict, reason: str) -> None:
+    silent = Inspector(dataclasses.replace(inspector.subject, **changes))
+    silent._prove, silent._measure, silent._forward = inspector._prove, inspector._measure, inspector._forward
+    assert sample_view(silent.look(3, "arm"))["speech"] == {"missing": reason}
+    assert sample_view(inspector.look(3, "arm"))["speech"]["free"]["tokens"]  # the control
+
+
+def test_a_robot_of_the_flow_loss_alone_and_a_codec_without_every_byte(
+    inspector: Inspector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = inspector.subject.sources["arm"]
+    assert isinstance(source, Samples)
+    with monkeypatch.context() as patched:
+        patched.setattr(source, "data", dataclasses.replace(source.data, losses=(LossName.FLOW,)))
+        shown = sample_view(inspector.look(3, "arm"))["speech"]
+        assert "this robot learns from the flow loss alone" in shown["missing"]
+
+    def cannot(*_: object) -> None:
+        raise InputError("this FAST codec cannot spell every chunk")
+
+    monkeypatch.setattr("insula.inspection.speech.action_grammar", cannot)
+    silent = Inspector(inspector.subject)
+    speech = silent._listener.hear(inspector.subject.params, inspector.subject.sample(3, "arm"))
+    assert speech.bound is None and speech.unbound == "this FAST codec cannot spell every chunk" and speech.free.tokens
+
+
+def test_a_fault_in_the_masks_of_another_sequence_is_one(frame: Findings) -> None:
+    (ours, *rest) = frame.others[1].drawn
+    first = int(frame.others[1].seen.where(ColumnKind.FAST)[0])
+    cells = ours.cells.copy()
+    cells[0, first] = Cell.UNLIKE  # an image reads a FAST token
+    broken = dataclasses.replace(frame.others[1], drawn=[dataclasses.replace(ours, cells=cells), *rest])
+    faulty = dataclasses.replace(frame, others=[frame.others[0], broken])
+    assert frame.faults == [] and faulty.outcome == "leaks"
+    assert faulty.faults[0].startswith("attention of arm:actions: 1 cells are not as they must be, first (0, ")
+
+
+# --- 5. gradients, and what moves what --------------------------------------------------------------------------------
 
 
 def test_what_moves_what(found: Findings) -> None:
@@ -455,7 +648,7 @@ def test_the_certificate_holds_both(found: Findings, tmp_path: Path) -> None:
     assert velocity["all tokens of the answer", None] == 0 < velocity["camera", "front"]
 
 
-# --- 5. where the expert looks ----------------------------------------------------------------------------------------
+# --- 6. where the expert looks ----------------------------------------------------------------------------------------
 
 
 def test_looks_are_shares_of_what_is_visible(found: Findings) -> None:
@@ -476,13 +669,13 @@ def test_the_page_is_one_offline_file_and_no_text_runs(found: Findings) -> None:
     evil = "</script><script>alert(1)</script>"
     sample = dataclasses.replace(found.sample, where=evil)
     page = render_sample(dataclasses.replace(found, sample=sample), {evil: 3})
-    assert evil not in page and page.count("<script>") == page.count("</script>") - 1 == 9  # one holds the data
+    assert evil not in page and page.count("<script>") == page.count("</script>") - 1 == 10  # one holds the data
     assert not re.search(r"<(link|img|iframe)|@import|url\(", page)
     assert set(re.findall(r"https?://[^\s\"'<)]+", page)) <= {"https://github.com/leeoniya/uPlot"}  # in a comment
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
     assert data and json.loads(data[1])["about"]["sample"] == evil
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
-    assert policy and "default-src 'none'" in policy[1] and policy[1].count("'sha256-") == 9
+    assert policy and "default-src 'none'" in policy[1] and policy[1].count("'sha256-") == 10
 
 
 def test_tokens_only_needs_no_memory_for_the_model(

@@ -27,7 +27,7 @@ class InspectConfig:
     sample: int = 0
     """Which one."""
     source: str | None = None
-    """Of which source of the mapping; the first unless given."""
+    """Of which source of the mapping, such as arm:actions; the first that has actions unless given."""
     training: bool = False
     """Look at samples the run was trained on."""
     seed: int = 0

@@ -12,6 +12,7 @@ from insula.certificate.table import Scheme, table_columns
 from insula.data.samples import Samples
 from insula.inspection.influence import Forward, Influence, make_forward, measure_influence
 from insula.inspection.measure import Measure, SampleMeasures, make_measure
+from insula.inspection.speech import Listener, Speech, teaches_backbone
 from insula.inspection.subject import Sample, Subject
 from insula.inspection.token_columns import TokenColumns, form_of, lay_out_columns
 from insula.inspection.variants import MaskVariant, draw_variants
@@ -31,15 +32,14 @@ class Inspector:
         self._prove: Prover = make_prover(config, tuple(Scheme))
         self._measure: Measure = make_measure(config)
         self._forward: Forward = make_forward(config)
+        self._listener = Listener(subject.assets)
 
     def look(self, number: int, source: str | None = None) -> "Findings":
-        """Everything about one sample, of the first source unless named. Raises InputError where there is none."""
-        sample = self.subject.sample(number, source)
-        batch, config, assets = sample.batch, self.subject.assets.config, self.subject.assets
-
-        seen = lay_out_columns(batch, config, assets.tokenizer, form_of(sample.source))
-        found = Findings(self.subject, sample, seen, self.seed)
-        found.drawn = draw_variants(config, seen.token_mask, seen.ar_mask, found.expert_positions)
+        """Everything about one sample, of the source `Subject.first` unless named, and beside it the other sequences of
+        its frame. Raises InputError where there is none."""
+        sample, config = self.subject.sample(number, source), self.subject.assets.config
+        found = self._lay_out(sample)
+        found.others = [self._lay_out(other) for other in self.subject.beside(sample)]
 
         # Tokens and masks need no weights.
         if self.subject.params is None:
@@ -47,17 +47,35 @@ class Inspector:
 
         # One key for all three: they show the same noise, and the same sample looked at again shows the same page.
         rng, params = jax.random.key(self.seed), self.subject.params
-        found.proof = self._prove(params, batch, rng)
-        found.influence = measure_influence(self._forward, params, config, batch, seen, rng)
-        found.measured = jax.device_get(self._measure(params, batch, _has_value(sample, config), rng))
+        found.proof = self._prove(params, sample.batch, rng)
+        found.influence = measure_influence(self._forward, params, config, sample.batch, found.seen, rng)
 
+        for one in found.sequences:
+            has_value = _has_value(one.sample, config)
+            one.measured = jax.device_get(self._measure(params, one.sample.batch, has_value, rng))
+
+            # Random weights would say random tokens.
+            if self.subject.trained and teaches_backbone(one.sample):
+                one.speech = self._listener.hear(params, one.sample)
+
+        return found
+
+    def _lay_out(self, sample: Sample) -> "Findings":
+        """What is known of a sample without weights."""
+        config, tokenizer = self.subject.assets.config, self.subject.assets.tokenizer
+        seen = lay_out_columns(sample.batch, config, tokenizer, form_of(sample.source))
+        found = Findings(self.subject, sample, seen, self.seed)
+        found.drawn = draw_variants(config, seen.token_mask, seen.ar_mask, found.expert_positions)
         return found
 
 
 @dataclasses.dataclass
 class Findings:
-    """What is known of one sample. `drawn`: the masks, the model's own first. Without the model's parameters the last
-    three are None."""
+    """What is known of one sample. `drawn`: the masks, the model's own first. Without the model's parameters what was
+    measured is None, and `speech` also where there is nothing to hear.
+
+    `others`: the other sequences of its frame, of which no gradient and no influence is measured.
+    """
 
     subject: Subject
     sample: Sample
@@ -67,6 +85,13 @@ class Findings:
     proof: Proof | None = None
     influence: Influence | None = None
     measured: SampleMeasures | None = None
+    speech: Speech | None = None
+    others: list["Findings"] = dataclasses.field(default_factory=list)
+
+    @property
+    def sequences(self) -> list["Findings"]:
+        """All sequences of the frame, the one that was asked for first."""
+        return [self, *self.others]
 
     @property
     def has_actions(self) -> bool:
@@ -99,7 +124,7 @@ class Findings:
     def outcome(self) -> Outcome:
         """The worse of both measurements; NOT_ASKED where nothing is wrong, but the sample lacks a loss."""
         # The model's own mask before anything measured: what it opens leaks, with these weights or with others.
-        if self.drawn[0].faults():
+        if any(one.drawn[0].faults() for one in self.sequences):
             return Outcome.LEAKS
 
         # What a sample lacks is zero for want of a loss, which is no fault: without both losses gradients do not count.
@@ -118,8 +143,12 @@ class Findings:
     @property
     def faults(self) -> list[str]:
         """What contradicts insulation, or keeps this from showing it."""
-        cells = self.drawn[0].faults()
-        found = [f"attention: {len(cells)} cells are not as they must be, first {cells[0]}"] if cells else []
+        found = []
+        for one in self.sequences:
+            if cells := one.drawn[0].faults():
+                where = f" of {one.sample.name}" if self.others else ""
+                found.append(f"attention{where}: {len(cells)} cells are not as they must be, first {cells[0]}")
+
         found += self.influence.findings if self.influence else ()
         found += self.proof.findings if self.proof and self.shows_insulation else ()
 

@@ -13,7 +13,7 @@ from insula.compile import compiled_quickly
 from insula.decode.flow import sample_actions
 from insula.decode.look import expert_look
 from insula.losses import Targets, draw, expert_loss, scored_tokens
-from insula.model.backbone import run_backbone
+from insula.model.backbone import BackboneOutput, run_backbone
 from insula.model.config import ModelConfig
 from insula.model.expert import Expert, run_expert
 from insula.model.insulation import Memory, insulate
@@ -70,6 +70,7 @@ class SampleMeasures:
 
 
 Measure = Callable[[Params, Batch, Bool[AnyArray, "H D"], PRNGKeyArray], SampleMeasures]
+Score = Callable[[Params, Batch], TokenScores]
 
 
 def make_measure(config: ModelConfig) -> Measure:
@@ -78,30 +79,31 @@ def make_measure(config: ModelConfig) -> Measure:
     config = config.with_objective(flow_samples=EXPECTED_DRAWS).with_compute(dtype="float32")
 
     def measure(params: Params, batch: Batch, has_value: Array, rng: PRNGKeyArray) -> SampleMeasures:
-        targets = scored_tokens(batch, config)
-        assert targets is not None
-        prefix = run_backbone(
-            params.vision, params.backbone, config, batch.observation, batch.ar_mask, targets.positions
-        )
+        prefix, tokens = _read(params, config, batch)
         memory = insulate(prefix, config.num_memory)
 
         # The policy's chunk is read as serving reads it, with no answer in sight: what it shows is what a robot would
         # do.
         noise = jax.random.normal(rng, (DRAWS, *batch.actions.shape[1:]))
-        served = _as_served(batch, config)
+        served = as_served(batch, config)
         flow_scores = FlowScores(
             error=_flow_error(params.expert, config, memory, batch, noise),
             loss=expert_loss(params.expert, config, memory, batch, draw(config, 1, rng)),
             chunk=sample_actions(params, config, served, noise[:1], real=has_value)[0],
         )
 
-        tokens = _token_scores(prefix.hidden[0], params.backbone.embedding, targets)
         return SampleMeasures(tokens, flow_scores, _expert_look(params.expert, config, memory, batch, noise[0]))
 
     return compiled_quickly(measure)
 
 
-def _as_served(batch: Batch, config: ModelConfig) -> Observation:
+def make_score(config: ModelConfig) -> Score:
+    """The token scores of `make_measure` alone, for a batch of one that may have been put together by hand."""
+    config = config.with_compute(dtype="float32", scan_layers=False, remat="none")
+    return compiled_quickly(lambda params, batch: _read(params, config, batch)[1])
+
+
+def as_served(batch: Batch, config: ModelConfig) -> Observation:
     """The prompt alone, as when acting."""
     # The causal part becomes padding, and the columns that only it can reach are cut off.
     seen, width = batch.observation, config.max_prompt_len
@@ -109,6 +111,14 @@ def _as_served(batch: Batch, config: ModelConfig) -> Observation:
 
     prompt = jnp.asarray(seen.token_mask, bool) & ~masks.is_suffix(batch.ar_mask)
     return dataclasses.replace(seen, tokens=seen.tokens[:, :width], token_mask=prompt[:, :width])
+
+
+def _read(params: Params, config: ModelConfig, batch: Batch) -> tuple[BackboneOutput, TokenScores]:
+    """One backbone pass over all of the sequence, and what it makes of each scored token."""
+    targets = scored_tokens(batch, config)
+    assert targets is not None
+    prefix = run_backbone(params.vision, params.backbone, config, batch.observation, batch.ar_mask, targets.positions)
+    return prefix, _token_scores(prefix.hidden[0], params.backbone.embedding, targets)
 
 
 def _token_scores(hidden: Array, embedding: Array, targets: Targets) -> TokenScores:

@@ -39,7 +39,7 @@ def make_app(inspector: Inspector, source: str | None = None, number: int = 0) -
         except InsulaError as error:
             return PlainTextResponse(f"insula: {error}\n", status_code=404)
 
-        # A page belongs to the weights and the sample of this moment, and is made again in half a second.
+        # A page belongs to the weights and the sample of this moment, and is made again in a second or two.
         return HTMLResponse(render_sample(found, sources), headers={"Cache-Control": "no-store"})
 
     trusted = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])

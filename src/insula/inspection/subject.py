@@ -13,6 +13,7 @@ from insula.certificate.stored import stored_certificate
 from insula.checkpoints.store import CheckpointStore
 from insula.data.config import DataConfig
 from insula.data.mixture import SampleSource
+from insula.data.samples import Samples
 from insula.errors import DatasetError, InputError, MissingFileError, did_you_mean
 from insula.inspection.config import InspectConfig
 from insula.model.params import Params, abstract_params
@@ -20,6 +21,7 @@ from insula.runs.assets import Assets, read_assets
 from insula.runs.folder import CERTIFICATE_FILE, CHECKPOINTS_FOLDER, SETTINGS_FILE
 from insula.runs.loading import load_model
 from insula.testing import randomize
+from insula.tokens.dialects import Form
 from insula.train.config import TrainConfig, read_config
 from insula.train.data import fit_assets, held_out_sources, open_data, training_sources
 
@@ -60,9 +62,37 @@ class Subject:
             return "no"
         return "trained" if self.trained else "random"
 
+    @property
+    def first(self) -> str:
+        """The source that is looked at unless one is named: the first whose samples have actions, as only those can
+        show insulation."""
+        robots = {name: samples for name, samples in self.sources.items() if isinstance(samples, Samples)}
+        acting = (name for name, samples in robots.items() if samples.form is not Form.SUBTASK)
+        return next(acting, next(iter(self.sources)))
+
+    def forms_beside(self, source: SampleSource) -> dict[str, Samples]:
+        """The sources of the same robot in its other forms, by name; none of questions."""
+        return {
+            name: other
+            for name, other in self.sources.items()
+            # One entry of the mapping, not only an equal one: each has a data set and a split of its own.
+            if isinstance(source, Samples) and isinstance(other, Samples)
+            if other is not source and other.data is source.data
+        }
+
+    def beside(self, sample: Sample) -> list[Sample]:
+        """The same frame in the other forms that it has."""
+        found = []
+        for name, other in self.forms_beside(sample.source).items():
+            assert isinstance(sample.source, Samples)
+            rows = np.flatnonzero(other.frames.index == sample.source.frames.index[sample.number])
+            found += [self.sample(row, name) for row in rows.tolist()]
+
+        return found
+
     def sample(self, number: int, source: str | None = None) -> Sample:
-        """One sample, of the first source unless named. Raises InputError for what does not exist."""
-        name = source or next(iter(self.sources))
+        """One sample, of `first` unless named. Raises InputError for what does not exist."""
+        name = source or self.first
         if name not in self.sources:
             raise InputError(
                 f"no source {name!r}{did_you_mean(name, self.sources)}; there are: {', '.join(self.sources)}"

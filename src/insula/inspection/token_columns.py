@@ -72,7 +72,7 @@ def lay_out_columns(batch: Batch, config: ModelConfig, tokenizer: FASTTokenizer,
     token_mask, ar_mask = np.asarray(tokens_real)[0], np.asarray(starts)[0]
 
     ids = np.asarray(observation.tokens)[0].astype(np.int64)
-    text = _text_pieces(ids, token_mask[images:], tokenizer)
+    text = text_pieces(ids, token_mask[images:], tokenizer)
     kinds = [ColumnKind.IMAGE if there else ColumnKind.ABSENT for there in token_mask[:images]]
     kinds += _text_kinds(ids, text, token_mask[images:], ar_mask[images:], tokenizer, form)
 
@@ -104,7 +104,7 @@ def token_text(token: int, tokenizer: FASTTokenizer) -> str:
     return tokenizer.text_from([token])
 
 
-def _text_pieces(ids: np.ndarray, token_mask: np.ndarray, tokenizer: FASTTokenizer) -> list[str]:
+def text_pieces(ids: np.ndarray, token_mask: np.ndarray, tokenizer: FASTTokenizer) -> list[str]:
     """What each token adds to the text before it."""
     text, pieces = tokenizer.text, []
     run: list[int] = []

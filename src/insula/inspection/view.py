@@ -1,7 +1,6 @@
 """All that the page shows of one sample, as plain values: the page's script reads exactly this."""
 
 import base64
-import zlib
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,41 +16,41 @@ from insula.errors import FASTRangeError
 from insula.inspection.findings import Findings
 from insula.inspection.influence import Effect, Influence
 from insula.inspection.measure import DRAWS, EXPECTED_DRAWS, LOOK_TIMES, TIMES, SampleMeasures
-from insula.inspection.token_columns import TokenColumns, read_chunk, token_text
+from insula.inspection.plain import pack, rounded, rounded_rows
+from insula.inspection.speech_view import show_scores, show_speech
+from insula.inspection.token_columns import TokenColumns, form_of, read_chunk
 from insula.inspection.variants import REASONS
 from insula.model.config import ModelConfig
 from insula.model.vision import resize
 from insula.tokens.dialects import Form
 
+TITLES: dict[Form | None, str] = {
+    None: "question → answer",
+    Form.FLAT: "task → actions",
+    Form.SUBTASK: "task → subtask",
+    Form.ACTIONS: "task + subtask → actions",
+}
+"""What each form of a sample is, for a person."""
+
 
 def sample_view(found: Findings, sources: dict[str, int] | None = None) -> dict[str, Any]:
     """Plain JSON values. `sources`: how many samples each has, where there is a server to pick from them."""
     # The page's script has no copy of any rule: whatever it draws, and every sentence on it, is worked out here.
-    subject, sample, config = found.subject, found.sample, found.subject.assets.config
+    subject, config = found.subject, found.subject.assets.config
     has_look = found.has_actions and subject.trained  # where random weights look says nothing
 
-    return {
-        "about": {
-            "subject": subject.name,
+    return _show_sequence(found) | {
+        "subject": {
+            "name": subject.name,
             "model": config.name,
             "parameters": subject.parameters,
             "certified": subject.certified,
-            "sample": sample.where,
-            "source": sample.name,
-            "number": sample.number,
-            "count": len(sample.source),
             "seed": found.seed,
-            "fast_weight": config.objective.ki_fast_loss_weight,
-            "scored": int(found.seen.loss_mask.sum()),
-            "real_steps": int(np.asarray(sample.batch.action_mask)[0].any(1).sum()),
-            "cut": [config.num_image_tokens, len(found.seen.id)],  # where text begins, and where it ends
         },
+        "others": [_show_sequence(other) for other in found.others],
+        "lacks_subtask": _lacks_subtask(found),
         "sources": sources,
-        "cameras": _show_cameras(sample.batch, config),
-        "tokens": _show_tokens(found.seen, config),
-        "chunk": _show_chunk(found),
-        "attention": _show_attention(found, config),
-        "losses": found.measured and _show_losses(found, found.measured),
+        "cameras": _show_cameras(found.sample.batch, config),
         "gradients": found.proof and _show_gradients(found, found.proof),
         "influence": found.influence and _show_influence(found.influence),
         "look": found.measured and has_look and _show_look(found.measured, config),
@@ -61,27 +60,33 @@ def sample_view(found: Findings, sources: dict[str, int] | None = None) -> dict[
     }
 
 
-def pack(array: np.ndarray) -> dict[str, Any]:
-    """Deflated, in base64: masks of a million cells take a few kilobytes. float32 keeps four digits."""
-    if array.dtype.kind == "f":
-        # The last 13 of 23 bits of a float32 hardly compress, and no eye can tell them.
-        whole = np.ascontiguousarray(array, np.float32).view(np.uint32)
-        array = (whole & np.uint32(0xFFFFE000)).view(np.float32)
+def _show_sequence(found: Findings) -> dict[str, Any]:
+    """What the page shows of every sequence of a frame, whichever was asked for."""
+    sample, config = found.sample, found.subject.assets.config
 
-    # What the script's `unpack` knows; another would be read as garbage.
-    assert array.dtype in (np.uint8, np.float32)
-    raw = zlib.compress(np.ascontiguousarray(array).tobytes(), 9)
-    return {"dtype": str(array.dtype), "shape": array.shape, "data": base64.b64encode(raw).decode("ascii")}
+    return {
+        "about": {
+            "title": TITLES[form_of(sample.source)],
+            "sample": sample.where,
+            "source": sample.name,
+            "number": sample.number,
+            "count": len(sample.source),
+            "scored": int(found.seen.loss_mask.sum()),
+            "real_steps": int(np.asarray(sample.batch.action_mask)[0].any(1).sum()),
+            "cut": [config.num_image_tokens, len(found.seen.id)],  # where text begins, and where it ends
+        },
+        "tokens": _show_tokens(found.seen, config),
+        "chunk": _show_chunk(found),
+        "attention": _show_attention(found, config),
+        "losses": found.measured and _show_losses(found, found.measured),
+        "speech": show_speech(found),
+    }
 
 
-def _rounded(value: Any, digits: int = 5) -> float | None:
-    """JSON has no NaN: None where it is not finite. A page has no use for sixteen digits."""
-    return float(f"{float(value):.{digits}g}") if np.isfinite(value) else None
-
-
-def _rounded_rows(array: np.ndarray) -> Any:
-    """Of any rank, as nested lists."""
-    return [_rounded_rows(row) if row.ndim else _rounded(row) for row in array]
+def _lacks_subtask(found: Findings) -> bool:
+    """Whether the robot learns subtasks, and this frame has none."""
+    robots = found.subject.forms_beside(found.sample.source)
+    return not found.others and any(other.form.has_subtask for other in robots.values())
 
 
 def _show_cameras(batch: Batch, config: ModelConfig) -> list[dict[str, Any]]:
@@ -146,12 +151,12 @@ def _show_chunk(found: Findings) -> dict[str, Any] | None:
 
     return {
         "names": dim_names(source.dataset, source.data.actions),
-        "actions": _rounded_rows(seen.actions),
+        "actions": rounded_rows(seen.actions),
         "action_mask": seen.action_mask.astype(int).tolist(),
-        "decoded": None if seen.decoded is None else _rounded_rows(seen.decoded),
+        "decoded": None if seen.decoded is None else rounded_rows(seen.decoded),
         "invalid": seen.invalid,
-        "error": None if seen.decoded is None else _rounded(np.sqrt(np.mean((seen.decoded - seen.actions) ** 2))),
-        "policy": None if policy is None else _rounded_rows(policy),
+        "error": None if seen.decoded is None else rounded(np.sqrt(np.mean((seen.decoded - seen.actions) ** 2))),
+        "policy": None if policy is None else rounded_rows(policy),
         "coefficients": seen.coefficients.tolist(),
         "scale": seen.scale,
         "spans": {str(column): list(span) for column, span in seen.spans.items()},
@@ -170,27 +175,13 @@ def _show_attention(found: Findings, config: ModelConfig) -> dict[str, Any]:
 
 
 def _show_losses(found: Findings, measured: SampleMeasures) -> dict[str, Any]:
-    scores, flow = measured.tokens, measured.flow
-    tokenizer, config = found.subject.assets.tokenizer, found.subject.assets.config
+    scores, flow, config = measured.tokens, measured.flow, found.subject.assets.config
     action_mask = np.asarray(found.sample.batch.action_mask)[0]
 
     # A loss that the sample lacks counts as 0, as in training.
     valid = np.asarray(scores.valid)
     fast = float(np.asarray(scores.loss)[valid].mean()) if valid.any() else 0.0
     flow_loss = float(flow.loss) if found.has_actions else 0.0
-
-    tokens = [
-        {
-            "column": int(scores.column[n]),
-            "loss": _rounded(scores.loss[n]),
-            "probability": _rounded(scores.probability[n]),
-            "top": [
-                {"id": int(i), "text": token_text(int(i), tokenizer), "probability": _rounded(p)}
-                for i, p in zip(scores.likeliest[n], scores.likelihood[n], strict=True)
-            ],
-        }
-        for n in np.flatnonzero(valid)
-    ]
 
     # Sums over what is scored, divided by how much that is: padded steps and dimensions hold 0.
     error = None
@@ -201,17 +192,17 @@ def _show_losses(found: Findings, measured: SampleMeasures) -> dict[str, Any]:
             "draws": DRAWS,
             "steps": steps.astype(int).tolist(),
             "dims": dims.astype(int).tolist(),
-            "by_step": _rounded_rows(flow.error.sum(2) / np.maximum(action_mask.sum(1), 1)),
-            "by_dim": _rounded_rows(flow.error.sum(1) / np.maximum(action_mask.sum(0), 1)),
+            "by_step": rounded_rows(flow.error.sum(2) / np.maximum(action_mask.sum(1), 1)),
+            "by_dim": rounded_rows(flow.error.sum(1) / np.maximum(action_mask.sum(0), 1)),
         }
 
     return {
-        "tokens": tokens,
-        "fast": _rounded(fast),
-        "flow": _rounded(flow_loss),
+        "tokens": show_scores(scores, found.subject.assets.tokenizer),
+        "fast": rounded(fast),
+        "flow": rounded(flow_loss),
         "flow_draws": EXPECTED_DRAWS,
         "weight": config.objective.ki_fast_loss_weight,
-        "total": _rounded(flow_loss + config.objective.ki_fast_loss_weight * fast),
+        "total": rounded(flow_loss + config.objective.ki_fast_loss_weight * fast),
         "horizon": config.horizon,
         "real_dims": int(action_mask.any(0).sum()),
         "action_dim": config.action_dim,
@@ -223,7 +214,7 @@ def _show_gradients(found: Findings, proof: Proof) -> dict[str, Any]:
     # All of the table, and which columns of it say something about this sample.
     columns = [{"loss": loss, "scheme": scheme, "title": column_title(loss, scheme)} for loss, scheme in found.columns]
     table = {
-        part: {loss: {scheme: _rounded(norm) for scheme, norm in norms.items()} for loss, norms in row.items()}
+        part: {loss: {scheme: rounded(norm) for scheme, norm in norms.items()} for loss, norms in row.items()}
         for part, row in proof.table.items()
     }
     cosine = proof.cosine if found.shows_insulation else {}
@@ -231,7 +222,7 @@ def _show_gradients(found: Findings, proof: Proof) -> dict[str, Any]:
     return {
         "columns": columns,
         "table": table,
-        "cosine": {part: None if value is None else _rounded(value, 3) for part, value in cosine.items()},
+        "cosine": {part: None if value is None else rounded(value, 3) for part, value in cosine.items()},
         "outcome": proof.outcome if found.shows_insulation else None,
     }
 
@@ -241,7 +232,7 @@ def _show_influence(measured: Influence) -> dict[str, Any]:
     # An absent key and None are two things in JSON, which has no NaN.
     labels = [change.label for change in measured.table]
     rows = [
-        {**row, "label": label, "moved": {effect: _rounded(value) for effect, value in row["moved"].items()}}
+        {**row, "label": label, "moved": {effect: rounded(value) for effect, value in row["moved"].items()}}
         for label, row in zip(labels, measured.to_json(), strict=True)
     ]
 

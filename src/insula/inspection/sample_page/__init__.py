@@ -21,6 +21,7 @@ SCRIPTS = (
     "sequence.js",
     "attention.js",
     "losses.js",
+    "speech.js",
     "gradients.js",
     "look.js",
     "main.js",

@@ -1,6 +1,6 @@
 "use strict";
 // 2. Attention: the boolean matrix, every cell with its reason, and how others draw it.
-insula.sections.push(["Who may look at whom", "attention", (data) => {
+insula.sections.push(["Who may look at whom", "attention", (data) => insula.either(data, (data) => {
   const { el } = insula;
   const { reasons, variants, actions, own, state_token: stateToken } = data.attention;
   const [images, columns] = data.about.cut;
@@ -207,4 +207,4 @@ insula.sections.push(["Who may look at whom", "attention", (data) => {
     const patch = n - camera.first;
     return `column ${n} (${camera.name}, patch ${Math.floor(patch / camera.grid)}, ${patch % camera.grid})`;
   }
-}]);
+})]);

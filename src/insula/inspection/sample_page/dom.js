@@ -24,6 +24,40 @@ insula.table = (head, rows, attributes = {}) => {
         el("tr", {}, row.map((cell, i) => (i ? line(cell, "td") : line(cell, "th", "row"))))))));
 };
 
+/** What `build` makes of every sequence of the frame: one after another, each under its name where there are several.
+ * `build(sequence, id)`: `id(name)` makes a name that no other sequence has. */
+insula.each = (data, build) => {
+  const { el } = insula;
+  const all = [data, ...data.others];
+  if (all.length === 1) return build(data, (name) => name);
+  return all.map((one, n) => el("article", { "data-source": one.about.source },
+    el("h3", { class: "title" }, one.about.title, el("span", { class: "soft" }, ` ${one.about.source}, sample ${one.about.number}`)),
+    build(one, (name) => (n ? `${name}-${n}` : name))));
+};
+/** What `build` makes of one sequence of the frame, with a choice where there are several. */
+insula.either = (data, build) => {
+  const { el } = insula;
+  const all = [data, ...data.others];
+  if (all.length === 1) return build(data);
+  const place = el("div", {}, build(data));
+  const choices = all.map(({ about }, n) => el("label", {},
+    el("input", { type: "radio", name: "sequence", value: about.source, checked: !n }), about.title));
+  choices.forEach((label, n) => label.firstChild.addEventListener("change", () =>
+    place.replaceChildren(...[build(all[n])].flat(Infinity))));
+  return [el("fieldset", { class: "choices" }, el("legend", {}, "sequence"), choices), place];
+};
+
+/** A row of a table: its first `cells`, then the probability of a token `id` and the likeliest in its place, where
+ * `mark` is the class of that token. */
+insula.likeliest = (cells, { id, probability, top }, mark) => [
+  ...cells,
+  insula.el("td", {}, insula.el("span", { class: "meter" }, insula.el("i", { style: { width: `${100 * probability}%` } })),
+    insula.el("span", { class: "share" }, insula.percent(probability))),
+  insula.el("td", { class: "top" }, top.map((other) => insula.el("span", {
+    class: other.id === id ? mark : null, title: `id ${other.id}`,
+  }, `${insula.visible(other.text)} ${insula.percent(other.probability)}`))),
+];
+
 /** The typed array of what `pack` wrote: base64 of a deflated buffer. */
 insula.unpack = async ({ dtype, data }) => {
   const raw = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
@@ -72,6 +106,27 @@ insula.chart = (place, { title, x, xLabel, series, values, height = 170, legend 
     }, [x, ...values], place);
   });
   new ResizeObserver(() => plot.setSize({ width: Math.max(place.clientWidth, 180), height })).observe(place);
+};
+
+/** Chunks of actions over each other, a small chart for each dimension: `drawn` are [label, rows or null, color, dash]. */
+insula.chunks = (id, names, drawn) => {
+  const { el } = insula;
+  const series = drawn.filter(([, rows]) => rows);
+  const place = el("div", { class: "charts", id });
+  // Later: a chart takes its width from its place, which has none before it is in the page.
+  queueMicrotask(() => names.forEach((name, d) => {
+    const box = el("div", { class: "small-chart" });
+    place.append(box);
+    insula.chart(box, {
+      title: name, x: series[0][1].map((_, n) => n), xLabel: "step", height: 140, legend: false,
+      series: series.map(([label, , color, dash]) => ({ label, color, dash })),
+      values: series.map(([, rows]) => rows.map((row) => row[d])),
+    });
+  }));
+  return [
+    el("p", { class: "legend" }, series.map(([label, , color]) => el("span", { class: "key", style: { color: `var(--${color})` } }, label))),
+    place,
+  ];
 };
 
 /** Two canvases never agree on pixels by themselves: size one to its place, in device pixels. Returns the ratio. */

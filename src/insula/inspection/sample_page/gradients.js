@@ -1,5 +1,5 @@
 "use strict";
-// 4. Gradient flow, and what moves what: exact zeros are shown as such, beside controls that are not.
+// 5. Gradient flow, and what moves what: exact zeros are shown as such, beside controls that are not.
 insula.sections.push(["Where gradients go", "gradients", (data) => {
   const { el } = insula;
   const { gradients, influence } = data;
@@ -22,7 +22,7 @@ insula.sections.push(["Where gradients go", "gradients", (data) => {
         "without them a zero would show nothing. The token head is the embedding. The final norm comes after the last keys and values."
       : "This sample lacks one of the two losses, so it shows where the other one's gradient goes, and nothing about insulation."),
     insula.table(["gradient norm on", ...columns.map(({ title }) => title), "cosine of the two losses"], rows, { id: "gradients-table" }),
-    el("h3", {}, "What moves what"),
+    el("h4", {}, "What moves what"),
     el("p", {}, "One input is changed at a time; the largest change of the expert's velocity and of the backbone's last hidden states. " +
       "A gradient cannot show whether the expert sees the answer: it reads through a stop-gradient."),
     insula.table(["changed", ...influence.effects], influence.rows.map(({ label, moved }) =>

@@ -1,10 +1,10 @@
 "use strict";
-// 5. Model attention: where the action expert's queries look, layer by layer.
+// 6. Model attention: where the action expert's queries look, layer by layer.
 insula.sections.push(["Where the expert looks", "look", (data) => {
   const { el } = insula;
   const { look } = data;
   if (!look) {
-    const why = data.about.parameters !== "trained" ? "needs a trained model: --run RUN" : "this sample has no actions";
+    const why = data.subject.parameters !== "trained" ? "needs a trained model: --run RUN" : "this sample has no actions";
     return el("p", { class: "missing" }, `Not measured: ${why}.`);
   }
   const [times, depth, heads, columns] = look.weights.shape;

@@ -1,10 +1,10 @@
 "use strict";
 // 3. Losses: what is averaged over what, each scored token, and the flow error over time.
-insula.sections.push(["Losses", "losses", (data) => {
+insula.sections.push(["Losses", "losses", (page) => insula.each(page, (data, id) => {
   const { el } = insula;
   const { losses, about } = data;
   if (!losses) return el("p", { class: "missing" }, "Not measured: the model was not run.");
-  const { number, percent, visible } = insula;
+  const { number, visible } = insula;
   const of = Object.fromEntries(data.tokens.map((token) => [token.column, token]));
   const summary = insula.table(["loss", "value", "mean over", "weight", "share of the total"], [
     ["token", about.scored ? number(losses.fast, 4) : "none",
@@ -15,28 +15,23 @@ insula.sections.push(["Losses", "losses", (data) => {
           `${losses.flow_draws} draws of noise and time`
         : "this sample has no actions"), "1", number(losses.flow, 4)],
     ["total", number(losses.total, 4), "", "", ""],
-  ], { id: "totals" });
+  ], { id: id("totals") });
 
-  const rows = losses.tokens.map((scored) => [
-    el("th", { scope: "row" }, `${scored.column} “${visible(of[scored.column].text)}”`),
-    number(scored.loss),
-    el("td", {}, el("span", { class: "meter" }, el("i", { style: { width: `${100 * scored.probability}%` } })),
-      el("span", { class: "share" }, percent(scored.probability))),
-    el("td", { class: "top" }, scored.top.map((other) => el("span", {
-      class: other.id === of[scored.column].id ? "right" : null, title: `id ${other.id}`,
-    }, `${visible(other.text)} ${percent(other.probability)}`))),
-  ]);
-  const nodes = [el("p", {}, `total = flow + λ · token = ${number(losses.total, 4)}, on this sample, with its ${about.parameters} weights.`), summary];
+  const rows = losses.tokens.map((scored) => {
+    const token = of[scored.column];
+    return insula.likeliest([`${scored.column} “${visible(token.text)}”`, number(scored.loss)], { ...scored, id: token.id }, "right");
+  });
+  const nodes = [el("p", {}, `total = flow + λ · token = ${number(losses.total, 4)}, on this sample, with ${page.subject.parameters} weights.`), summary];
   if (rows.length) {
     const place = el("div", { class: "wide-chart" });
     queueMicrotask(() => insula.chart(place, {
       title: "token loss of each scored token", x: losses.tokens.map((t) => t.column), xLabel: "column", points: true,
       series: [{ label: "−log p", color: "fast" }], values: [losses.tokens.map((t) => t.loss)],
     }));
-    nodes.push(el("h3", {}, "Each scored token"), place,
-      insula.table(["column, token", "loss", "probability", "the five likeliest"], rows, { id: "scored" }));
+    nodes.push(el("h4", {}, "Each scored token"), place,
+      insula.table(["column, token", "loss", "probability", "the five likeliest"], rows, { class: "scored", id: id("scored") }));
   }
-  if (losses.error) nodes.push(el("h3", {}, "The flow error over time"), ...flow(losses.error));
+  if (losses.error) nodes.push(el("h4", {}, "The flow error over time"), ...flow(losses.error));
   return nodes;
 
   function flow(error) {
@@ -68,4 +63,4 @@ insula.sections.push(["Losses", "losses", (data) => {
   function average(values) {
     return values.reduce((sum, value) => sum + value, 0) / values.length;
   }
-}]);
+})]);

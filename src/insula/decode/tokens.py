@@ -150,7 +150,7 @@ def token_logits(backbone: Backbone, hidden: Float[Array, "B W"]) -> Float[Array
 class _Loop(NamedTuple):
     """What one round hands to the next. `token` is chosen, but not read yet."""
 
-    count: Array
+    chosen: Array
     cache: Cache
     token: Array
     state: Array
@@ -213,21 +213,21 @@ def generate_after(
         going = ~ended(loop.state)
         state = jnp.where(going, state, loop.state)
         return loop._replace(
-            count=loop.count + 1,
+            chosen=loop.chosen + 1,
             token=token,
             state=state,
-            tokens=loop.tokens.at[:, loop.count].set(jnp.where(going, token, 0)),
-            log_probs=loop.log_probs.at[:, loop.count].set(jnp.where(going, log_prob, 0.0)),
+            tokens=loop.tokens.at[:, loop.chosen].set(jnp.where(going, token, 0)),
+            log_probs=loop.log_probs.at[:, loop.chosen].set(jnp.where(going, log_prob, 0.0)),
             length=loop.length + going,
         )
 
     def unfinished(loop: _Loop) -> Array:
-        return (loop.count < limit) & ~jnp.all(ended(loop.state))
+        return (loop.chosen < limit) & ~jnp.all(ended(loop.state))
 
     def step(loop: _Loop) -> _Loop:
-        column = first + loop.count - 1
+        column = first + loop.chosen - 1
         hidden, cache = append(backbone, config, loop.cache, loop.token, column, ~ended(loop.state))
-        return note(loop._replace(cache=cache), *choose(hidden, loop.state, loop.count))
+        return note(loop._replace(cache=cache), *choose(hidden, loop.state, loop.chosen))
 
     none = jnp.zeros(batch, jnp.int32)
     empty = jnp.zeros((batch, columns))

@@ -37,7 +37,9 @@ class Acts(Protocol):
         """One chunk [H, D]. Used for latency alone, so its noise may be any."""
         ...
 
-    def act_batch(self, observations: list[dict[str, Any]], seeds: Sequence[Sequence[int]]) -> Sequence[Chunk]:
+    def act_batch(
+        self, observations: list[dict[str, Any]], seeds: Sequence[Sequence[int]]
+    ) -> Sequence[Chunk] | np.ndarray:
         """A chunk [H, D] for each row, or why there is none; all randomness of a row comes from its `seeds`."""
         ...
 

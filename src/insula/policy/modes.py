@@ -130,12 +130,12 @@ class SubtaskPolicy:
     def _listen(self, observations: list[dict[str, Any]], seeds: Sequence[Seed]) -> None:
         """Have the subtasks said that are due."""
         due = {}
-        for row, (observation, (*episode, step)) in enumerate(zip(observations, seeds, strict=True)):
-            spoken = self.spoken.setdefault(tuple(episode), [])
+        for row, (observation, (*name, step)) in enumerate(zip(observations, seeds, strict=True)):
+            spoken = self.spoken.setdefault(tuple(name), [])
             if step == 0:
                 spoken.clear()
             if "subtask" not in observation and (not spoken or step >= spoken[-1].step + self.every):
-                due[tuple(episode)] = row
+                due[tuple(name)] = row
 
         # All rows or none: one batch size, and so one compiled program.
         heard = self.think(observations, seeds) if due else []

@@ -29,7 +29,9 @@ from insula.data.fitting import measure_fast
 from insula.data.mapping import read_mapping
 from insula.data.samples import Samples
 from insula.errors import InputError
-from insula.evaluate.closed_loop import ClosedLoop, evaluate
+from insula.evaluate.closed_loop import REPLAN_STEPS, ClosedLoop, evaluate
+from insula.evaluate.command import HOLD, MOVES
+from insula.evaluate.delayed import Delay, DelayedPolicy
 from insula.evaluate.explained import explain
 from insula.evaluate.knowledge import measure_knowledge
 from insula.evaluate.rollout_video import reel, write_video
@@ -290,11 +292,12 @@ def _closed_loops(policy: Policy, settings: DemoSettings, data: Path) -> dict[st
     # Seeds of evaluation are other ones by their range. This looks at what was really collected.
     made = read_json(data / "meta" / "collected.json", "first_seed", "last_seed")
     used = range(made["first_seed"], made["last_seed"] + 1)
-    acting = SubtaskPolicy(policy, every=2) if settings.mode is Mode.SUBTASK else policy
+    acting = SubtaskPolicy(policy, every=REPLAN_STEPS) if settings.mode is Mode.SUBTASK else policy
     held_out = settings.task != DemoSettings.task  # trained on `put` alone, which is one sentence, others say nothing
     loops = {}
     for task in named_tasks(settings.task):
-        done = evaluate(acting, settings.episodes, used_seeds=used, task=task, held_out=held_out)
+        robot = DelayedPolicy(acting, Delay(), REPLAN_STEPS, HOLD, MOVES)  # which holds where no subtask was said
+        done = evaluate(robot, settings.episodes, used_seeds=used, task=task, held_out=held_out)
         console.print(done.summary(), markup=False)
         # Before the next task, whose episodes have the same names: what was said in these is then forgotten.
         loops[task] = dataclasses.replace(done, recordings=explain(acting, done.recordings))

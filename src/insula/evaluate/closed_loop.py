@@ -25,6 +25,7 @@ from insula.worlds.tabletop import make_tabletop
 
 NUM_ENVS = 16
 RECORDED = 3  # scenes
+REPLAN_STEPS = 2  # of each chunk, before the policy looks again
 LATENCY_WARM_UP = 5  # the first compiles: single calls are a batch of one, which no lane has run
 PERCENTILES = (50, 90, 99)
 MakeEnvironment = Callable[[], gymnasium.Env]
@@ -145,7 +146,7 @@ def evaluate(
     policy: Acts,
     episodes: int = 100,
     first_seed: int = EVALUATION.start,
-    replan_steps: int = 2,
+    replan_steps: int = REPLAN_STEPS,
     swap: bool = True,
     record: int = RECORDED,
     image_size: int = 64,

@@ -13,7 +13,7 @@ from insula.checks import check_integer, check_seed
 from insula.client.connection import KEY_VARIABLE, Client
 from insula.client.plan import Stitching
 from insula.errors import InputError
-from insula.evaluate.closed_loop import RECORDED, ClosedLoop, check_seeds, evaluate, summary_of_tasks
+from insula.evaluate.closed_loop import RECORDED, REPLAN_STEPS, ClosedLoop, check_seeds, evaluate, summary_of_tasks
 from insula.evaluate.delayed import Delay, DelayedPolicy
 from insula.evaluate.episodes import Acts
 from insula.evaluate.explained import explain
@@ -48,7 +48,7 @@ class EvaluateConfig:
     """Also ask in words, and for pairs of colors, that no demonstration has."""
     mode: Mode = Mode.FLOW
     """flow; tokens: FAST tokens decoded to chunks; subtask: say the subtask, then act on it by flow."""
-    subtask_every: int = 2
+    subtask_every: int = REPLAN_STEPS
     """In mode subtask: steps after which it is said again."""
     subtask_lag: int = 0
     """In mode subtask: steps that saying it takes, during which the last one is acted on."""
@@ -58,7 +58,7 @@ class EvaluateConfig:
     """Scenes of a task; each is tried with its instruction and with another one."""
     first_seed: int = EVALUATION.start
     """Scenes count up from here. A scene evaluated alone (--episodes 1) is the episode it was among others."""
-    replan_steps: int = 2
+    replan_steps: int = REPLAN_STEPS
     """Steps of each chunk to execute before the policy looks again."""
     seed: int = 0
     """Of the policy's noise, which depends on it, the scene and the step alone."""

@@ -1,4 +1,4 @@
-"""How long each mode takes to act, in one run, and what a token costs beside the memory it reads.
+"""How long each mode takes to act, in one run; what a token costs beside the memory it reads; how many chunks are whole.
 
     python benchmarks/decode.py RUN          a run that was trained on subtasks (insula demo --task all)
 
@@ -8,6 +8,7 @@ be read: those of the backbone's layers and the embedding, once each.
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,12 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from insula.errors import DecodeError
 from insula.policy import Policy
 from insula.policy.modes import SubtaskPolicy, TokenPolicy
 from insula.worlds.seeds import EVALUATION
 from insula.worlds.tabletop import make_tabletop
+from insula.worlds.tabletop.demonstrator import rollout
+from insula.worlds.tabletop.tasks import TASKS
 
-BLOCKS = 5
+BLOCKS, BATCH = 5, 16
 
 
 def main() -> None:
@@ -56,6 +60,7 @@ def main() -> None:
 
     spoken = np.mean([len(subtask.think([scene], [(0,)])[0].tokens) for scene in scenes])
     show_tokens(policy, tokens, scenes, float(spoken))
+    show_validity(policy, tokens)
 
 
 def take_turns(modes: dict[str, Callable[[int], object]], scenes: int, calls: int) -> dict[str, np.ndarray]:
@@ -96,6 +101,27 @@ def show_tokens(policy: Policy, tokens: TokenPolicy, scenes: list[dict], spoken:
         end="",
     )
     print(f"{limit:.3f} ms: {per_token / limit:.2f} times. A subtask has {spoken:.1f} tokens here, its end included.")
+
+
+def show_validity(policy: Policy, bound: TokenPolicy) -> None:
+    """How many chunks decode, with the grammar and without, in states along the expert's episodes of all tasks."""
+    seen: list[dict] = []
+    for task in TASKS:
+        env = make_tabletop(task, policy.config.vision.image_size)
+        for seed in EVALUATION.take(10, 500):
+            seen += rollout(env, np.random.default_rng(seed), seed=seed).observations[::6]
+        env.close()
+
+    said = []
+    for name, acting in (("free", TokenPolicy(policy, bound=False)), ("bound", bound)):
+        failures: Counter[str] = Counter()
+        for start in range(0, len(seen), BATCH):
+            rows = [seen[row % len(seen)] for row in range(start, start + BATCH)]
+            chunks = acting.act_batch(rows, [(row,) for row in range(BATCH)])[: len(seen) - start]
+            failures.update(str(chunk) for chunk in chunks if isinstance(chunk, DecodeError))
+        said.append(f"{name} {len(seen) - failures.total()} of {len(seen)} {failures.most_common(2) or ''}")
+
+    print("Whole chunks: " + "; ".join(said))
 
 
 def read_once(size: int) -> float:

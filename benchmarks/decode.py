@@ -1,4 +1,4 @@
-"""How long each mode takes to act, in one run; what a token costs beside the memory it reads; how many chunks are whole.
+"""How long each mode takes to act, in one run; what a token costs beside the memory it reads; how many chunks decode.
 
     python benchmarks/decode.py RUN          a run that was trained on subtasks (insula demo --task all)
 

@@ -175,32 +175,15 @@ def generate(
     `keys`: a random key for each row, needed with `sampling`: a row draws the same whatever is beside it.
     """
     prefix = run_backbone(params.vision, params.backbone, config, observation, positions=_last(config, observation))
-    return generate_after(prefix, params.backbone, config, grammar, limit, columns, sampling, keys)
-
-
-def generate_after(
-    prefix: BackboneOutput,
-    backbone: Backbone,
-    config: ModelConfig,
-    grammar: Grammar,
-    limit: Int[AnyArray, ""] | int,
-    columns: int,
-    sampling: Sampling | None = None,
-    keys: Shaped[AnyArray, "B"] | None = None,
-) -> Generated:
-    """`generate`, from a prefix that was read already; its `hidden` is the last real position's alone, [B, 1, W]."""
     rules = jax.tree.map(jnp.asarray, grammar)
     batch, first = prefix.hidden.shape[0], prefix.token_mask.shape[1]
 
     def choose(hidden: Array, state: Array, count: Array) -> tuple[Array, Array, Array]:
         """The next token of each row, the state after it, and its log-probability."""
-        logits = token_logits(backbone, hidden)
-        known = logits[:, : rules.token_class.size]  # a model may have more rows than its tokenizer has entries
-        after = rules.following[state[:, None], rules.token_class[None]]
-        allowed = (after != REFUSED) & (rules.needed[after] < limit - count)
-        bound = jnp.where(allowed, known, -jnp.inf)
-        drawn = None if sampling is None else _draw(bound, sampling, keys, count)
-        token = jnp.argmax(bound if drawn is None else drawn, axis=-1).astype(jnp.int32)
+        logits = token_logits(params.backbone, hidden)
+        bound, after = _bind(logits, rules, state, limit - count)
+        ranked = bound if sampling is None else _draw(bound, sampling, keys, count)
+        token = jnp.argmax(ranked, axis=-1).astype(jnp.int32)
 
         picked = (jnp.arange(batch), token)
         return token, after[picked], jax.nn.log_softmax(logits, axis=-1)[picked]
@@ -226,7 +209,7 @@ def generate_after(
 
     def step(loop: _Loop) -> _Loop:
         column = first + loop.chosen - 1
-        hidden, cache = append(backbone, config, loop.cache, loop.token, column, ~ended(loop.state))
+        hidden, cache = append(params.backbone, config, loop.cache, loop.token, column, ~ended(loop.state))
         return note(loop._replace(cache=cache), *choose(hidden, loop.state, loop.chosen))
 
     none = jnp.zeros(batch, jnp.int32)
@@ -236,6 +219,14 @@ def generate_after(
 
     done = jax.lax.while_loop(unfinished, step, start)
     return Generated(done.tokens, done.log_probs, done.length, ended(done.state))
+
+
+def _bind(logits: Array, rules: Grammar, state: Array, left: Array | int) -> tuple[Array, Array]:
+    """Logits without those of refused tokens, and the state after each token; `left` more tokens may come."""
+    known = logits[:, : rules.token_class.size]  # a model may have more rows than its tokenizer has entries
+    after = rules.following[state[:, None], rules.token_class[None]]
+    allowed = (after != REFUSED) & (rules.needed[after] < left)
+    return jnp.where(allowed, known, -jnp.inf), after
 
 
 def _draw(logits: Array, sampling: Sampling, keys: Array | None, count: Array) -> Array:

@@ -225,7 +225,7 @@ WRONG: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     "a text": (
         lambda root: with_index(root, (STEPS[0], "None", STEPS[2])),
         "subtask_index",
-        "episode 0, frame 3: the subtask is 'None' in 'subtask_index', which stands for a missing text .6 of 24",
+        "episode 0, frame 3: the subtask in 'subtask_index' is 'None', which stands for a missing text .6 of 24",
     ),
     "null": (broken_table(subtask=["a", None], subtask_index=[0, 1]), "subtask_index", "row 1: 'subtask' is null"),
     "twice": (broken_table(subtask=["a", "b"], subtask_index=[0, 0]), "subtask_index", "subtask_index 0 is both"),

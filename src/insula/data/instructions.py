@@ -8,6 +8,7 @@ that a table writes for it. An empty text is what some recorders write on purpos
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.mapping import RobotData
 from insula.data.texts import is_blank, is_missing
 from insula.errors import DatasetError
+from insula.shapes import Int
 
 log = logging.getLogger(__name__)
 
@@ -37,22 +39,30 @@ def read_instructions(dataset: LeRobotDataset, data: RobotData) -> Instructions:
     names a task that does not exist: with episode, frame and count."""
     found = _read(dataset, data)
 
-    # By text, of which there are few, and not by frame.
-    wrong = [number for number, text in enumerate(found.texts) if is_missing(text)]
-    frames = np.flatnonzero(np.isin(found.number, wrong))
+    refuse_missing(
+        dataset, found.texts, found.number, "instruction", "write what was asked for, or remove the episodes"
+    )
+    return found
 
-    # Only those that a frame was told: a task table may hold an unused one.
+
+def refuse_missing(
+    dataset: LeRobotDataset, texts: Sequence[str], number: Int[np.ndarray, "n"], what: str, remedy: str
+) -> None:
+    """Raises DatasetError where a frame's text, `texts[number[frame]]`, stands for a missing one: with episode, frame
+    and count."""
+    # By text, of which there are few, and not by frame.
+    wrong = [n for n, text in enumerate(texts) if is_missing(text)]
+    frames = np.flatnonzero(np.isin(number, wrong))
+
+    # Only those that a frame has: a table may hold an unused one.
     if len(frames):
-        text = found.texts[found.number[frames[0]]]
+        text = texts[number[frames[0]]]
         episode, frame = dataset.episodes.locate(int(frames[0]))
         raise DatasetError(
-            f"data set {dataset.root}, episode {episode}, frame {frame}: the instruction is {text!r}, which stands for "
-            f"a missing text ({len(frames)} of {len(found.number)} frames); write what was asked for, or remove the "
-            "episodes",
+            f"data set {dataset.root}, episode {episode}, frame {frame}: the {what} is {text!r}, which stands for a "
+            f"missing text ({len(frames)} of {len(number)} frames); {remedy}",
             "null",
         )
-
-    return found
 
 
 def blank_frames(found: Instructions) -> np.ndarray:

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from insula.data.instructions import refuse_missing
 from insula.data.lerobot.info import Feature
 from insula.data.lerobot.metadata import read_lines, shown, task_text, whole_number
 from insula.data.lerobot.reader import LeRobotDataset
 from insula.data.lerobot.tables import SUBTASKS, read_texts
 from insula.data.mapping import RobotData
-from insula.data.texts import is_blank, is_missing, says_nothing
+from insula.data.texts import is_blank, says_nothing
 from insula.errors import DatasetError, did_you_mean
 from insula.files import is_named
 from insula.shapes import Bool, Int
@@ -77,7 +78,9 @@ def column_subtasks(dataset: LeRobotDataset, name: str) -> Subtasks:
             "are a column of text, of annotations, or of one whole number for each frame that points into a table"
         )
 
-    _refuse_missing(found, dataset, name)
+    refuse_missing(
+        dataset, found.texts, found.number, f"subtask in {name!r}", "write what is done there, or nothing at all"
+    )
     return found
 
 
@@ -91,22 +94,6 @@ def _feature(dataset: LeRobotDataset, name: str) -> Feature:
     there += [INDEX] if INDEX in dataset.features else []
     have = f"it may be in {', '.join(there)}" if there else "nothing in it looks like subtasks"
     raise DatasetError(f"data set {dataset.root}: no column {name!r}{did_you_mean(name, dataset.features)}; {have}")
-
-
-def _refuse_missing(found: Subtasks, dataset: LeRobotDataset, name: str) -> None:
-    """Raises DatasetError where a frame has a text that stands for a missing one."""
-    # By text, of which there are few; a table may hold one that no frame has.
-    wrong = [number for number, text in enumerate(found.texts) if is_missing(text)]
-    frames = np.flatnonzero(np.isin(found.number, wrong))
-    if len(frames):
-        text = found.texts[found.number[frames[0]]]
-        episode, frame = dataset.episodes.locate(int(frames[0]))
-        raise DatasetError(
-            f"data set {dataset.root}, episode {episode}, frame {frame}: the subtask is {text!r} in {name!r}, which "
-            f"stands for a missing text ({len(frames)} of {len(found.number)} frames); write what is done there, or "
-            "nothing at all",
-            "null",
-        )
 
 
 def _distinct(listed: Sequence[str | None]) -> Subtasks:

@@ -121,7 +121,7 @@ TRAINING = {
         _DEFAULTS,
         model=TABLETOP.with_compute(dtype="bfloat16"),
         reading=DataConfig(fast_vocab=512, fast_scale=5.0),
-        steps=12_000,
+        steps=8000,
         evaluate_every=1000,
         checkpoint_every=2000,
     ),

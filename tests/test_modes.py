@@ -1,6 +1,8 @@
 """The modes of a policy: FAST tokens, subtasks, questions. What fails to decode is said, and the caller holds."""
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from PIL import Image
 from small_policy import ROBOT, SERVED, observation, policy
 
 from insula.cli import execute
+from insula.data.robot import read_robot
 from insula.decode.tokens import Sampling
 from insula.errors import DecodeError, InputError, InsulaError, ObservationError
 from insula.evaluate.delayed import Delay, DelayedPolicy
@@ -148,6 +151,38 @@ def test_the_prompt_that_asks_is_that_of_training(acting: Policy) -> None:
     assert written.endswith("Subtask: ") and text.decode(ids).endswith("Subtask: ")
     trained = acting.observer.think("put it there", state, "wait")
     assert ids == trained.tokens[~trained.ar_mask & trained.token_mask].tolist()
+
+
+@pytest.mark.parametrize(
+    ("forms", "act", "message"),
+    [
+        (
+            (Form.FLAT,),
+            lambda p: SubtaskPolicy(p).act(observation()),
+            "on flat, and this needs subtask; act in",
+        ),
+        ((Form.FLAT,), lambda p: p.act(observation(subtask="wait")), "this needs actions; leave the subtask out"),
+        (
+            (Form.SUBTASK, Form.ACTIONS),
+            lambda p: p.act(observation()),
+            "on subtask, actions, and this needs flat",
+        ),
+        ((Form.SUBTASK, Form.ACTIONS), lambda p: TokenPolicy(p).act(observation()), "this needs flat; give a subtask"),
+    ],
+)
+def test_a_prompt_that_was_never_trained_is_refused(
+    forms: tuple[Form, ...], act: Callable[[Policy], object], message: str, tmp_path: Path
+) -> None:
+    """By what the checkpoint says of its robot; the controls are those that it was trained on."""
+    dataclasses.replace(ROBOT, forms=forms).write(tmp_path)
+    robot = read_robot(tmp_path)
+    assert robot.forms == forms
+    acting = policy(robot=robot)
+    with pytest.raises(InputError, match=message):
+        act(acting)
+
+    allowed = observation() if Form.FLAT in forms else observation(subtask="wait")
+    assert acting.act(allowed).shape == (3, 2)
 
 
 # --- questions -------------------------------------------------------------------------------------------------------

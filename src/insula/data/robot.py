@@ -3,12 +3,13 @@
     training   actions − state, for the dimensions in `delta`  ─►  normalize  ─►  clip
     serving    un-normalize  ─►  + state, for the dimensions in `delta`
 
-robots/NAME/robot.json         cameras, horizon, delta, units
+robots/NAME/robot.json         cameras, horizon, delta, units, forms
 robots/NAME/norm_stats.json    normalization, openpi's format
 """
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from insula.data.normalize import NormStats
 from insula.errors import InputError
 from insula.files import read_json, write_json
 from insula.shapes import Float
+from insula.tokens.dialects import Form
 
 ROBOT_FILE, STATS_FILE = "robot.json", "norm_stats.json"
 ACTION_CLIP = {"quantiles": 2.0, "min_max": 2.0, "none": 2.0, "mean_std": 5.0}
@@ -30,13 +32,15 @@ squared error."""
 class Robot:
     """`stats` holds "state" and "actions"; `cameras` are those of the model's that this robot has; its chunks have
     `horizon` steps; action dimensions in `delta` are learned relative to the state's dimension of the same number;
-    `units` say what "state" and "actions" are measured in."""
+    `units` say what "state" and "actions" are measured in; `forms` are those of its samples (`insula.tokens.dialects`),
+    None where they are not known."""
 
     stats: dict[str, NormStats]
     cameras: tuple[str, ...]
     horizon: int
     delta: tuple[int, ...] = ()
     units: dict[str, str] = field(default_factory=dict)
+    forms: tuple[Form, ...] | None = None
 
     @property
     def state_dim(self) -> int:
@@ -120,4 +124,14 @@ def read_robot(directory: Path) -> Robot:
     if not isinstance(units, dict) or not all(isinstance(unit, str) for unit in units.values()):
         raise InputError(f"{path}: units is {units!r:.80}, expected names of units by part")
 
-    return Robot(stats, tuple(cameras), raw["horizon"], tuple(delta), units)
+    return Robot(stats, tuple(cameras), raw["horizon"], tuple(delta), units, _read_forms(path, raw.get("forms")))
+
+
+def _read_forms(path: Path, raw: Any) -> tuple[Form, ...] | None:
+    """None in files of before there were several."""
+    if raw is None:
+        return None
+    if not isinstance(raw, list) or not raw or not all(form in list(Form) for form in raw):
+        raise InputError(f"{path}: forms is {raw!r:.80}, expected a list of {', '.join(Form)}")
+
+    return tuple(Form(form) for form in raw)

@@ -22,6 +22,7 @@ from insula.model.params import Params
 from insula.runs.assets import Assets
 from insula.runs.loading import load_model
 from insula.shapes import AnyArray, Array, Float, Shaped
+from insula.tokens.dialects import Form
 from insula.tokens.sequence import Tokenized
 
 Seed = Sequence[int]
@@ -146,11 +147,28 @@ class Policy:
     def observe(self, observations: list[dict[str, Any]]) -> Observation:
         """Check, normalize and tokenize: exactly the prefix of training, with the "subtask" of those that bring one.
         Raises InputError naming what is wrong."""
+        for observation in observations:
+            self._refuse_untrained(Form.ACTIONS if "subtask" in observation else Form.FLAT)
         return self._show(observations, lambda o, s: self.observer.tokenize(o["task"], s, None, o.get("subtask")))
 
     def wonder(self, observations: list[dict[str, Any]]) -> Observation:
         """As `observe`, with prompts that ask for the subtask."""
+        self._refuse_untrained(Form.SUBTASK)
         return self._show(observations, lambda o, s: self.observer.think(o["task"], s))
+
+    def _refuse_untrained(self, form: Form) -> None:
+        """Raises InputError where this robot had no samples of a form: the model would act all the same, on a prompt
+        that it has never seen."""
+        trained = self.robot.forms
+        if trained is None or form in trained:
+            return
+
+        remedy = {
+            Form.FLAT: "give a subtask, or act in mode subtask, which says it",
+            Form.ACTIONS: "leave the subtask out, or train on them (docs/data.md, subtasks)",
+            Form.SUBTASK: "act in another mode, or train on subtasks (docs/data.md, subtasks)",
+        }[form]
+        raise InputError(f"this policy was trained on {', '.join(trained)}, and this needs {form}; {remedy}")
 
     def _show(
         self, observations: list[dict[str, Any]], write: Callable[[dict[str, Any], np.ndarray], Tokenized]

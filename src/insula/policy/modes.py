@@ -145,7 +145,7 @@ class SubtaskPolicy:
             self.spoken[episode].append(Spoken(step, since, heard[row]))
 
     def _tell(self, observation: dict[str, Any], seed: Seed) -> tuple[dict[str, Any], DecodeError | None]:
-        """The observation with its subtask; or as it is, and why nothing may come of it."""
+        """The observation with its subtask; or with an empty one, and why nothing may come of it."""
         if "subtask" in observation:
             return observation, None
 
@@ -153,4 +153,4 @@ class SubtaskPolicy:
         try:
             return observation | {"subtask": self.current(tuple(episode), step).check("the subtask")}, None
         except DecodeError as error:
-            return observation, error
+            return observation | {"subtask": ""}, error

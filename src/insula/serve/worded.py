@@ -52,6 +52,10 @@ class SubtaskBackend(PolicyBackend):
         self.metadata |= {"mode": str(self.mode)}
         self.speaker = Speaker(policy)
 
+    def blank(self) -> dict[str, Any]:
+        """As `PolicyBackend.blank`, with a subtask: without one it may never have been trained to act."""
+        return super().blank() | {"subtask": ""}
+
     def warm(self, size: int) -> None:
         """Compile what batches of `size` need, thoughts among them."""
         super().warm(size)

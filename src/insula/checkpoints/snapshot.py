@@ -11,7 +11,7 @@ def snapshot(tree: Any) -> Callable[[], Any]:
     """Hold the values of `tree`, which may be donated from now on, and return at once. What is returned makes arrays of
     them again, in any thread."""
     leaves, structure = jax.tree.flatten(tree)
-    held = {id(x): _hold(x) for x in leaves}  # an array that is in the tree twice is held once
+    held = {key: _hold(x) for key, x in {id(x): x for x in leaves}.items()}  # what is in the tree twice is held once
 
     def make() -> Any:
         made = {key: again() for key, again in held.items()}
@@ -23,8 +23,10 @@ def snapshot(tree: Any) -> Callable[[], Any]:
 def _hold(x: Any) -> Callable[[], Any]:
     if not isinstance(x, jax.Array):
         return lambda: x
-    if _is_on_cpu(x):
-        return _share(x)
+
+    pieces = _pieces(x)
+    if _is_on_cpu(pieces):
+        return _share(x, pieces)
 
     # Into the memory of the hosts, as the accelerator's may have no room for a second state. The copy is queued behind
     # what is being computed, and before the update that is given the memory.
@@ -32,17 +34,25 @@ def _hold(x: Any) -> Callable[[], Any]:
     return lambda: copied
 
 
-def _is_on_cpu(x: jax.Array) -> bool:
-    return all(piece.device.platform == "cpu" for piece in x.addressable_shards)
+def _pieces(x: jax.Array) -> list[tuple[jax.Array, jax.Device]]:
+    """What this process has of an array, each with the device it is on."""
+    if len(x.sharding.device_set) == 1:
+        # The array itself: to be cut into its one piece it would take as long as all the rest of a save.
+        return [(x, *x.sharding.device_set)]
+
+    return [(piece.data, piece.device) for piece in x.addressable_shards]
 
 
-def _share(x: jax.Array) -> Callable[[], jax.Array]:
+def _is_on_cpu(pieces: list[tuple[jax.Array, jax.Device]]) -> bool:
+    return all(device.platform == "cpu" for _, device in pieces)
+
+
+def _share(x: jax.Array, pieces: list[tuple[jax.Array, jax.Device]]) -> Callable[[], jax.Array]:
     """The same memory, which no copy costs: while it is held, XLA makes the results of an update elsewhere."""
-    shape, sharding = x.shape, x.sharding
-    views = [(np.asarray(piece.data), piece.device) for piece in x.addressable_shards]
+    views = [(np.asarray(piece), device) for piece, device in pieces]
 
     def again() -> jax.Array:
-        pieces = [jax.device_put(view, device) for view, device in views]
-        return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+        made = [jax.device_put(view, device) for view, device in views]
+        return jax.make_array_from_single_device_arrays(x.shape, x.sharding, made)  # these outlive its values
 
     return again

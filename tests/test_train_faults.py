@@ -34,7 +34,7 @@ def test_a_dozen_faults() -> None:
 def test_a_snapshot_stays_when_the_state_is_donated(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU the memory itself is kept. As an accelerator would, it is copied; on the mesh it is in pieces."""
     if how != "shared":
-        monkeypatch.setattr(module, "_is_on_cpu", lambda x: False)
+        monkeypatch.setattr(module, "_are_cpus", lambda devices: False)
     mesh = jax.make_mesh((2,), ("fsdp",), devices=jax.devices()[:2])
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
     state = {"w": jax.device_put(STATE["w"], split), "n": jnp.asarray(STATE["n"])}

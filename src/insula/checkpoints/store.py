@@ -125,9 +125,6 @@ class CheckpointStore:
         """Write step `step` in the background; a step that is already there is left alone. The arrays may be donated at
         once. Waits for the save before. Raises CheckpointError where that one could not be written."""
         self.wait()  # one at a time: each holds a copy of the state
-        if step in self._manager.all_steps():
-            return
-
         held = snapshot({"params": params, "train_state": train_state})
         self._later(step, lambda: self._write(step, held, assets))
 
@@ -156,6 +153,9 @@ class CheckpointStore:
         self._writing.append((step, self._thread.submit(work)))
 
     def _write(self, step: int, held: Callable[[], Any], assets: WriteAssets) -> None:
+        if step in self._manager.all_steps():
+            return
+
         items = {name: ocp.args.StandardSave(tree) for name, tree in held().items()}
         _hush_others()
         self._manager.save(step, args=ocp.args.Composite(**items, assets=_AssetsSave(assets)))

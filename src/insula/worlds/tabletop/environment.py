@@ -63,9 +63,9 @@ class TabletopEnv(gymnasium.Env):
     """See the module's docstring. Reward 1 and termination at success; `info` tells `success`, `wrong_object`, `held`,
     `credit` (the share of placements that are fulfilled) and `subtask` (what to do next, in words).
 
-    success: all that the goal names lies where it shall, at rest, and the gripper is open; where it names an order, each
-    came there in its turn. wrong_object (remembered until the next reset): a block came to lie in a bowl, or, but for
-    `put`, on a block, where the goal does not want it, or out of turn, with the gripper off it.
+    success: all that the goal names lies where it shall, at rest, and the gripper is open; where it names an order,
+    each came there in its turn. wrong_object (remembered until the next reset): a block came to lie in a bowl, or, but
+    for `put`, on a block, where the goal does not want it, or out of turn, with the gripper off it.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}  # noqa: RUF012 (Gymnasium's own convention)

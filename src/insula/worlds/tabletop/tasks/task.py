@@ -18,8 +18,8 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene's `layout`, its `goal`, and `other`: another goal of that same scene, in the same words, with no placement
-    in common or none at the same turn, to tell a policy that listens from one that only looks."""
+    """A scene's `layout`, its `goal`, and `other`: another goal of that same scene, in the same words, with no
+    placement in common, or none at the same turn, to tell a policy that listens from one that only looks."""
 
     layout: SceneLayout
     goal: Goal

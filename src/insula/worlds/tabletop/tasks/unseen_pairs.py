@@ -1,8 +1,8 @@
-"""`unseen-pairs`: as `put`, but twelve of the 36 pairs of colors never occur in demonstrations, and are what is evaluated.
+"""`unseen-pairs`: as `put`, but twelve of the 36 pairs of colors never occur in demonstrations. They are evaluated.
 
-Every color is held out twice as a block's and twice as a bowl's: each word of the sentence is known, and each thing. The
-bowl that is not asked for is one that this block does go into in demonstrations: where a policy knows pairs by heart
-rather than words, it goes there.
+Every color is held out twice as a block's and twice as a bowl's: each word of the sentence is known, and each thing.
+The bowl that is not asked for is one that this block does go into in demonstrations: a policy that knows pairs by
+heart, rather than words, goes there.
 """
 
 from __future__ import annotations

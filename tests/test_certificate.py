@@ -102,7 +102,7 @@ def test_a_leak_is_found(small, monkeypatch: pytest.MonkeyPatch) -> None:
     """Insulation that stops nothing: what a mistake in the model would look like."""
     config, _, params, batch = small
     insulate = losses.insulate
-    monkeypatch.setattr(losses, "insulate", lambda prefix, columns, stop: insulate(prefix, columns, stop=False))
+    monkeypatch.setattr(losses, "insulate", lambda prefix, columns, scale: insulate(prefix, columns, 1.0))
     proof = prove(params, config, batch, jax.random.key(3))
     assert proof.outcome == "leaks" and any("flow loss reaches backbone layer 0" in f for f in proof.findings)
     with pytest.raises(InsulationError, match="leaks"):

@@ -244,7 +244,7 @@ def test_a_file_of_lines_may_move_with_its_mapping(tmp_path: Path) -> None:
         return tmp_path / name / "data.toml"
 
     stored = read_mapping(write("before", "labels.jsonl"), ("front",))
-    moved = moved_mapping(stored, write("after", "labels.jsonl"), ("front",))
+    moved = moved_mapping(stored, write("after", "labels.jsonl"), read_mapping)
     assert moved.robots["arm"].subtasks == tmp_path / "after" / "labels.jsonl"
     with pytest.raises(InputError, match=r"robots\.arm\.subtasks is 'step', the run was started with .*labels\.jsonl"):
-        moved_mapping(stored, write("other", "step"), ("front",))
+        moved_mapping(stored, write("other", "step"), read_mapping)

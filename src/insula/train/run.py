@@ -136,6 +136,7 @@ def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointSto
             prepare=augment if config.augment else None,
             parts=config.accumulate,
             places=places,
+            steps=config.steps,
         )
 
         def save(state: TrainState) -> None:

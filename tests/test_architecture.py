@@ -41,7 +41,7 @@ ROOMS: dict[str, set[str]] = {
     "tokens": GROUND,
     "model": GROUND | {"tokens"},
     "losses": MODEL,
-    "recipes": MODEL,
+    "recipes": MODEL | {"terminal"},
     "testing": MODEL,
     "decode": MODEL,
     "data": GROUND | {"tokens", "terminal"},

@@ -75,6 +75,7 @@ COMMANDS = {
     "train": Command(
         "a knowledge-insulated policy", "insula.train.command", "TrainConfig", "run_train", default="train_defaults"
     ),
+    "recipes": Command("ways to join tokens and flow, by name", "insula.recipes", "RecipesConfig", "run_recipes"),
     "plan": Command(
         "what training on some devices would need",
         "insula.train.plan",

@@ -10,10 +10,13 @@ decides cannot be changed beside it: a run that carries its name is what the nam
 import dataclasses
 from typing import Any
 
+from rich.table import Table
+
 from insula.batch import LossName
 from insula.errors import InputError, did_you_mean
 from insula.model.config import LoraConfig
 from insula.model.objective import Mistake
+from insula.terminal import as_text
 
 BOTH = tuple(LossName)
 _DRIESS = "Driess et al. 2025, arXiv 2505.23705"
@@ -131,3 +134,39 @@ def find_recipe(name: str) -> Recipe:
         raise InputError(f"no recipe {name!r}{did_you_mean(name, RECIPES)}; known: {', '.join(RECIPES)}")
 
     return RECIPES[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipesConfig:
+    """Print the recipes of insula train --recipe NAME."""
+
+
+def run_recipes(config: RecipesConfig) -> None:
+    """Print what each of them decides, then what it is."""
+    table = Table("recipe", "losses", "γ", "questions", "besides", box=None, pad_edge=False)
+    for recipe in RECIPES.values():
+        losses, questions = ", ".join(recipe.losses), "yes" if recipe.questions else "no"
+        table.add_row(recipe.name, losses, _gamma(recipe), questions, _besides(recipe))
+
+    about = (f"{recipe.name}: {recipe.about} ({recipe.source})" for recipe in RECIPES.values())
+    print(as_text(table, "", *about))
+
+
+def _gamma(recipe: Recipe) -> str:
+    """How much of the flow loss's gradient reaches the backbone."""
+    if recipe.knowledge_insulation or recipe.freeze_backbone:
+        return "0"
+
+    end = recipe.flow_gradient_end
+    return f"{recipe.flow_gradient_scale:g}" + ("" if end is None else f" → {end:g}")
+
+
+def _besides(recipe: Recipe) -> str:
+    parts = {
+        "backbone frozen": recipe.freeze_backbone,
+        "LoRA": recipe.lora is not None,
+        "random weights": recipe.from_scratch,
+        recipe.mistake.replace("_", " "): recipe.mistake != "none",
+        f"after {recipe.starts_from}": recipe.starts_from is not None,
+    }
+    return ", ".join(part for part, said in parts.items() if said)

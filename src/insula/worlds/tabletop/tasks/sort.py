@@ -19,7 +19,7 @@ PHRASINGS = Phrasings(
         "put each block in the bowl of its color {first} then {second} then {third}",
     ),
     held_out=(
-        "put the blocks in the bowls {first} then {second} then {third}",
+        "put each of the blocks in its bowl {first} then {second} then {third}",
         "sort each block {first} then {second} then {third}",
     ),
 )

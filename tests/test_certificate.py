@@ -90,7 +90,8 @@ def test_without_insulation_it_does_not_hold_however_well_it_would(small, proof)
     assert off.outcome == "off" and off.table == proof.table
     norm = f"norm {proof.table['vision'][LossName.FLOW][Scheme.JOINT]:.3g}"
     assert off.findings == (
-        f"knowledge_insulation is off: the flow loss reaches vision, {norm}, and all of the backbone",
+        f"knowledge_insulation is off, γ is 1: the flow loss reaches vision, {norm} with γ = 1, "
+        "and all of the backbone",
     )
     with pytest.raises(InsulationError, match="off"):
         off.check()

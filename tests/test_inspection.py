@@ -599,7 +599,7 @@ def test_a_model_without_insulation_is_no_pass(mixture: Path, tmp_path: Path, ca
     joint = SMALL.with_objective(knowledge_insulation=False)
     config = InspectConfig(data=mixture, model=joint, out=tmp_path / "page.html", certificate=tmp_path / "c.json")
     assert not inspect(config)
-    finding = "knowledge_insulation is off: the flow loss reaches vision, norm "
+    finding = "knowledge_insulation is off, γ is 1: the flow loss reaches vision, norm "
     assert "insulation: off" in (printed := capsys.readouterr().out) and finding in printed
     written = read_certificate(tmp_path / "c.json")
     assert written["outcome"] == "off" and written["findings"][0].startswith(finding)

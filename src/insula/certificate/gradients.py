@@ -73,8 +73,10 @@ def _lifted(objective: ObjectiveConfig, table: GradientTable) -> tuple[str, ...]
         control = table["vision"][LossName.FLOW][Scheme.JOINT]
         end = objective.flow_gradient_end
         gamma = f"{objective.gamma:g}" + ("" if end is None else f" to {end:g}")
-        reached = f"vision, norm {control:.3g}, and all of the backbone, times γ = {gamma}"
-        lifted.append(f"knowledge_insulation is off: the flow loss reaches {reached}")
+        lifted.append(
+            f"knowledge_insulation is off, γ is {gamma}: the flow loss reaches vision, norm {control:.3g} with γ = 1, "
+            "and all of the backbone"
+        )
     if objective.mistake != "none":
         lifted.append(f"the mistake {objective.mistake!r} is made, as was asked for")
 

@@ -152,7 +152,7 @@ def _check_recipe(config: TrainConfig, recipe: Recipe) -> None:
     found = {
         **{f"model.objective.{name}": (getattr(objective, name), said) for name, said in recipe.objective.items()},
         "model.lora": (config.model.lora, recipe.lora),
-        "losses": (config.losses, recipe.losses),
+        "losses": (", ".join(config.losses), ", ".join(recipe.losses)),
         "questions": (config.questions, recipe.questions),
         "from_scratch": (config.from_scratch, config.from_scratch or recipe.from_scratch),
     }
@@ -228,6 +228,8 @@ def read_config(path: Path) -> TrainConfig:
             {"log_to": ["tensorboard"]} if raw["tensorboard"] else {}
         )
     nested = {"model": model, "optimizer": optimizer, "mesh": mesh, "reading": reading}
+    if isinstance(losses := raw.get("losses"), list) and set(losses) <= set(LossName):
+        nested["losses"] = tuple(LossName(loss) for loss in losses)
     return build(TrainConfig, _with_paths(raw, _PATHS, str(path)) | nested, str(path))
 
 

@@ -81,7 +81,7 @@ def interval_chart(title: str, lines: Mapping[str, Sequence[tuple[float, Mapping
     with _drawing(title):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.add_subplot()
-        for (name, points), color in zip(lines.items(), itertools.cycle(matplotlib.colormaps["tab10"].colors)):
+        for (name, points), color in zip(lines.items(), itertools.cycle(matplotlib.color_sequences["tab10"])):
             x = [at for at, _ in points]
             mean, low, high = ([100 * found[key] for _, found in points] for key in ("mean", "low", "high"))
             axes.plot(x, mean, color=color, lw=1.6, marker="o", ms=3.5, label=name)

@@ -1,4 +1,4 @@
-"""The report of a study: report.html, readable offline, and the same as data: tables.json, episodes.parquet and .csv."""
+"""The report of a study: report.html, readable offline, and the same as data: tables.json, episodes.parquet, .csv."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -86,8 +86,8 @@ def _statements(found: Sequence[Mapping[str, Any]]) -> Html | None:
 
     note = tag(
         "p",
-        "A difference counts where its interval, which knows of seeds, leaves out zero, and McNemar's exact test on the "
-        "same scenes, corrected by Holm for all pairs of a line, has p < 0.05.",
+        "A difference counts where its interval, which knows of seeds, leaves out zero, and McNemar's exact test on "
+        "the same scenes, corrected by Holm for all pairs of a line, has p < 0.05.",
     )
     rows = [[f"{one['task']}, {one['asked']}", one["episodes"], statement(dict(one))] for one in found]
     return tag("div", note, html_table(["asked", "data", "what can be said"], rows))

@@ -121,7 +121,7 @@ def _check(outcomes: np.ndarray) -> None:
 
 
 def _scenes(outcomes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return rng.integers(outcomes.shape[1], size=outcomes.shape[1])
+    return rng.integers(outcomes.shape[1], size=(outcomes.shape[1],))
 
 
 def _redrawn(outcomes: np.ndarray, rng: np.random.Generator, scenes: np.ndarray) -> np.ndarray:

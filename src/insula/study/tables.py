@@ -9,6 +9,7 @@ from insula.study.results import ASKED, Asked, Results
 from insula.study.statistics import ALPHA, CONFIDENCE, compare_all, crossed_interval, not_told_apart, to_json
 
 Arm = tuple[str, str]
+STAGES = ("before", "after")
 
 
 def tables(results: Results) -> dict[str, Any]:
@@ -102,14 +103,15 @@ def knowledge(results: Results) -> list[dict[str, Any]]:
     for arm in results.arms:
         known = [result["knowledge"] for result in results.of(arm) if "knowledge" in result]
         for kind in sorted({kind for one in known for kind in one["after"]["accuracy"]}):
-            stages = {stage: _spread([one[stage]["accuracy"][kind] for one in known]) for stage in ("before", "after")}
-            rows.append(_named(arm) | {"kind": kind} | stages)
+            shares = {stage: _spread([one[stage]["accuracy"][kind] for one in known]) for stage in STAGES}
+            rows.append(_named(arm) | {"kind": kind} | shares)
         if known:
             means = {
-                stage: _spread([float(np.mean(list(one[stage]["accuracy"].values()))) for one in known])
-                for stage in ("before", "after")
+                stage: [float(np.mean(list(one[stage]["accuracy"].values()))) for one in known] for stage in STAGES
             }
-            rows.append(_named(arm) | {"kind": "mean over kinds"} | means)
+            rows.append(
+                _named(arm) | {"kind": "mean of kinds"} | {stage: _spread(each) for stage, each in means.items()}
+            )
     return rows
 
 
@@ -118,13 +120,9 @@ def answers(results: Results) -> list[dict[str, Any]]:
     rows = []
     for arm in results.arms:
         for name in sorted({name for result in results.of(arm) for name in result["answers"]["after"]}):
-            stages = {
-                stage: _spread(
-                    [r["answers"][stage][name]["right"] / r["answers"][stage][name]["of"] for r in results.of(arm)]
-                )
-                for stage in ("before", "after")
-            }
-            rows.append(_named(arm) | {"source": name} | stages)
+            found = {stage: [one["answers"][stage][name] for one in results.of(arm)] for stage in STAGES}
+            shares = {stage: _spread([one["right"] / one["of"] for one in each]) for stage, each in found.items()}
+            rows.append(_named(arm) | {"source": name} | shares)
     return rows
 
 

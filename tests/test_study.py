@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +152,7 @@ def test_a_study_is_every_combination_once_seed_by_seed(tmp_path: Path) -> None:
         ('"joint"]\nseeds', '"joined"]\nseeds', r"study.toml: grid 1: no recipe 'joined' .did you mean 'joint'"),
         ("tasks =", "task =", r"study.toml: unknown field 'task' .did you mean 'tasks'"),
         ('"sort"', '"sorted"', r"study.toml: .*'sorted'.*did you mean 'sort'"),
-        ('preset = "tiny"', 'preset = "tiniest"', r"no preset 'tiniest' .did you mean 'tiny'"),
+        ('preset = "tiny"', 'preset = "tinny"', r"no preset 'tinny' .did you mean 'tiny'"),
         ("episodes = [50, 200]", "episodes = [0]", "episodes has one that is 0"),
         ("seeds = [0, 1]", "seeds = [-1]", "seeds has one that is -1"),
         ("data =", "dat =", "dat"),
@@ -210,7 +212,8 @@ def test_a_study_of_recordings_needs_no_simulator(study: Study, tmp_path: Path) 
     assert robots == {(r, robot) for r in ("insulated", "tokens-only") for robot in ("arm", "cart")}
     arm = next(row for row in shown["open_loop"] if (row["recipe"], row["robot"]) == ("insulated", "arm"))
     assert len(arm["by_dimension"]["mean"]) == 3 and len(arm["by_step"]["mean"]) == 6
-    assert all(low <= mean <= high for low, mean, high in zip(*(arm["by_step"][k] for k in ("low", "mean", "high"))))
+    bounds = zip(*(arm["by_step"][key] for key in ("low", "mean", "high")), strict=True)
+    assert all(low <= mean <= high for low, mean, high in bounds)
     (answers,) = [row for row in shown["answers"] if row["recipe"] == "insulated"]
     assert answers["source"] == "scenes" and 0 <= answers["before"]["mean"] <= 1
 
@@ -219,7 +222,7 @@ def test_a_study_of_recordings_needs_no_simulator(study: Study, tmp_path: Path) 
     assert {row["updates"] for row in shown["gradients"]} == {2, 4}
     assert {row["part"] for row in shown["gradients"]} >= {"vision", "backbone layer 0"}
     page = render_study(results, shown)
-    assert "not measured" in page and "tokens-only" in page and "http" not in page.replace("http://www.w3.org", "")
+    assert "not measured" in page and "tokens-only" in page and "https:" not in page
 
 
 def test_a_finished_cell_is_never_repeated(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,9 +333,6 @@ def test_cells_that_fail_are_told_and_others_go_on(
     )
 
     def start(config: CompareConfig, one: Cell, out: Path) -> Any:
-        import subprocess
-        import sys
-
         place = out / "cells" / one.name
         place.mkdir(parents=True)
         source = tmp_path / "made" / one.name / RESULT_FILE

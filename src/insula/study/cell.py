@@ -32,6 +32,7 @@ from insula.recipes import BOTH, find_recipe
 from insula.report import machine, read_metrics
 from insula.runs.assets import Assets
 from insula.runs.folder import CERTIFICATE_FILE, CHECKPOINTS_FOLDER, METRICS_FILE
+from insula.runs.loading import load_model
 from insula.study.design import Cell, Study
 from insula.study.open_loop import measure_actions, measure_answers
 from insula.train.config import TrainConfig, apply_recipe, to_dict, training_preset
@@ -104,8 +105,7 @@ def run_cell(study: Study, cell: Cell, folder: Path, tell: Tell = print) -> dict
         "held_out": _held_out(config),
         "gradients": _gradients(config),
     }
-    policy = Policy.load(config.run, seed=cell.seed)
-    result |= _measure(study, cell, config, first, policy)
+    result |= _measure(study, cell, config, first)
     result["closed_loop"] = _closed_loops(study, cell, config, folder / LOOPS_FOLDER, tell)
 
     write_json(folder / RESULT_FILE, result)
@@ -131,7 +131,7 @@ def _closed_loops(study: Study, cell: Cell, config: TrainConfig, folder: Path, t
         for task in study.tasks:
             path = folder / f"{step}-{task}.json"
             if not path.is_file():
-                policy = policy or Policy.load(config.run, step, cell.seed)
+                policy = policy or Policy.load(config.run, step, cell.seed, study.robot)
                 robot = DelayedPolicy(acting(policy, cell.recipe), Delay(), REPLAN_STEPS, HOLD, MOVES)
                 scenes = study.scenes if last else min(study.scenes, study.look_scenes)
                 done = evaluate(
@@ -150,19 +150,18 @@ def looks(config: TrainConfig, count: int) -> list[int]:
     return sorted({*range(config.checkpoint_every, config.steps, config.checkpoint_every), config.steps})[-count:]
 
 
-def _measure(
-    study: Study, cell: Cell, config: TrainConfig, first: TrainConfig | None, policy: Policy
-) -> dict[str, Any]:
+def _measure(study: Study, cell: Cell, config: TrainConfig, first: TrainConfig | None) -> dict[str, Any]:
     """What needs no robot to act: recorded actions, and what the backbone knew before any training and knows now."""
-    assets, model = policy.assets, policy.config
+    params, assets = load_model(config.run)
+    model = assets.config
     # As the run was: its data, its split.
     unseen = held_out_sources(config, assets, open_data(dataclasses.replace(config, resume=True)))
     found: dict[str, Any] = {
-        "open_loop": measure_actions(policy.params, assets, unseen, lambda one: acting(one, cell.recipe), cell.seed)
+        "open_loop": measure_actions(params, assets, unseen, lambda one: acting(one, cell.recipe), cell.seed)
     }
 
     start, rng = first or config, jax.random.split(jax.random.key(cell.seed), 3)[0]  # as the run had it
-    stages = {"before": start_params(start, rng), "after": policy.params}
+    stages = {"before": start_params(start, rng), "after": params}
     questions = _questions(config, assets)
     found["answers"] = {stage: measure_answers(params, model, questions) for stage, params in stages.items()}
     if study.tasks:
@@ -198,7 +197,7 @@ def _seconds(config: TrainConfig) -> float:
     return float(sum(rows[step]["step_seconds"] * span for step, span in zip(steps, spans, strict=True)))
 
 
-def _held_out(config: TrainConfig) -> list[dict[str, float]]:
+def _held_out(config: TrainConfig) -> list[dict[str, Any]]:
     """Losses on what was never trained on, look by look."""
     rows = {
         row["step"]: row for row in read_metrics(config.run / METRICS_FILE) if any("held_out" in key for key in row)

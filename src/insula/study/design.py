@@ -86,6 +86,8 @@ class Study:
     fresh: tuple[str, ...] = ()
     """As for insula train --fresh."""
     tasks: tuple[str, ...] = NO_TASKS
+    robot: str | None = None
+    """Which of the mapping's acts in the tasks, where it has several."""
     scenes: int = 100
     held_out: bool = True
     """Also ask in words, and for pairs, that no demonstration has."""

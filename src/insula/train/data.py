@@ -291,7 +291,7 @@ def _robot(config: TrainConfig, data: RunData, name: str, robot: RobotData) -> R
 
     # In the model's order: it is the order of image tokens.
     cameras = tuple(camera for camera in model.cameras if camera in robot.cameras)
-    return Robot(stats, cameras, horizon, robot.delta, robot.units, tuple(robot.shares))
+    return Robot(stats, cameras, horizon, robot.delta, robot.units, tuple(robot.shares), robot.losses)
 
 
 def sizes(model: ModelConfig, data: RunData) -> Sizes:

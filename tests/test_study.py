@@ -197,7 +197,8 @@ def test_how_a_cell_is_trained(study: Study, tmp_path: Path) -> None:
     assert first_stage(study, Cell("joint", 3), tmp_path) is None
 
     second, first = (make(study, Cell("two-stage", 1), tmp_path) for make in (cell_config, first_stage))
-    assert (first.recipe, first.steps, second.steps) == ("tokens-only", 2, 2) and second.init == first.run
+    assert (first.recipe, first.steps, second.steps) == ("tokens-only", 2, 2)
+    assert second.init == tmp_path / "weights"
     assert first.run != second.run and first.seed == second.seed == 1
 
 

@@ -41,7 +41,7 @@ class Recipe:
     lora: LoraConfig | None = None
     from_scratch: bool = False
     starts_from: str | None = None
-    """The recipe of the run that `init` must name: this one is a second stage."""
+    """The recipe of the run whose weights `init` must be: this one is a second stage."""
 
     @property
     def objective(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ CELL/result.json    the last: a cell that has it is finished
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 from insula.certificate.stored import stored_certificate
 from insula.checkpoints.store import CheckpointStore
 from insula.collect.scenes import render_scenes
+from insula.convert import convert_checkpoint
 from insula.data.questions import QuestionSamples
 from insula.evaluate.closed_loop import REPLAN_STEPS, evaluate
 from insula.evaluate.command import HOLD, MOVES
@@ -42,7 +44,7 @@ from insula.train.run import start_params, train
 from insula.worlds.seeds import PRETRAINING
 
 RESULT_FILE = "result.json"
-RUN_FOLDER, FIRST_FOLDER, LOOPS_FOLDER = "run", "before", "loops"
+RUN_FOLDER, FIRST_FOLDER, WEIGHTS_FOLDER, LOOPS_FOLDER = "run", "before", "weights", "loops"
 Tell = Callable[[str], None]
 
 
@@ -51,7 +53,7 @@ def cell_config(study: Study, cell: Cell, folder: Path) -> TrainConfig:
     recipe = find_recipe(cell.recipe)
     start = training_preset(study.preset, folder / RUN_FOLDER)
     if recipe.starts_from is not None:
-        start = dataclasses.replace(start, init=folder / FIRST_FOLDER, from_scratch=False)
+        start = dataclasses.replace(start, init=folder / WEIGHTS_FOLDER, from_scratch=False)
     elif study.init is not None and not recipe.from_scratch:
         start = dataclasses.replace(start, init=study.init, fresh=study.fresh, from_scratch=False)
 
@@ -91,10 +93,15 @@ def run_cell(study: Study, cell: Cell, folder: Path, tell: Tell = print) -> dict
 
     folder.mkdir(parents=True, exist_ok=True)
     config, first = cell_config(study, cell, folder), first_stage(study, cell, folder)
-    for stage in (first, config):
-        if stage is not None:
-            tell(f"{cell.name}: training {stage.recipe}, {stage.steps} updates")
-            _train(stage)
+    if first is not None:
+        _train(first, cell, tell)
+        if not (folder / WEIGHTS_FOLDER).is_dir():
+            # Beside it first: half of a conversion must not be taken for all of it.
+            unfinished = folder / f"{WEIGHTS_FOLDER}.unfinished"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            convert_checkpoint(first.run, unfinished, "insula")
+            unfinished.rename(folder / WEIGHTS_FOLDER)
+    _train(config, cell, tell)
 
     result = {
         "cell": dataclasses.asdict(cell) | {"name": cell.name},
@@ -112,7 +119,8 @@ def run_cell(study: Study, cell: Cell, folder: Path, tell: Tell = print) -> dict
     return result
 
 
-def _train(config: TrainConfig) -> None:
+def _train(config: TrainConfig, cell: Cell, tell: Tell) -> None:
+    tell(f"{cell.name}: training {config.recipe}, {config.steps} updates")
     if not train(dataclasses.replace(config, resume=newest_step(config.run) is not None), quiet=True):
         raise KeyboardInterrupt("training was interrupted; the same command goes on where it stopped")
 

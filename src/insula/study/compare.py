@@ -47,8 +47,8 @@ class CompareConfig:
     """Cells to do, by name (--plan lists them); all of them unless given."""
     report: bool = False
     """Write the report of what is there, and train nothing."""
-    inside: tyro.conf.Suppress[bool] = False
-    """This process is a cell's own."""
+    here: bool = False
+    """Do them in this process, one after the other, and write no report: what the process of each cell is told."""
 
     def __post_init__(self) -> None:
         check_integer("jobs", self.jobs, 1)
@@ -60,9 +60,9 @@ def run_compare(config: CompareConfig) -> int:
     study = read_study(config.study)
     out = config.out or Path("runs") / config.study.stem
     cells = _chosen(study, config.only)
-    if config.inside:
-        (cell,) = cells
-        run_cell(study, cell, out / CELLS_FOLDER / cell.name, tell=lambda line: print(line, flush=True))
+    if config.here:
+        for cell in cells:
+            run_cell(study, cell, out / CELLS_FOLDER / cell.name, tell=lambda line: print(line, flush=True))
         return 0
 
     check_output_folder(out, "out")
@@ -134,7 +134,7 @@ def run_cells(config: CompareConfig, cells: Sequence[Cell], out: Path) -> list[C
 def _start(config: CompareConfig, cell: Cell, out: Path) -> subprocess.Popen:
     folder = out / CELLS_FOLDER / cell.name
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = [str(config.study), "--out", str(out), "--only", cell.name, "--inside"]
+    arguments = [str(config.study), "--out", str(out), "--only", cell.name, "--here"]
     with (folder / LOG_FILE).open("ab") as file:
         return subprocess.Popen([sys.executable, "-m", "insula", "compare", *arguments], stdout=file, stderr=file)
 

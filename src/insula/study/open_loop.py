@@ -62,7 +62,7 @@ def _errors_of(samples: Samples, policy: Policy, actor: Acts) -> dict[str, Any]:
 
     return {
         "frames": len(rows),
-        "episodes": len(np.unique(episode)),
+        "recordings": len(np.unique(episode)),
         "failed": int(failed.sum()),
         "by_dimension": clustered(errors, scored, episode, axis=1),
         "by_step": clustered(errors, scored, episode, axis=2),

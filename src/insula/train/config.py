@@ -166,7 +166,7 @@ def _check_recipe(config: TrainConfig, recipe: Recipe) -> None:
     if recipe.starts_from is not None and config.init is None and not config.resume:
         raise InputError(
             f"recipe {recipe.name!r} starts from a run of {recipe.starts_from!r}; train that one first, and give its "
-            "folder as --init"
+            "weights as --init (insula convert RUN WEIGHTS --to insula)"
         )
 
 

@@ -29,7 +29,7 @@ from insula.testing import randomize
 from insula.train.config import TrainConfig, apply_recipe, read_config
 from insula.train.data import fit_assets, open_data, training_mixture
 from insula.train.optimizer import make_optimizer
-from insula.train.run import train
+from insula.train.run import measured_kinds, train
 from insula.train.step import make_train_state, make_train_step
 
 JOINT = {"knowledge_insulation": False}
@@ -223,6 +223,18 @@ def test_losses_and_questions_decide_what_is_drawn(drawn) -> None:
         assert list(drawn(name).mixture.sources) == ["arm", "cart"]
     assert not drawn("flow-only").batch.loss_mask.any() and drawn("flow-only").batch.action_mask.any()
     assert drawn("tokens-only").batch.loss_mask.any() and not drawn("tokens-only").batch.action_mask.any()
+
+
+def test_what_is_not_taught_is_not_measured(folder: Path) -> None:
+    """A loss of zero for want of anything to score would look like a very good one."""
+    for name, kinds in (
+        ("insulated", ["flow", "fast", "token_accuracy"]),
+        ("flow-only", ["flow"]),
+        ("tokens-only", ["fast", "token_accuracy"]),
+    ):
+        mapping = open_data(with_recipe(folder, name)).mapping
+        assert measured_kinds(mapping, "arm") == kinds
+    assert measured_kinds(open_data(with_recipe(folder, "insulated")).mapping, "scenes") == kinds
 
 
 def test_lora_leaves_the_matrices_as_they_are(drawn) -> None:

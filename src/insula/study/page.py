@@ -1,8 +1,10 @@
 """The report of a study: report.html, readable offline, and the same as data: tables.json, episodes.parquet, .csv."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from insula.files import write_json
 from insula.page import render_page, write_page
@@ -113,19 +115,26 @@ def _number(value: Any) -> float | None:
 
 
 def _before_after(rows: Sequence[Mapping[str, Any]], what: str) -> Html | None:
+    """A row for each arm, a column for each kind: the share after training, its range over seeds where there are
+    several; above them the share before any training, which is that of the backbone they all started from."""
     if not rows:
         return None
 
-    head = ["recipe", "data", what, "before", "after", "after, least and most of the seeds"]
-    body = [
-        [
-            *(row["recipe"], row["episodes"], row[what]),
-            *(percent(row["before"]["mean"]), percent(row["after"]["mean"])),
-            f"{percent(row['after']['least'])}, {percent(row['after']['most'])}",
-        ]
-        for row in rows
-    ]
-    return html_table(head, body)
+    kinds = sorted({row[what] for row in rows}, key=lambda kind: (not kind.startswith("mean"), kind))
+    arms = list(dict.fromkeys((row["recipe"], row["episodes"]) for row in rows))
+    by_kind = {(row["recipe"], row["episodes"], row[what]): row for row in rows}
+    body = []
+    for stage in ("before", "after"):
+        for arm in arms:
+            shown = [by_kind.get((*arm, kind)) for kind in kinds]
+            body.append([*arm, stage, *("" if one is None else _range(one[stage]) for one in shown)])
+
+    return html_table(["recipe", "data", "", *kinds], list(map(list, dict.fromkeys(map(tuple, body)))))
+
+
+def _range(share: Mapping[str, float]) -> str:
+    least, most = percent(share["least"]), percent(share["most"])
+    return percent(share["mean"]) + (f" ({least}, {most})" if least != most else "")
 
 
 def _held_out(rows: Sequence[Mapping[str, Any]]) -> Html | None:
@@ -154,13 +163,28 @@ def _open_loop(rows: Sequence[Mapping[str, Any]]) -> Html | None:
 
 
 def _gradients(rows: Sequence[Mapping[str, Any]]) -> Html | None:
-    body = [
-        [row["recipe"], row["episodes"], row["seed"], row["updates"], row["part"], f"{row['cosine']:.3f}"]
-        + [f"{row[loss]:.3g}" for loss in ("flow", "fast")]
-        for row in rows
-    ]
-    head = ["recipe", "data", "seed", "updates", "part", "cosine", "norm of flow", "norm of tokens"]
-    return html_table(head, body) if rows else None
+    """The cosine on each part, a mean over seeds, and how much larger the token loss's gradient is."""
+    if not rows:
+        return None
+
+    parts = list(dict.fromkeys(row["part"] for row in rows))
+    groups: dict[tuple[str, str, int], dict[str, list[Mapping[str, Any]]]] = {}
+    for row in rows:
+        by_part = groups.setdefault((row["recipe"], row["episodes"], row["updates"]), {})
+        by_part.setdefault(row["part"], []).append(row)
+
+    body = []
+    for key, by_part in groups.items():
+        found = [by_part.get(part, []) for part in parts]
+        cosines = [f"{_mean(one['cosine'] for one in each):.3f}" if each else "" for each in found]
+        ratio = _mean(one["fast"] / one["flow"] for each in found for one in each if one["flow"] > 0)
+        body.append([*key, *cosines, f"{ratio:.3g}"])
+
+    return html_table(["recipe", "data", "updates", *parts, "norm of tokens / flow"], body)
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
 
 
 def _compute(rows: Sequence[Mapping[str, Any]]) -> Html | None:

@@ -178,9 +178,9 @@ TRAINING = {
         _DEFAULTS,
         model=TABLETOP.with_compute(dtype="bfloat16"),
         reading=DataConfig(fast_vocab=512, fast_scale=5.0),
-        steps=8000,
+        steps=5000,
         evaluate_every=1000,
-        checkpoint_every=2000,
+        checkpoint_every=1000,
     ),
     # From random weights: there are none of these sizes.
     "small": dataclasses.replace(_DEFAULTS, model=SMALL, optimizer=SMALL_OPTIMIZER, steps=20_000, from_scratch=True),

@@ -19,6 +19,7 @@ from insula.study import compare
 from insula.study.cell import RESULT_FILE, cell_config, first_stage, run_cell
 from insula.study.compare import CompareConfig, plan_text, run_compare
 from insula.study.design import Cell, Grid, Study, read_study
+from insula.study.episodes import in_rows, numbers
 from insula.study.open_loop import clustered
 from insula.study.page import render_study, write_study
 from insula.study.results import Results, episode_rows, read_results
@@ -245,7 +246,15 @@ def loop(rate: float, seed: int, scenes: int = 20) -> dict[str, Any]:
         for scene in range(scenes)
         for swapped, held_out in ((False, False), (True, False), (False, True))
     ]
-    return {"episodes": episodes, "success": {}}
+    return in_rows(episodes)
+
+
+def test_episodes_are_kept_in_rows() -> None:
+    episode = {"seed": 1_000_001, "swapped": False, "held_out": False, "success": True, "wrong_object": False}
+    other = episode | {"seed": 1_000_000, "success": False}
+    kept = in_rows([episode | {"credit": 1.0, "steps": 31}, other | {"credit": 0.5, "steps": 250}])
+    assert list(kept) == ["own"] and kept["own"]["scene"] == "1000000 1000001"
+    assert numbers(kept["own"], "success").tolist() == [0, 1] and numbers(kept["own"], "credit").tolist() == [0.5, 1]
 
 
 def made_by_hand(study: Study, folder: Path) -> None:

@@ -36,6 +36,7 @@ from insula.runs.assets import Assets
 from insula.runs.folder import CERTIFICATE_FILE, CHECKPOINTS_FOLDER, METRICS_FILE
 from insula.runs.loading import load_model
 from insula.study.design import Cell, Study
+from insula.study.episodes import in_rows
 from insula.study.open_loop import measure_actions, measure_answers
 from insula.train.config import TrainConfig, apply_recipe, to_dict, training_preset
 from insula.train.data import held_out_sources, open_data, sizes
@@ -131,7 +132,8 @@ def acting(policy: Policy, recipe: str) -> Acts:
 
 
 def _closed_loops(study: Study, cell: Cell, config: TrainConfig, folder: Path, tell: Tell) -> dict[str, Any]:
-    """By step, then by task: what `ClosedLoop.to_json` has. Before the end fewer scenes, and only their own words."""
+    """By step, then by task: the episodes, as `in_rows` has them. Before the end fewer scenes, and only their own
+    words."""
     folder.mkdir(exist_ok=True)
     found: dict[str, Any] = {}
     for step in looks(config, study.looks):
@@ -148,7 +150,9 @@ def _closed_loops(study: Study, cell: Cell, config: TrainConfig, folder: Path, t
                 failed = {"failed_decodes": sum(robot.failures.values())}
                 write_json(path, done.to_json() | failed)
                 tell(f"{cell.name}: {task} after {step} updates: {done.success}")
-            found.setdefault(str(step), {})[task] = read_json(path, "episodes", "success")
+            stored = read_json(path, "episodes", "failed_decodes", "latency_ms")
+            kept = {key: stored[key] for key in ("failed_decodes", "latency_ms", "seconds")}
+            found.setdefault(str(step), {})[task] = kept | in_rows(stored["episodes"])
 
     return found
 

@@ -12,11 +12,9 @@ import pyarrow.parquet as pq
 
 from insula.study.cell import stored_result
 from insula.study.design import Cell, Study
+from insula.study.episodes import ASKED, KNOWN, Asked, numbers
 
-Asked = str
-"""What episodes ask: "own" instruction, "swapped" goal, "held_out" words or pairs."""
-ASKED: dict[Asked, tuple[bool, bool]] = {"own": (False, False), "swapped": (True, False), "held_out": (False, True)}
-FIELDTRIAL = ("condition", "arm", "success", "duration_s", "termination", "session", "notes")
+FIELDTRIAL = ("condition", "arm", "success", "duration_s", "termination", "session")
 """Columns of episodes.csv, which `fieldtrial` (PyPI) imports: a condition is a scene and what is asked there."""
 
 
@@ -44,11 +42,11 @@ class Results:
         rows = []
         for result in self.of(arm):
             by_step = result["closed_loop"]
-            episodes = by_step[sorted(by_step, key=int)[look]][task]["episodes"] if by_step else []
-            kept = [e for e in episodes if (e["swapped"], e["held_out"]) == ASKED[asked]]
-            rows.append([e[outcome] for e in sorted(kept, key=lambda e: e["seed"])])
+            found = by_step[sorted(by_step, key=int)[look]][task] if by_step else {}
+            if asked in found:
+                rows.append(numbers(found[asked], outcome) == 1)
 
-        return np.array(rows, bool) if rows and rows[0] else np.zeros((0, 0), bool)
+        return np.stack(rows) if rows else np.zeros((0, 0), bool)
 
     def all_tasks(
         self, arm: tuple[str, str], asked: Asked = "own", outcome: str = "success", look: int = -1
@@ -73,25 +71,15 @@ def episode_rows(results: Results) -> list[dict[str, Any]]:
         if not by_step:
             continue
         step = max(by_step, key=int)
+        whose = {"recipe": cell.recipe, "episodes": cell.amount, "training_seed": cell.seed, "updates": int(step)}
         for task, loop in by_step[step].items():
-            for episode in loop["episodes"]:
-                asked = next(name for name, how in ASKED.items() if how == (episode["swapped"], episode["held_out"]))
-                rows.append(
-                    {
-                        "recipe": cell.recipe,
-                        "episodes": cell.amount,
-                        "training_seed": cell.seed,
-                        "updates": int(step),
-                        "task": task,
-                        "asked": asked,
-                        "scene": episode["seed"],
-                        "instruction": episode["task"],
-                        "success": episode["success"],
-                        "wrong_object": episode["wrong_object"],
-                        "credit": episode["credit"],
-                        "steps": episode["steps"],
-                    }
-                )
+            for asked in (name for name in ASKED if name in loop):
+                columns = {name: numbers(loop[asked], name) for name in ("scene", *KNOWN)}
+                for scene, success, wrong, credit, steps in zip(*columns.values(), strict=True):
+                    known = {"scene": int(scene), "success": bool(success), "wrong_object": bool(wrong)}
+                    rows.append(
+                        whose | {"task": task, "asked": asked} | known | {"credit": float(credit), "steps": int(steps)}
+                    )
     return rows
 
 
@@ -110,7 +98,6 @@ def write_episodes(rows: Sequence[dict[str, Any]], folder: Path) -> None:
                     "duration_s": row["steps"] / CONTROL_HZ,
                     "termination": "success" if row["success"] else "timeout",
                     "session": f"seed {row['training_seed']}",
-                    "notes": row["instruction"],
                 }
             )
 

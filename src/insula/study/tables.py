@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from insula.study.results import ASKED, Asked, Results
+from insula.study.episodes import ASKED, Asked
+from insula.study.results import Results
 from insula.study.statistics import ALPHA, CONFIDENCE, compare_all, crossed_interval, not_told_apart, to_json
 
 Arm = tuple[str, str]

@@ -1,5 +1,5 @@
-"""`insula compare` killed with all its processes, at instants of no special merit: it ends with the same tables. And one
-cell, made again from nothing, has the same figures."""
+"""`insula compare` killed with all its processes, at instants of no special merit: it ends with the same tables.
+And one cell, made again from nothing, has the same figures."""
 
 import json
 import os

@@ -53,8 +53,8 @@ def crossed_interval(outcomes: np.ndarray, seed: int = 0, draws: int = DRAWS) ->
     """Of the mean of `outcomes` [training seeds, scenes]. Raises InputError where there are none."""
     _check(outcomes)
     rng = np.random.default_rng(seed)
-    means = np.array([_redrawn(outcomes, rng, _scenes(outcomes, rng)).mean() for _ in range(draws)])
-    return _interval(float(outcomes.mean()), means)
+    scenes = _shares(rng, draws, outcomes.shape[1])
+    return _interval(float(outcomes.mean()), _means(outcomes, rng, scenes))
 
 
 def paired_difference(first: np.ndarray, second: np.ndarray, seed: int = 0, draws: int = DRAWS) -> Interval:
@@ -66,10 +66,8 @@ def paired_difference(first: np.ndarray, second: np.ndarray, seed: int = 0, draw
         raise InputError(f"paired: got {first.shape[1]} and {second.shape[1]} scenes, expected the same ones")
 
     rng = np.random.default_rng(seed)
-    found = np.empty(draws)
-    for i in range(draws):
-        scenes = _scenes(first, rng)  # one draw for both: that is what pairs them
-        found[i] = _redrawn(second, rng, scenes).mean() - _redrawn(first, rng, scenes).mean()
+    scenes = _shares(rng, draws, first.shape[1])  # one draw for both: that is what pairs them
+    found = _means(second, rng, scenes) - _means(first, rng, scenes)
     return _interval(float(second.mean() - first.mean()), found)
 
 
@@ -120,13 +118,15 @@ def _check(outcomes: np.ndarray) -> None:
         raise InputError(f"outcomes: got shape {outcomes.shape}, expected [training seeds, scenes], at least 1 of each")
 
 
-def _scenes(outcomes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return rng.integers(outcomes.shape[1], size=(outcomes.shape[1],))
+def _shares(rng: np.random.Generator, draws: int, count: int) -> np.ndarray:
+    """How often each of `count` things comes when as many are drawn with replacement, as shares: [draws, count]."""
+    return rng.multinomial(count, np.full(count, 1 / count), size=draws) / count
 
 
-def _redrawn(outcomes: np.ndarray, rng: np.random.Generator, scenes: np.ndarray) -> np.ndarray:
-    seeds = rng.integers(len(outcomes), size=len(outcomes))
-    return outcomes[np.ix_(seeds, scenes)]
+def _means(outcomes: np.ndarray, rng: np.random.Generator, scenes: np.ndarray) -> np.ndarray:
+    """The mean of each draw [draws], of training seeds drawn here and of `scenes` drawn already."""
+    seeds = _shares(rng, len(scenes), len(outcomes))
+    return np.einsum("dn,dn->d", seeds @ outcomes, scenes)
 
 
 def _interval(mean: float, drawn: np.ndarray) -> Interval:

@@ -13,9 +13,10 @@ import numpy as np
 from insula.batch import Batch
 from insula.losses import compute_loss
 from insula.model.backbone import BackboneOutput, run_backbone
-from insula.model.config import TINY, ComputeConfig, ModelConfig, ObjectiveConfig, TransformerConfig, VisionConfig
+from insula.model.config import TINY, ComputeConfig, ModelConfig, TransformerConfig, VisionConfig
 from insula.model.expert import run_expert
 from insula.model.insulation import Memory, insulate
+from insula.model.objective import ObjectiveConfig
 from insula.model.params import Params, abstract_params
 from insula.testing import fake_batch, randomize
 

@@ -90,7 +90,8 @@ def test_without_insulation_it_does_not_hold_however_well_it_would(small, proof)
     assert off.outcome == "off" and off.table == proof.table
     norm = f"norm {proof.table['vision'][LossName.FLOW][Scheme.JOINT]:.3g}"
     assert off.findings == (
-        f"knowledge_insulation is off: the flow loss reaches vision, {norm}, and all of the backbone",
+        f"knowledge_insulation is off, γ is 1: the flow loss reaches vision, {norm} with γ = 1, "
+        "and all of the backbone",
     )
     with pytest.raises(InsulationError, match="off"):
         off.check()
@@ -102,7 +103,7 @@ def test_a_leak_is_found(small, monkeypatch: pytest.MonkeyPatch) -> None:
     """Insulation that stops nothing: what a mistake in the model would look like."""
     config, _, params, batch = small
     insulate = losses.insulate
-    monkeypatch.setattr(losses, "insulate", lambda prefix, columns, stop: insulate(prefix, columns, stop=False))
+    monkeypatch.setattr(losses, "insulate", lambda prefix, columns, scale: insulate(prefix, columns, 1.0))
     proof = prove(params, config, batch, jax.random.key(3))
     assert proof.outcome == "leaks" and any("flow loss reaches backbone layer 0" in f for f in proof.findings)
     with pytest.raises(InsulationError, match="leaks"):

@@ -119,7 +119,7 @@ PLANTED_ELSEWHERE = {
     *("not listed", "wrong place", "numbering", "tasks differ", "null"),
     *("video damaged", "video offset", "video gap", "video overlap", "frames left over", "frames unused"),
     *("clock", "orientation", "not 8-bit color"),
-    "subtasks",  # test_subtasks.py
+    "subtasks",  # test_subtask_labels.py
 }
 """In test_lerobot_faults.py and test_recorded_pictures.py."""
 PLANTED: dict[str, tuple[str, bool, Damage, dict[str, Any]]] = {

@@ -555,8 +555,8 @@ def the_answer_in_sight(monkeypatch: pytest.MonkeyPatch) -> None:
     """FAST tokens visible to the expert."""
     insulate = insulation.insulate
 
-    def leaky(prefix: backbone.BackboneOutput, columns: int, stop: bool = True) -> insulation.Memory:
-        memory = insulate(prefix, columns, stop)
+    def leaky(prefix: backbone.BackboneOutput, columns: int, scale: float = 0.0) -> insulation.Memory:
+        memory = insulate(prefix, columns, scale)
         return dataclasses.replace(memory, mask=prefix.token_mask[:, :columns])
 
     for place in ("insula.inspection.influence", "insula.inspection.measure", "insula.losses"):
@@ -566,7 +566,7 @@ def the_answer_in_sight(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Insulation that stops nothing."""
     insulate = losses.insulate
-    monkeypatch.setattr(losses, "insulate", lambda prefix, columns, stop: insulate(prefix, columns, stop=False))
+    monkeypatch.setattr(losses, "insulate", lambda prefix, columns, scale: insulate(prefix, columns, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -599,7 +599,7 @@ def test_a_model_without_insulation_is_no_pass(mixture: Path, tmp_path: Path, ca
     joint = SMALL.with_objective(knowledge_insulation=False)
     config = InspectConfig(data=mixture, model=joint, out=tmp_path / "page.html", certificate=tmp_path / "c.json")
     assert not inspect(config)
-    finding = "knowledge_insulation is off: the flow loss reaches vision, norm "
+    finding = "knowledge_insulation is off, γ is 1: the flow loss reaches vision, norm "
     assert "insulation: off" in (printed := capsys.readouterr().out) and finding in printed
     written = read_certificate(tmp_path / "c.json")
     assert written["outcome"] == "off" and written["findings"][0].startswith(finding)

@@ -299,7 +299,7 @@ def test_one_pass_is_the_joint_attention(variant: str, insulated: bool) -> None:
 
     def one_pass(params):
         read = run_backbone(params.vision, params.backbone, config, batch.observation, batch.ar_mask)
-        memory = insulate(read, config.num_memory, stop=insulated)
+        memory = insulate(read, config.num_memory, 0.0 if insulated else 1.0)
         return read.hidden, run_expert(params.expert, config, memory, batch.observation.state, noisy, time)[:, 0]
 
     def lockstep(sees):

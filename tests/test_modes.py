@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from small_policy import ROBOT, SERVED, observation, policy
 
+from insula.batch import LossName
 from insula.cli import execute
 from insula.data.robot import read_robot
 from insula.decode.tokens import Sampling
@@ -183,6 +184,21 @@ def test_a_prompt_that_was_never_trained_is_refused(
 
     allowed = observation() if Form.FLAT in forms else observation(subtask="wait")
     assert acting.act(allowed).shape == (3, 2)
+
+
+def test_what_no_loss_has_taught_does_not_act(tmp_path: Path) -> None:
+    """An expert without the flow loss, tokens without the token loss; each acts in the other mode."""
+    for losses, refused, message in (
+        ((LossName.FAST,), lambda p: p.act(observation()), "without the loss flow; act in mode tokens"),
+        ((LossName.FLOW,), lambda p: TokenPolicy(p), "without the loss fast; act in mode flow"),
+    ):
+        dataclasses.replace(ROBOT, losses=losses).write(tmp_path)
+        robot = read_robot(tmp_path)
+        assert robot.losses == losses
+        with pytest.raises(InputError, match=message):
+            refused(policy(robot=robot))
+    assert policy(robot=robot).act(observation()).shape == (3, 2)
+    assert TokenPolicy(policy(robot=dataclasses.replace(robot, losses=tuple(LossName)))).policy.robot.losses
 
 
 # --- questions -------------------------------------------------------------------------------------------------------

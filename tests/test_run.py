@@ -360,7 +360,7 @@ def test_a_run_without_insulation_says_so(data: Path, tmp_path: Path) -> None:
 def leaking(monkeypatch: pytest.MonkeyPatch) -> None:
     """Insulation that stops nothing."""
     insulate = losses.insulate
-    monkeypatch.setattr(losses, "insulate", lambda prefix, columns, stop: insulate(prefix, columns, stop=False))
+    monkeypatch.setattr(losses, "insulate", lambda prefix, columns, scale: insulate(prefix, columns, 1.0))
 
 
 def test_training_stops_where_insulation_leaks(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

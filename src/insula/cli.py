@@ -75,6 +75,10 @@ COMMANDS = {
     "train": Command(
         "a knowledge-insulated policy", "insula.train.command", "TrainConfig", "run_train", default="train_defaults"
     ),
+    "recipes": Command("ways to join tokens and flow, by name", "insula.recipes", "RecipesConfig", "run_recipes"),
+    "compare": Command(
+        "recipes, seeds and amounts of data of a study", "insula.study.compare", "CompareConfig", "run_compare"
+    ),
     "plan": Command(
         "what training on some devices would need",
         "insula.train.plan",

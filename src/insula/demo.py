@@ -84,9 +84,9 @@ QUICK = DemoSettings(
 
 # Seven tasks, or one of them that takes a tower or three blocks, need more of everything.
 TASKS_DEMO = DemoSettings(
-    demonstrations=2100,
+    demonstrations=1400,
     question_scenes=1400,
-    steps=8000,
+    steps=5000,
     batch_size=32,
     episodes=100,
     knowledge_scenes=200,

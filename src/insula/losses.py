@@ -24,6 +24,7 @@ from insula.model.config import ModelConfig
 from insula.model.cross_entropy import cross_entropy
 from insula.model.expert import Expert, run_expert
 from insula.model.insulation import Memory, freeze, insulate
+from insula.model.mistakes import mistaken_memory
 from insula.model.params import Params, trainable
 from insula.shapes import Array, Bool, Float, Int, PRNGKeyArray
 from insula.tokens import masks
@@ -67,14 +68,24 @@ def compute_loss(
 
 
 def share_of_loss(
-    params: Params, config: ModelConfig, batch: Batch, draws: Draws, whole: Scored
+    params: Params,
+    config: ModelConfig,
+    batch: Batch,
+    draws: Draws,
+    whole: Scored,
+    gamma: float | Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """What one part of a batch adds to `compute_loss` of all of it, whose counts are `whole`: shares of the loss, of
-    its gradient and of its metrics add up to those of the whole batch, however unevenly what is scored is spread."""
+    its gradient and of its metrics add up to those of the whole batch, however unevenly what is scored is spread.
+    `gamma`: how much of the flow loss's gradient passes, where it is another than the objective's."""
     params = freeze_untrained(params, config)
     targets = scored_tokens(batch, config)
     prefix = read_batch(params, config, batch, targets)
-    memory = insulate(prefix, config.num_memory, stop=config.objective.knowledge_insulation)
+    gamma = config.objective.gamma if gamma is None else gamma
+    if config.objective.mistake == "none":
+        memory = insulate(prefix, config.num_memory, gamma)
+    else:
+        memory = mistaken_memory(params, config, batch, prefix, gamma)
 
     # Both read the same pass: the token loss its hidden states at FAST positions, the expert its keys and values on the
     # prefix, which no FAST token can have changed.

@@ -22,7 +22,7 @@ FORMAT = 2
 def write_certificate(path: Path, proof: Proof, config: ModelConfig, about: dict[str, Any]) -> None:
     """The proof, what the run was trained with, and `about`: step, samples, seed. Written whole or not at all."""
     # The settings that decide where gradients go. Measuring lifts them, so the file must say how training had them.
-    names = ("knowledge_insulation", "ki_fast_loss_weight", "freeze_backbone")
+    names = ("knowledge_insulation", "gamma", "flow_gradient_end", "ki_fast_loss_weight", "freeze_backbone", "mistake")
     trained_with = {name: getattr(config.objective, name) for name in names}
     head = {"format": FORMAT, "insula": version("insula"), "model": config.name}
 

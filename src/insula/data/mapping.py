@@ -124,6 +124,31 @@ class Mapping:
         return [source.weight for source in self.sources.values()]
 
 
+def narrowed(mapping: Mapping, losses: tuple[LossName, ...], questions: bool) -> Mapping:
+    """A mapping of which only these losses are learned, and questions only if so. Without "fast" nothing teaches words,
+    so questions and the form `subtask` are left out. Raises DatasetError where nothing is left of a robot."""
+    robots = {}
+    for name, robot in mapping.robots.items():
+        left = tuple(loss for loss in robot.losses if loss in losses)
+        if not left:
+            raise DatasetError(
+                f"robots.{name}.losses is {', '.join(robot.losses)}, and this training has {', '.join(losses)} alone: "
+                "nothing of it would be learned"
+            )
+
+        shares = robot.shares
+        if LossName.FAST not in left and Form.SUBTASK in shares:
+            shares.pop(Form.SUBTASK)
+            if not shares:
+                raise DatasetError(
+                    f"robots.{name}.forms is subtask alone, which the loss 'fast' teaches; it is left out"
+                )
+            robot = dataclasses.replace(robot, forms=shares)
+        robots[name] = dataclasses.replace(robot, losses=left)
+
+    return Mapping(robots, mapping.questions if questions and LossName.FAST in losses else {})
+
+
 def read_mapping(path: Path, cameras: tuple[str, ...] | None = None) -> Mapping:
     """A TOML file; or a LeRobot folder whose columns have LeRobot's own names, with the model's `cameras`. Without
     them, cameras are neither expected nor checked.

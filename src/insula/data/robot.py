@@ -3,16 +3,18 @@
     training   actions − state, for the dimensions in `delta`  ─►  normalize  ─►  clip
     serving    un-normalize  ─►  + state, for the dimensions in `delta`
 
-robots/NAME/robot.json         cameras, horizon, delta, units, forms
+robots/NAME/robot.json         cameras, horizon, delta, units, forms, losses
 robots/NAME/norm_stats.json    normalization, openpi's format
 """
 
+import enum
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from insula.batch import LossName
 from insula.checks import check_integer
 from insula.data import normalize as normalize
 from insula.data.normalize import NormStats
@@ -21,6 +23,7 @@ from insula.files import read_json, write_json
 from insula.shapes import Float
 from insula.tokens.dialects import Form
 
+_Name = TypeVar("_Name", bound=enum.StrEnum)
 ROBOT_FILE, STATS_FILE = "robot.json", "norm_stats.json"
 ACTION_CLIP = {"quantiles": 2.0, "min_max": 2.0, "none": 2.0, "mean_std": 5.0}
 """Normalized actions are clipped to ± this, for both losses alike. By quantiles 98 % of them are inside ±1, a
@@ -33,7 +36,7 @@ class Robot:
     """`stats` holds "state" and "actions"; `cameras` are those of the model's that this robot has; its chunks have
     `horizon` steps; action dimensions in `delta` are learned relative to the state's dimension of the same number;
     `units` say what "state" and "actions" are measured in; `forms` are those of its samples (`insula.tokens.dialects`),
-    None where they are not known."""
+    and `losses` what they taught, None where they are not known."""
 
     stats: dict[str, NormStats]
     cameras: tuple[str, ...]
@@ -41,6 +44,7 @@ class Robot:
     delta: tuple[int, ...] = ()
     units: dict[str, str] = field(default_factory=dict)
     forms: tuple[Form, ...] | None = None
+    losses: tuple[LossName, ...] | None = None
 
     @property
     def state_dim(self) -> int:
@@ -124,14 +128,15 @@ def read_robot(directory: Path) -> Robot:
     if not isinstance(units, dict) or not all(isinstance(unit, str) for unit in units.values()):
         raise InputError(f"{path}: units is {units!r:.80}, expected names of units by part")
 
-    return Robot(stats, tuple(cameras), raw["horizon"], tuple(delta), units, _read_forms(path, raw.get("forms")))
+    forms, losses = _read_names(path, raw, "forms", Form), _read_names(path, raw, "losses", LossName)
+    return Robot(stats, tuple(cameras), raw["horizon"], tuple(delta), units, forms, losses)
 
 
-def _read_forms(path: Path, raw: Any) -> tuple[Form, ...] | None:
+def _read_names(path: Path, raw: dict[str, Any], key: str, kind: type[_Name]) -> tuple[_Name, ...] | None:
     """None in files of before there were several."""
-    if raw is None:
+    if (names := raw.get(key)) is None:
         return None
-    if not isinstance(raw, list) or not raw or not all(form in list(Form) for form in raw):
-        raise InputError(f"{path}: forms is {raw!r:.80}, expected a list of {', '.join(Form)}")
+    if not isinstance(names, list) or not names or not all(name in list(kind) for name in names):
+        raise InputError(f"{path}: {key} is {names!r:.80}, expected a list of {', '.join(kind)}")
 
-    return tuple(Form(form) for form in raw)
+    return tuple(kind(name) for name in names)

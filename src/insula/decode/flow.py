@@ -53,4 +53,4 @@ def read_prefix(params: Params, config: ModelConfig, observation: Observation) -
     """The same path as in training, with no FAST suffix."""
     prefix = run_backbone(params.vision, params.backbone, config, observation)
     # There is no gradient to stop here. What counts is that the same columns are kept, and FAST's are not among them.
-    return insulate(prefix, config.num_memory, stop=config.objective.knowledge_insulation)
+    return insulate(prefix, config.num_memory)

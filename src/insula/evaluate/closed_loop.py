@@ -161,8 +161,8 @@ def evaluate(
     environment: MakeEnvironment | None = None,
 ) -> ClosedLoop:
     """Run `policy` in the scenes `first_seed .. first_seed + episodes - 1` of a task, executing `replan_steps` of each
-    chunk. `swap`, `held_out`: ask for these as well (a task without another goal is not swapped). `told`: every
-    observation brings the true "subtask" of that moment.
+    chunk. `swap`, `held_out`: ask for these as well. `told`: every observation brings the true "subtask" of that
+    moment.
 
     `record`: keep frames and plans of this many scenes, the first ones. `progress(done, total)` follows every episode.
     `num_envs`: environments side by side at most, and the batch size of every `act_batch` call (rows are repeated to
@@ -176,7 +176,7 @@ def evaluate(
     if replan_steps < 1 or num_envs < 1:
         raise InputError(f"replan_steps is {replan_steps} and num_envs is {num_envs}, expected at least 1 of each")
 
-    jobs = _jobs(seeds, swap and can_swap(task), held_out)
+    jobs = _jobs(seeds, swap, held_out)
     make = environment or (lambda: make_tabletop(task, image_size))
 
     started = time.perf_counter()
@@ -203,13 +203,6 @@ def evaluate(
 def _jobs(seeds: Iterable[int], swap: bool, held_out: bool) -> list[Job]:
     kinds = [(False, False), *([(True, False)] if swap else []), *([(False, True)] if held_out else [])]
     return [Job(seed, *kind) for seed in seeds for kind in kinds]
-
-
-def can_swap(task: str) -> bool:
-    """Whether scenes of this task have another goal. Raises InputError for an unknown task."""
-    from insula.worlds.tabletop.tasks import find_task  # it loads MuJoCo
-
-    return find_task(task).can_swap
 
 
 def check_seeds(episodes: int, first_seed: int, allow_any_seed: bool, used: Iterable[int]) -> range:

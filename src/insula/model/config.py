@@ -6,6 +6,7 @@ from typing import Any, Literal, get_type_hints
 
 from insula.checks import check_choice, check_integer, check_number, is_a, name_of
 from insula.errors import InputError, did_you_mean
+from insula.model.objective import INSULATED, ObjectiveConfig
 
 LARGEST_SIZE = 2**24
 """Of any size: far beyond every model there is, and small enough that no product of three overflows."""
@@ -88,44 +89,6 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ObjectiveConfig:
-    """What is learned, and which gradient goes where (`insula.losses`). Raises InputError for contradictions."""
-
-    knowledge_insulation: bool = True
-    """The flow loss stops at the backbone's keys and values."""
-    ki_fast_loss_weight: float = 1.0
-    """λ in total = flow + λ · fast. With insulation it scales the backbone's gradient and never the expert's."""
-    freeze_backbone: bool = False
-    """Train the expert alone, vision and backbone as they are."""
-    flow_samples: int = 1
-    """Noise draws per sample that share one backbone pass, K; each costs only the expert."""
-    rtc_max_delay: int = 0
-    """Training-time real-time chunking (arXiv 2512.05964): a chunk's first d steps are given, not learned, with d drawn
-    from 0 to this many for each noise draw. At a robot these are the steps that are executed while the chunk is
-    computed. 0: off."""
-
-    @property
-    def flow_reaches_backbone(self) -> bool:
-        """Whether the flow loss trains the backbone as well: neither insulated nor frozen."""
-        return not (self.knowledge_insulation or self.freeze_backbone)
-
-    def __post_init__(self) -> None:
-        weight = self.ki_fast_loss_weight
-        check_number("objective: ki_fast_loss_weight", weight, "≥ 0", lambda value: value >= 0)
-
-        # With none the flow loss would be a mean over nothing, and the expert would silently never learn.
-        check_integer("objective: flow_samples", self.flow_samples, 1)
-        check_integer("objective: rtc_max_delay", self.rtc_max_delay, 0)
-
-        # Insulated from the flow loss and without a token loss, the backbone would silently never change.
-        if self.knowledge_insulation and self.ki_fast_loss_weight == 0 and not self.freeze_backbone:
-            raise InputError(
-                "objective: knowledge_insulation with ki_fast_loss_weight = 0 leaves the backbone without any "
-                "gradient; set a weight > 0, or freeze_backbone=True if that is what you want"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
 class ComputeConfig:
     """How it is computed; none of it changes what is computed beyond rounding. Raises InputError for contradictions."""
 
@@ -177,7 +140,7 @@ class ModelConfig:
     """How the model learns the state: as digits in the prompt (π0.5), or as a projected token of the expert's (π0)."""
     time_input: Literal["adarms", "mlp"] = "adarms"
     """How the expert learns the flow time: by modulating its norms (π0.5), or mixed into the action tokens (π0)."""
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: ObjectiveConfig = INSULATED
     compute: ComputeConfig = ComputeConfig()
     lora: LoraConfig | None = None
     """Train low-rank updates in place of whole matrices."""

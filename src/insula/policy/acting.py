@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from insula.batch import Observation, Previous
+from insula.batch import LossName, Observation, Previous
 from insula.data.observe import Observer, check_raw, stack_images, stack_previous
 from insula.decode.flow import FLOW_STEPS, sample_actions
 from insula.errors import InputError, NonFiniteError, did_you_mean
@@ -137,7 +137,9 @@ class Policy:
         return Inputs(observation, previous, np.stack([o["state"] for o in observations]))
 
     def sample(self, inputs: Inputs, seeds: Sequence[Seed]) -> Float[np.ndarray, "B H D"]:
-        """A chunk for each row of `inputs`, in the robot's units, not yet looked at: it may be NaN."""
+        """A chunk for each row of `inputs`, in the robot's units, not yet looked at: it may be NaN. Raises InputError
+        where the expert has learned nothing."""
+        self.require(LossName.FLOW, "act in mode tokens")
         keys = np.stack([noise_key(self.seed, *seed) for seed in seeds])
         chunk = np.asarray(self._chunk(self.params, inputs.observation, keys, inputs.previous))
 
@@ -155,6 +157,11 @@ class Policy:
         """As `observe`, with prompts that ask for the subtask."""
         self._refuse_untrained(Form.SUBTASK)
         return self._show(observations, lambda o, s: self.observer.think(o["task"], s))
+
+    def require(self, loss: LossName, remedy: str) -> None:
+        """Raises InputError where this robot's samples never taught a loss: what it teaches is still as it began."""
+        if self.robot.losses is not None and loss not in self.robot.losses:
+            raise InputError(f"this policy was trained without the loss {loss!s}; {remedy}")
 
     def _refuse_untrained(self, form: Form) -> None:
         """Raises InputError where this robot had no samples of a form: the model would act all the same, on a prompt

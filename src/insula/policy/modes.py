@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from insula.batch import LossName
 from insula.checks import check_integer
 from insula.errors import DecodeError, InsulaError
 from insula.policy.acting import Inputs, Policy, Seed
@@ -35,9 +36,10 @@ class Mode(enum.StrEnum):
 
 class TokenPolicy:
     """Acts by FAST tokens alone: what the token loss has taught the backbone. `bound`: only whole chunks can be said;
-    otherwise anything can, and what is no chunk is a DecodeError."""
+    otherwise anything can, and what is no chunk is a DecodeError. Raises InputError where nothing taught it."""
 
     def __init__(self, policy: Policy, bound: bool = True) -> None:
+        policy.require(LossName.FAST, "act in mode flow")
         self.policy = policy
         self.speaker = Speaker(policy)
         robot, tokenizer = policy.robot, policy.assets.tokenizer

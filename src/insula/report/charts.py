@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -72,6 +73,25 @@ def strip_chart(title: str, rows: Mapping[str, Curve], xlabel: str) -> Html | No
 
         strips[0].set_title(title, loc="left", fontsize=12, color=INK)
         strips[-1].set_xlabel(xlabel, color=INK)
+        return _finished(figure, title)
+
+
+def interval_chart(title: str, lines: Mapping[str, Sequence[tuple[float, Mapping[str, float]]]], xlabel: str) -> Html:
+    """A line for each name, of (x, {"mean", "low", "high"}), with its intervals; means are shares, 0 to 1."""
+    with _drawing(title):
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        for (name, points), color in zip(lines.items(), itertools.cycle(matplotlib.color_sequences["tab10"])):
+            x = [at for at, _ in points]
+            mean, low, high = ([100 * found[key] for _, found in points] for key in ("mean", "low", "high"))
+            axes.plot(x, mean, color=color, lw=1.6, marker="o", ms=3.5, label=name)
+            axes.fill_between(x, low, high, color=color, alpha=0.12, lw=0)
+
+        axes.set_ylim(0, 100)
+        axes.set_title(title, loc="left", fontsize=12, color=INK)
+        axes.set_xlabel(xlabel, color=INK)
+        axes.set_ylabel("%", color=INK)
+        axes.legend(frameon=False, labelcolor=INK, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
         return _finished(figure, title)
 
 

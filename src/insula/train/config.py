@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from insula.batch import LossName
 from insula.checks import check_integer, check_number, check_seed
 from insula.data.config import DEFAULT_READING, DataConfig
 from insula.errors import InputError, did_you_mean
@@ -23,6 +24,7 @@ from insula.model.config import (
 )
 from insula.parallel.mesh import ALL_DEVICES, MeshConfig
 from insula.parallel.processes import ALONE, ProcessesConfig
+from insula.recipes import BOTH, Recipe, find_recipe
 from insula.train.optimizer import DEFAULT, PI0_OPTIMIZER, PI05_OPTIMIZER, SMALL_OPTIMIZER, OptimizerConfig
 from insula.train.sinks import SinkKind
 
@@ -34,8 +36,18 @@ class TrainConfig:
 
     run: Path
     """Folder for everything: settings, metrics, checkpoints."""
+    recipe: str | None = None
+    """How tokens and flow are joined, by name (insula recipes); it decides losses, questions, what is insulated or
+    frozen, LoRA, and what training starts from."""
     data: Path | None = None
     """A LeRobot data set, or a .toml file that maps one or several (docs/data.md); needed unless `resume`."""
+    episodes: int | None = None
+    """Train on the first so many episodes of each robot, of those that are not held out: which these are does not
+    depend on it. None: on all."""
+    losses: tuple[LossName, ...] = BOTH
+    """What demonstrations teach: flow, fast, or both. A robot's own `losses` (docs/data.md) may leave out more."""
+    questions: bool = True
+    """Learn from the questions of the mapping as well."""
     reading: Annotated[DataConfig, tyro.conf.arg(name="")] = DEFAULT_READING
     model: ModelConfig = TINY_BFLOAT16
     optimizer: OptimizerConfig = DEFAULT
@@ -89,8 +101,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "evaluate_every", "checkpoint_every", "keep", "log_every"):
             check_integer(name, getattr(self, name), 1)
-        if self.keep_every is not None:
-            check_integer("keep_every", self.keep_every, 1)
+        for name in ("keep_every", "episodes"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1)
         check_integer("workers", self.workers, 0, 1024)
         check_seed("seed", self.seed)
         check_number("held_out_fraction", self.held_out_fraction, "≥ 0 and < 1", lambda share: 0 <= share < 1)
@@ -112,6 +125,50 @@ class TrainConfig:
                 "where a preset asks for it)"
             )
 
+        if not self.losses or len(set(self.losses)) < len(self.losses):
+            raise InputError(f"losses is {self.losses}, expected flow, fast or both, each once")
+        if self.recipe is not None:
+            _check_recipe(self, find_recipe(self.recipe))
+
+
+def apply_recipe(config: TrainConfig, name: str) -> TrainConfig:
+    """These settings, with what a recipe decides. Raises InputError for an unknown name."""
+    recipe = find_recipe(name)
+    model = dataclasses.replace(config.model.with_objective(**recipe.objective), lora=recipe.lora)
+    return dataclasses.replace(
+        config,
+        recipe=name,
+        model=model,
+        losses=recipe.losses,
+        questions=recipe.questions,
+        # A preset without weights to start from has none with a recipe, either.
+        from_scratch=recipe.from_scratch or config.from_scratch,
+    )
+
+
+def _check_recipe(config: TrainConfig, recipe: Recipe) -> None:
+    """Raises InputError where a setting is not what its recipe says, naming both."""
+    objective = config.model.objective
+    found = {
+        **{f"model.objective.{name}": (getattr(objective, name), said) for name, said in recipe.objective.items()},
+        "model.lora": (config.model.lora, recipe.lora),
+        "losses": (", ".join(config.losses), ", ".join(recipe.losses)),
+        "questions": (config.questions, recipe.questions),
+        "from_scratch": (config.from_scratch, config.from_scratch or recipe.from_scratch),
+    }
+    for name, (value, said) in found.items():
+        if value != said:
+            raise InputError(
+                f"recipe {recipe.name!r}: {name} is {said}, got {value}; drop one of the two (insula recipes shows "
+                "what each decides)"
+            )
+
+    if recipe.starts_from is not None and config.init is None and not config.resume:
+        raise InputError(
+            f"recipe {recipe.name!r} starts from a run of {recipe.starts_from!r}; train that one first, and give its "
+            "weights as --init (insula convert RUN WEIGHTS --to insula)"
+        )
+
 
 _DEFAULTS = TrainConfig(run=Path())
 TRAINING = {
@@ -121,9 +178,9 @@ TRAINING = {
         _DEFAULTS,
         model=TABLETOP.with_compute(dtype="bfloat16"),
         reading=DataConfig(fast_vocab=512, fast_scale=5.0),
-        steps=8000,
+        steps=5000,
         evaluate_every=1000,
-        checkpoint_every=2000,
+        checkpoint_every=1000,
     ),
     # From random weights: there are none of these sizes.
     "small": dataclasses.replace(_DEFAULTS, model=SMALL, optimizer=SMALL_OPTIMIZER, steps=20_000, from_scratch=True),
@@ -171,6 +228,8 @@ def read_config(path: Path) -> TrainConfig:
             {"log_to": ["tensorboard"]} if raw["tensorboard"] else {}
         )
     nested = {"model": model, "optimizer": optimizer, "mesh": mesh, "reading": reading}
+    if isinstance(losses := raw.get("losses"), list) and set(losses) <= set(LossName):
+        nested["losses"] = tuple(LossName(loss) for loss in losses)
     return build(TrainConfig, _with_paths(raw, _PATHS, str(path)) | nested, str(path))
 
 

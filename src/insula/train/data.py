@@ -5,16 +5,18 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from insula.batch import LossName
 from insula.data.chunks import chunk_horizon, frames_of, named_cameras
 from insula.data.fitting import action_chunks, robot_stats
 from insula.data.lerobot import LeRobotDataset
-from insula.data.mapping import LINES, Mapping, RobotData, mapping_to_json, parse_mapping, read_mapping
+from insula.data.mapping import LINES, Mapping, RobotData, mapping_to_json, narrowed, parse_mapping, read_mapping
 from insula.data.mixture import Mixture, SampleSource
 from insula.data.observe import Sizes
 from insula.data.questions import QuestionSamples, pictures
@@ -60,6 +62,13 @@ class RunData:
     datasets: dict[str, LeRobotDataset]
     parts: dict[str, Part]
     units: dict[str, np.ndarray]
+    episodes: int | None = None
+    """How many of a robot's episodes are trained on; None: all that are not held out."""
+
+    def trained_on(self, name: str) -> np.ndarray:
+        """The episodes of a robot, or the rows of questions, that are trained on: int64, ascending."""
+        rows = self.parts[name].train
+        return rows[: self.episodes] if name in self.mapping.robots else rows
 
 
 def open_data(config: TrainConfig, moved: Path | None = None) -> RunData:
@@ -92,7 +101,14 @@ def open_data(config: TrainConfig, moved: Path | None = None) -> RunData:
         else:
             parts[name] = split_rows(units[name], config.held_out_fraction, config.seed, where)
 
-    return RunData(mapping, datasets, parts, units)
+    for name in mapping.robots:
+        if config.episodes is not None and config.episodes > len(parts[name].train):
+            raise InputError(
+                f"episodes is {config.episodes}, but data set {mapping.robots[name].path} has {len(parts[name].train)} "
+                "that are not held out"
+            )
+
+    return RunData(mapping, datasets, parts, units, config.episodes)
 
 
 def write_data(config: TrainConfig, data: RunData) -> None:
@@ -135,7 +151,12 @@ def _new_mapping(config: TrainConfig) -> Mapping:
     if config.data is None:
         raise InputError("no data set; give --data, a LeRobot folder (insula collect makes one) or a .toml mapping")
 
-    return read_mapping(config.data, config.model.cameras)
+    return _read(config, config.data)
+
+
+def _read(config: TrainConfig, path: Path) -> Mapping:
+    """A mapping as this training takes it."""
+    return narrowed(read_mapping(path, config.model.cameras), config.losses, config.questions)
 
 
 def _stored_split(path: Path, mapping: Mapping, split: Any) -> dict[str, Any]:
@@ -152,11 +173,11 @@ def _stored_mapping(config: TrainConfig, stored: Any, moved: Path | None) -> Map
     mapping = parse_mapping(stored, config.run, str(config.run / MAPPING_FILE))
 
     if moved is not None:
-        return moved_mapping(mapping, moved, config.model.cameras)
+        return moved_mapping(mapping, moved, lambda path: _read(config, path))
 
     if config.data is not None and config.data.is_file():
         try:
-            changed = mapping_to_json(read_mapping(config.data, config.model.cameras)) != mapping_to_json(mapping)
+            changed = mapping_to_json(_read(config, config.data)) != mapping_to_json(mapping)
         except DatasetError:  # unreadable by now, which is no reason to stop: it is not needed
             changed = True
 
@@ -170,8 +191,8 @@ def _stored_mapping(config: TrainConfig, stored: Any, moved: Path | None) -> Map
     return mapping
 
 
-def moved_mapping(stored: Mapping, moved: Path, cameras: tuple[str, ...]) -> Mapping:
-    """`stored` with the paths of `moved`, a mapping of the same sources or the folder of the only one.
+def moved_mapping(stored: Mapping, moved: Path, read: Callable[[Path], Mapping]) -> Mapping:
+    """`stored` with the paths of `moved`, a mapping of the same sources, by `read`, or the folder of the only one.
 
     Raises InputError where it says anything else than where the data is now.
     """
@@ -184,7 +205,7 @@ def moved_mapping(stored: Mapping, moved: Path, cameras: tuple[str, ...]) -> Map
         return Mapping({name: dataclasses.replace(robot, path=moved)})
 
     # Compared as plain values, so that the error can show what the file says.
-    given = read_mapping(moved, cameras)
+    given = read(moved)
     before, after = mapping_to_json(stored), mapping_to_json(given)
     for kind in ("robots", "questions"):
         if list(before[kind]) != list(after[kind]):
@@ -222,8 +243,8 @@ def fit_assets(config: TrainConfig, data: RunData) -> Assets:
         chunks = [
             chunk
             for name, robot in data.mapping.robots.items()
-            if "fast" in robot.losses
-            for chunk in action_chunks(robot, robots[name], data.parts[name].train, limit)[0]
+            if LossName.FAST in robot.losses or LossName.FAST not in config.losses
+            for chunk in action_chunks(robot, robots[name], data.trained_on(name), limit)[0]
         ]
         if not chunks:
             raise InputError("FAST: no robot of the mapping has the loss 'fast', so nothing teaches the backbone")
@@ -256,7 +277,7 @@ def _robot(config: TrainConfig, data: RunData, name: str, robot: RobotData) -> R
     stats = robot_stats(
         robot,
         horizon,
-        data.parts[name].train,
+        data.trained_on(name),
         processes=(os.cpu_count() or 1) if len(data.datasets[name]) >= LARGE else 1,
         skip_non_finite=config.reading.on_bad_sample == "quarantine",
     )
@@ -270,7 +291,7 @@ def _robot(config: TrainConfig, data: RunData, name: str, robot: RobotData) -> R
 
     # In the model's order: it is the order of image tokens.
     cameras = tuple(camera for camera in model.cameras if camera in robot.cameras)
-    return Robot(stats, cameras, horizon, robot.delta, robot.units, tuple(robot.shares))
+    return Robot(stats, cameras, horizon, robot.delta, robot.units, tuple(robot.shares), robot.losses)
 
 
 def sizes(model: ModelConfig, data: RunData) -> Sizes:
@@ -322,7 +343,7 @@ def held_out_sources(config: TrainConfig, assets: Assets, data: RunData) -> dict
 
 def _training_rows(data: RunData) -> dict[str, np.ndarray]:
     # The forms of a robot share its episodes, so that a frame that is held out is so in all of them.
-    return {name: data.parts[source.entry].train for name, source in data.mapping.sources.items()}
+    return {name: data.trained_on(source.entry) for name, source in data.mapping.sources.items()}
 
 
 def _has_subtasks(data: RunData, robot: str, episodes: np.ndarray) -> bool:

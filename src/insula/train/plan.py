@@ -170,7 +170,8 @@ def learned(config: PlanConfig, params: Params) -> Params:
 
 def abstract_step(config: PlanConfig, mesh: Mesh) -> tuple[Callable[..., Any], TrainState, Batch]:
     """The real step, and shapes of what it takes. For use in `jax.set_mesh(mesh)`."""
-    optimizer = make_optimizer(config.optimizer, config.model, steps=1000)
+    steps = 1000  # of the schedules, whose numbers change nothing of the program's size
+    optimizer = make_optimizer(config.optimizer, config.model, steps)
     state = abstract_state(config.model, optimizer, mesh, averaged(config.optimizer, config.model))
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = make_train_step(
@@ -180,6 +181,7 @@ def abstract_step(config: PlanConfig, mesh: Mesh) -> tuple[Callable[..., Any], T
         jax.random.key(0),
         parts=config.accumulate,
         places=places,
+        steps=steps,
     )
     return step, state, abstract_batch(config.model, config.batch_size, split_batch(mesh))
 

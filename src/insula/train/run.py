@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from insula.batch import Batch
+from insula.batch import Batch, LossName
 from insula.certificate.gradients import make_prover
 from insula.certificate.stored import write_certificate
 from insula.checkpoints.hub import local
@@ -136,6 +136,7 @@ def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointSto
             prepare=augment if config.augment else None,
             parts=config.accumulate,
             places=places,
+            steps=config.steps,
         )
 
         def save(state: TrainState) -> None:
@@ -363,14 +364,21 @@ def make_held_out_losses(
             made = (put_everywhere(read[name].batch(np.zeros_like(rows), rows), mesh) for rows in groups[name])
             params = served_params(state)
             found = [loss(params, batch, jax.random.fold_in(rng, i))[1] for i, batch in enumerate(made)]
-            # Questions and subtasks have no action: a flow loss of 0 must not look like a very good one.
             prefix = "held_out" if name in mapping.robots and len(mapping.robots) == 1 else f"held_out/{name}"
-            acts = mapping.sources[name].form not in (None, Form.SUBTASK)
-            kinds = ("flow", "fast", "token_accuracy") if acts else ("fast", "token_accuracy")
+            kinds = measured_kinds(mapping, name)
             metrics |= {f"{prefix}/{kind}": float(np.mean([m[kind] for m in found])) for kind in kinds}
         return metrics
 
     return look
+
+
+def measured_kinds(mapping: Mapping, name: str) -> list[str]:
+    """What a source has to measure: a loss of 0, for want of anything that it scores, must not look like a very good
+    one. Questions and subtasks have no action."""
+    source = mapping.sources[name]
+    taught = mapping.robots[source.entry].losses if source.form not in (None, Form.SUBTASK) else (LossName.FAST,)
+    of_tokens = ["fast", "token_accuracy"] if LossName.FAST in taught else []
+    return (["flow"] if LossName.FLOW in taught else []) + of_tokens
 
 
 def _metrics_log(config: TrainConfig) -> MetricsLog:

@@ -1,6 +1,7 @@
 """One update: loss, gradients, per-part norms, optimizer, running average."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,14 +11,15 @@ import optax
 from jax.sharding import Mesh
 
 from insula.batch import Batch
-from insula.losses import Draws, Metrics, Scored, count_scored, draw, share_of_loss
+from insula.losses import Draws, Metrics, count_scored, draw, share_of_loss
 from insula.model.config import ModelConfig
 from insula.model.params import Params, abstract_params
 from insula.parallel.sharding import shard_like_params
 from insula.shapes import Array, Int, PRNGKeyArray
 from insula.train.optimizer import PARTS
 
-Share = Callable[[Params, ModelConfig, Batch, Draws, Scored], tuple[Array, Metrics]]
+Share = Callable[..., tuple[Array, Metrics]]
+"""`insula.losses.share_of_loss`, or `language_share`. Only the first is ever given a `gamma`."""
 
 
 @jax.tree_util.register_dataclass
@@ -81,16 +83,23 @@ def make_train_step(
     prepare: Callable[[Batch, PRNGKeyArray], Batch] | None = None,
     parts: int = 1,
     places: TrainState | None = None,
+    steps: int | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted step. Its randomness depends on `rng` and the state's step alone, so a resumed run repeats it exactly.
 
     `prepare` changes the batch, on the device. `parts`: into how many parts it is cut, one after the other in memory;
     the update is the same. `places`: a sharding for each leaf of the state, which the one that is returned keeps.
+    `steps`: the length of the whole training, which an objective with `flow_gradient_end` needs.
 
     Metrics are those of the loss, "total", and the gradient norm of each part before clipping. Where one of them is not
     finite nothing but the step changes: `run_loop` reports that update as skipped. The state that is passed in is
     donated: only the one that is returned can be used afterwards.
     """
+
+    objective, gamma = config.objective, None
+    if objective.flow_gradient_end is not None:
+        assert steps is not None, "γ changes over the training, whose length is not given"
+        gamma = optax.linear_schedule(objective.gamma, objective.flow_gradient_end, max(1, steps - 1))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(rng, state.step)
@@ -99,7 +108,8 @@ def make_train_step(
             batch = prepare(batch, jax.random.fold_in(key, 1))
 
         draws = draw(config, batch.actions.shape[0], key)
-        (total, metrics), gradients = value_and_gradients(share, state.params, config, batch, draws, parts)
+        loss = share if gamma is None else functools.partial(share, gamma=gamma(state.step))
+        (total, metrics), gradients = value_and_gradients(loss, state.params, config, batch, draws, parts)
         if places is not None:
             gradients = jax.lax.with_sharding_constraint(gradients, places.params)
         norms = {f"gradient_norm/{part}": optax.tree.norm(getattr(gradients, part)) for part in PARTS}

@@ -26,7 +26,7 @@ from gymnasium import spaces
 
 from insula.errors import InputError, did_you_mean
 from insula.worlds.tabletop.facts import Block, Bowl, Distractor, Facts, Table, look, project
-from insula.worlds.tabletop.goals import Goal, achieved, credit, misplaced, subtask
+from insula.worlds.tabletop.goals import Goal, Placement, achieved, credit, fulfilled, misplaced, subtask
 from insula.worlds.tabletop.instructions import check_color
 from insula.worlds.tabletop.rendering import Renderer
 from insula.worlds.tabletop.scene import (
@@ -63,9 +63,9 @@ class TabletopEnv(gymnasium.Env):
     """See the module's docstring. Reward 1 and termination at success; `info` tells `success`, `wrong_object`, `held`,
     `credit` (the share of placements that are fulfilled) and `subtask` (what to do next, in words).
 
-    success: all that the goal names lies where it shall, at rest, and the gripper is open. wrong_object (remembered
-    until the next reset): a block came to lie in a bowl, or, but for `put`, on a block, where the goal does not want
-    it, with the gripper off it.
+    success: all that the goal names lies where it shall, at rest, and the gripper is open; where it names an order,
+    each came there in its turn. wrong_object (remembered until the next reset): a block came to lie in a bowl, or, but
+    for `put`, on a block, where the goal does not want it, or out of turn, with the gripper off it.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}  # noqa: RUF012 (Gymnasium's own convention)
@@ -111,7 +111,7 @@ class TabletopEnv(gymnasium.Env):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         """A new scene, the same for the same seed; those of different tasks have nothing in common. Options:
 
-        swap     (bool) asks for something else in that same scene: other blocks, in other places
+        swap     (bool) asks for something else in that same scene: other blocks in other places, or another order
         split    "train", or "held_out" for words, and pairs of `unseen-pairs`, that no demonstration has
         task     (block color, bowl color) to ask for, where the task's goal is such a pair
 
@@ -142,9 +142,7 @@ class TabletopEnv(gymnasium.Env):
 
         self._move(self._layout, check_action(action))
         table = self.table()
-        self._wrong = self._wrong or misplaced(
-            table, self._goal, self.task.judge_stacks
-        )  # remembered, though it may yet be put right
+        self._judge(table)
 
         info = self._info(table)
         return self._observe(), float(info["success"]), bool(info["success"]), False, info
@@ -243,6 +241,7 @@ class TabletopEnv(gymnasium.Env):
         self._layout = layout
         self._goal = goal
         self._wrong = False
+        self._came: tuple[Placement, ...] = ()
 
         # qpos: x, y, z, yaw of the gripper, two fingers, then position and quaternion (w first) of each block.
         qpos = self.data.qpos
@@ -293,9 +292,19 @@ class TabletopEnv(gymnasium.Env):
 
         return None
 
+    def _judge(self, table: Table) -> None:
+        """Remember what was right and what was wrong in this state, though it may yet be put right, or be undone."""
+        lying = tuple(one for one in self._goal.placements if one not in self._came and fulfilled(table, one))
+        self._came += lying
+        self._wrong = self._wrong or misplaced(table, self._goal, self.task.judge_stacks) or not self._in_turn()
+
+    def _in_turn(self) -> bool:
+        """Whether what the goal asks for came in its order, so far, or in any where it names none."""
+        return not self._goal.ordered or self._came == self._goal.placements[: len(self._came)]
+
     def _info(self, table: Table) -> dict[str, Any]:
         return {
-            "success": achieved(table, self._goal),
+            "success": achieved(table, self._goal) and self._in_turn(),
             "wrong_object": self._wrong,
             "held": table.held,
             "credit": credit(table, self._goal),
@@ -339,12 +348,8 @@ def _choose_goal(task: Task, scene: Scene, swap: bool, pair: Any) -> Goal:
         block, bowl = pair
         check_color(block, scene.layout.block_colors, "task: block color in this scene")
         return pair_goal((block, check_color(bowl, scene.layout.bowl_colors, "task: bowl color in this scene")))
-    if not swap:
-        return scene.goal
 
-    if scene.other is None:
-        raise InputError(f"reset options: swap: a scene of {task.name!r} has no other goal; leave it out")
-    return scene.other
+    return scene.other if swap else scene.goal
 
 
 def _resize(model: mujoco.MjModel, body: int, half: float) -> None:

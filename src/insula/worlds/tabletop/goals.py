@@ -33,10 +33,12 @@ class Placement:
 
 @dataclass(frozen=True)
 class Goal:
-    """`instruction` in words, and all of the `placements` it means: of a tower, the lowest first."""
+    """`instruction` in words, and all of the `placements` it means: of a tower, the lowest first. `ordered`: it names
+    their order, and another is wrong."""
 
     instruction: str
     placements: tuple[Placement, ...]
+    ordered: bool = False
 
 
 def fulfilled(table: Table, placement: Placement) -> bool:
@@ -57,8 +59,8 @@ def next_placement(table: Table, goal: Goal) -> Placement | None:
     moving = {placement.block for placement in left}
     ready = [placement for placement in left if placement.relation == "in" or placement.target not in moving]
 
-    # Whatever the order, a block in hand is not put down again for the sake of another.
-    in_hand = [placement for placement in ready if placement.block == table.held]
+    # Where the order is free, a block in hand is not put down again for the sake of another.
+    in_hand = [placement for placement in ready if placement.block == table.held and not goal.ordered]
     return next(iter([*in_hand, *ready]), None)
 
 

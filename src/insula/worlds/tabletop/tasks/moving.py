@@ -19,8 +19,8 @@ from insula.worlds.tabletop.scene import (
 from insula.worlds.tabletop.tasks.pairs import PHRASINGS, other_pair, pair_goal
 from insula.worlds.tabletop.tasks.task import Scene, Split, Task
 
-SPEEDS = (0.02, 0.03)  # meters per second
-_HALF_WAYS = (0.025, 0.045)  # of a way's length, meters: a bowl turns round every two or three seconds
+SPEEDS = (0.08, 0.12)  # meters per second
+_HALF_WAYS = (0.05, 0.075)  # of a way's length, meters: a bowl turns round about once in a second
 _POINTS = 9  # of a way, by which its distance from others is measured
 
 

@@ -1,4 +1,4 @@
-"""`sort`: three blocks, each into the bowl of its own color."""
+"""`sort`: three blocks, each into the bowl of its own color, in the order that the sentence names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 
 from insula.worlds.tabletop.goals import Goal, Placement
-from insula.worlds.tabletop.instructions import COLORS
 from insula.worlds.tabletop.scene import BLOCKS, arrange, place_blocks
 from insula.worlds.tabletop.tasks.task import Phrasings, Scene, Split, Task
 
@@ -15,11 +14,14 @@ _SPACING = 0.14  # of the bowls in their row, which are 0.13 wide
 _ROW, _JITTER = 0.072, (0.004, 0.012)  # meters: of the row from the middle of the table, along y; of each bowl
 PHRASINGS = Phrasings(
     train=(
-        "sort the blocks into the bowls of their own color",
-        "put each block in the bowl of its own color",
-        "move every block to the bowl of the same color",
+        "sort the blocks {first} then {second} then {third}",
+        "sort the {first} block then the {second} block then the {third} block",
+        "put each block in the bowl of its color {first} then {second} then {third}",
     ),
-    held_out=("sort every block into the bowl of its own color", "put each block in the bowl of the same color"),
+    held_out=(
+        "put each of the blocks in its bowl {first} then {second} then {third}",
+        "sort each block {first} then {second} then {third}",
+    ),
 )
 
 
@@ -34,10 +36,15 @@ def _draw(rng: np.random.Generator, split: Split) -> Scene:
     layout = arrange(rng, bowls, blocks)
     layout = replace(layout, bowl_colors=tuple(layout.block_colors[i] for i in rng.permutation(BLOCKS)))
 
-    # In the order of `COLORS`, which a picture shows, and not in the order in which they were drawn.
-    colors = [color for color in COLORS if color in layout.block_colors]
-    placements = tuple(Placement(color, color, "in") for color in colors)
-    return Scene(layout, Goal(PHRASINGS.draw(rng, split), placements), None)
+    # Blocks have their colors by chance, so any order of them is as likely. The other: none comes when it would have.
+    first, second, third = layout.block_colors
+    sentence = PHRASINGS.draw(rng, split)
+    return Scene(layout, _goal((first, second, third), sentence), _goal((second, third, first), sentence))
 
 
-SORT = Task("sort", "three blocks, each into the bowl of its color", _draw, 250, bowls=BLOCKS, can_swap=False)
+def _goal(colors: tuple[str, str, str], sentence: str) -> Goal:
+    words = dict(zip(("first", "second", "third"), colors, strict=True))
+    return Goal(sentence.format(**words), tuple(Placement(color, color, "in") for color in colors), ordered=True)
+
+
+SORT = Task("sort", "three blocks, each into the bowl of its color, in the order named", _draw, 250, bowls=BLOCKS)

@@ -18,12 +18,12 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene's `layout`, its `goal`, and `other`: another goal of that same scene, in the same words and with no
-    placement in common, to tell a policy that listens from one that only looks. None where a task has no other."""
+    """A scene's `layout`, its `goal`, and `other`: another goal of that same scene, in the same words, with no
+    placement in common, or none at the same turn, to tell a policy that listens from one that only looks."""
 
     layout: SceneLayout
     goal: Goal
-    other: Goal | None
+    other: Goal
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,5 @@ class Task:
     max_steps: int
     bowls: int = BOWLS
     distractors: tuple[str, ...] = ()
-    can_swap: bool = True
     takes_pair: bool = False
     judge_stacks: bool = True

@@ -1,0 +1,155 @@
+"""What a study compares, as a TOML file: recipes × seeds × amounts of data, each combination a cell.
+
+data = "data.toml"                  as for insula train --data
+preset = "tabletop"                 what every cell's training starts from
+steps = 5000
+tasks = ["sort", "stack"]           of the tabletop, to act in; without, what is measured needs no simulator
+scenes = 100                        of each task
+looks = 4                           evenly over the training, the last at its end; those before with fewer scenes
+
+[[grid]]
+recipes = ["insulated", "joint"]
+seeds = [0, 1, 2]
+
+[[grid]]                            less data: only where it is of interest
+recipes = ["insulated", "joint"]
+episodes = [50, 200]
+"""
+
+import dataclasses
+import itertools
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from insula.checks import check_integer, check_seed
+from insula.errors import InputError, did_you_mean
+from insula.files import as_path
+from insula.model.config import build
+from insula.recipes import find_recipe
+from insula.train.config import TRAINING
+
+NO_TASKS: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Every recipe with every seed and every amount of data. `episodes`: of each robot; all of them where it is
+    empty. Raises InputError for unknown recipes and values that cannot be."""
+
+    recipes: tuple[str, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    episodes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.recipes:
+            find_recipe(name)
+        for seed in self.seeds:
+            check_seed("seeds has one that", seed)
+        for count in self.episodes:
+            check_integer("episodes has one that", count, 1)
+        if not self.recipes or not self.seeds:
+            raise InputError("a grid needs at least one recipe and one seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One training and all that is measured of it. `episodes`: of each robot; None for all there are."""
+
+    recipe: str
+    seed: int
+    episodes: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its folder: "joint-n200-s0", "joint-all-s0"."""
+        return f"{self.recipe}-{self.amount}-s{self.seed}"
+
+    @property
+    def amount(self) -> str:
+        """Of data, in a word."""
+        return "all" if self.episodes is None else f"n{self.episodes}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A study, whole. Raises InputError for values that cannot be."""
+
+    data: Path
+    grid: tuple[Grid, ...]
+    preset: str = "tabletop"
+    steps: int | None = None
+    """Updates of each cell; the preset's unless given. A recipe of two stages has half of them for each."""
+    batch_size: int | None = None
+    init: Path | None = None
+    """The weights that cells start from, as for insula train --init; a recipe from scratch takes none."""
+    fresh: tuple[str, ...] = ()
+    """As for insula train --fresh."""
+    tasks: tuple[str, ...] = NO_TASKS
+    robot: str | None = None
+    """Which of the mapping's acts in the tasks, where it has several."""
+    scenes: int = 100
+    held_out: bool = True
+    """Also ask in words, and for pairs, that no demonstration has."""
+    looks: int = 1
+    look_scenes: int = 25
+    knowledge_scenes: int = 200
+    """Of the tabletop, whose questions tell what the backbone still knows; where there are tasks."""
+
+    def __post_init__(self) -> None:
+        if self.preset not in TRAINING:
+            raise InputError(f"no preset {self.preset!r}{did_you_mean(self.preset, TRAINING)}")
+        for name in ("scenes", "looks", "look_scenes", "knowledge_scenes"):
+            check_integer(name, getattr(self, name), 1)
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1)
+        if self.tasks:
+            from insula.worlds.tabletop.tasks import find_task  # it loads MuJoCo, which a study of recordings need not
+
+            for task in self.tasks:
+                find_task(task)
+        if not self.grid:
+            raise InputError("no [[grid]]: there is nothing to compare")
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """Every combination once, seed by seed: a study that is ended early has whole comparisons of some seeds."""
+        found = [
+            Cell(recipe, seed, count)
+            for grid in self.grid
+            for count, recipe, seed in itertools.product(grid.episodes or (None,), grid.recipes, grid.seeds)
+        ]
+        return tuple(sorted(dict.fromkeys(found), key=lambda cell: cell.seed))
+
+    @property
+    def recipes(self) -> tuple[str, ...]:
+        """In the order of the file, each once."""
+        return tuple(dict.fromkeys(name for grid in self.grid for name in grid.recipes))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `data` as an absolute path."""
+        paths = {name: path and str(path.resolve()) for name, path in (("data", self.data), ("init", self.init))}
+        return dataclasses.asdict(self) | paths
+
+
+def read_study(path: Path) -> Study:
+    """Raises InputError naming the file and what is wrong in it, with the nearest known name."""
+    try:
+        raw: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: not readable as TOML ({error})") from None
+
+    grids = raw.get("grid", [])
+    if not isinstance(grids, list):
+        raise InputError(f"{path}: grid is {grids!r:.80}, expected tables, each as [[grid]]")
+
+    parts: dict[str, Any] = {
+        "grid": tuple(build(Grid, grid, f"{path}: grid {i}") for i, grid in enumerate(grids, start=1))
+    }
+    for name in ("data", "init"):
+        if isinstance(raw.get(name), str):
+            parts[name] = path.parent / as_path(raw[name], f"{path}: {name}").expanduser()
+    return build(Study, raw | parts, str(path))

@@ -52,7 +52,7 @@ def make_train_state(params: Params, optimizer: optax.GradientTransformation, av
 
 def served_params(state: TrainState) -> Params:
     """What is evaluated, certified, saved and served: the mean, and the parameters themselves where there is none."""
-    # Where every parameter has a mean there is nothing to choose, and a save waits for no such walk through all of them.
+    # Where every parameter has a mean there is nothing to choose; a save waits for no walk through all of them.
     if len(jax.tree.leaves(state.ema_params)) == len(jax.tree.leaves(state.params)):
         return state.ema_params
 

@@ -228,7 +228,7 @@ def read_config(path: Path) -> TrainConfig:
             {"log_to": ["tensorboard"]} if raw["tensorboard"] else {}
         )
     nested = {"model": model, "optimizer": optimizer, "mesh": mesh, "reading": reading}
-    if isinstance(losses := raw.get("losses"), list) and set(losses) <= set(LossName):
+    if isinstance(losses := raw.get("losses"), list) and all(loss in list(LossName) for loss in losses):
         nested["losses"] = tuple(LossName(loss) for loss in losses)
     return build(TrainConfig, _with_paths(raw, _PATHS, str(path)) | nested, str(path))
 

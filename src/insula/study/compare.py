@@ -26,7 +26,7 @@ from insula.study.page import write_study
 from insula.terminal import as_text
 
 log = logging.getLogger(__name__)
-STUDY_FILE, CELLS_FOLDER, LOG_FILE = "study.json", "cells", "log.txt"
+STUDY_FILE, CELLS_FOLDER, LOG_FILE, SECONDS_FILE = "study.json", "cells", "log.txt", "seconds.json"
 LAST_LINES = 3
 
 
@@ -90,7 +90,7 @@ def plan_text(study: Study, cells: Sequence[Cell], out: Path) -> str:
         table.add_row(cell.name, updates, find_recipe(cell.recipe).about, state)
 
     left = [cell for cell in cells if not _is_finished(out, cell)]
-    each = [seconds for cell in study.cells if (seconds := _seconds(out, cell)) is not None]
+    each = [_seconds(out, cell) for cell in study.cells if _is_finished(out, cell) and _seconds(out, cell) > 0]
     estimate = (
         f"{_duration(len(left) * sum(each) / len(each))}, at {_duration(sum(each) / len(each))} for each of the "
         f"{len(each)} that are finished"
@@ -115,18 +115,20 @@ def run_cells(config: CompareConfig, cells: Sequence[Cell], out: Path) -> list[C
                 if process.poll() is None:
                     continue
                 del running[cell]
-                seconds = time.perf_counter() - since
+                _note_seconds(out, cell, time.perf_counter() - since)
                 if process.returncode == 0 and _is_finished(out, cell):
-                    _note_seconds(out, cell, seconds)
-                    print(f"{_now()} {cell.name}: finished in {_duration(seconds)}", flush=True)
+                    print(f"{_now()} {cell.name}: finished in {_duration(_seconds(out, cell))}", flush=True)
                 else:
                     failed.append(cell)
                     print(f"{_now()} {cell.name}: failed, {_last_words(out, cell)}", flush=True)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command goes on with what is left") from None
     finally:  # Ctrl-C reaches them as well, and each writes a checkpoint before it ends
         for process, _ in running.values():
             process.terminate()
-        for process, _ in running.values():
+        for cell, (process, since) in running.items():
             process.wait()
+            _note_seconds(out, cell, time.perf_counter() - since)
 
     return failed
 
@@ -173,12 +175,14 @@ def _is_finished(out: Path, cell: Cell) -> bool:
 
 
 def _note_seconds(out: Path, cell: Cell, seconds: float) -> None:
-    write_json(out / CELLS_FOLDER / cell.name / "seconds.json", {"seconds": seconds + (_seconds(out, cell) or 0.0)})
+    """Add what a process of this cell took, however it ended."""
+    write_json(out / CELLS_FOLDER / cell.name / SECONDS_FILE, {"seconds": seconds + _seconds(out, cell)})
 
 
-def _seconds(out: Path, cell: Cell) -> float | None:
-    path = out / CELLS_FOLDER / cell.name / "seconds.json"
-    return float(read_json(path, "seconds")["seconds"]) if path.is_file() else None
+def _seconds(out: Path, cell: Cell) -> float:
+    """What all processes of a cell took; 0 where that was not written down."""
+    path = out / CELLS_FOLDER / cell.name / SECONDS_FILE
+    return float(read_json(path, "seconds")["seconds"]) if path.is_file() else 0.0
 
 
 def _last_words(out: Path, cell: Cell) -> str:

@@ -7,7 +7,6 @@ CELL/result.json    the last: a cell that has it is finished
 """
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
@@ -89,8 +88,8 @@ def first_stage(study: Study, cell: Cell, folder: Path) -> TrainConfig | None:
 def run_cell(study: Study, cell: Cell, folder: Path, tell: Tell = print) -> dict[str, Any]:
     """Train and measure a cell, or go on where it was left; the result is written last. Raises KeyboardInterrupt where
     training was interrupted, else as `train` and `evaluate`."""
-    if (folder / RESULT_FILE).is_file():
-        return read_json(folder / RESULT_FILE, "cell", "closed_loop")
+    if (finished := stored_result(folder)) is not None:
+        return finished
 
     folder.mkdir(parents=True, exist_ok=True)
     config, first = cell_config(study, cell, folder), first_stage(study, cell, folder)
@@ -232,4 +231,4 @@ def _gradients(config: TrainConfig) -> list[dict[str, Any]]:
 def stored_result(folder: Path) -> dict[str, Any] | None:
     """What a finished cell found; None where it is not finished."""
     path = folder / RESULT_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path, "cell", "closed_loop") if path.is_file() else None

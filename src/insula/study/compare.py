@@ -6,7 +6,6 @@ with whatever is left. What a cell says is in its folder's log.txt.
 
 import dataclasses
 import datetime
-import logging
 import subprocess
 import sys
 import time
@@ -25,7 +24,6 @@ from insula.study.design import Cell, Study, read_study
 from insula.study.page import write_study
 from insula.terminal import as_text
 
-log = logging.getLogger(__name__)
 STUDY_FILE, CELLS_FOLDER, LOG_FILE, SECONDS_FILE = "study.json", "cells", "log.txt", "seconds.json"
 LAST_LINES = 3
 

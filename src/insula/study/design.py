@@ -28,8 +28,7 @@ from insula.files import as_path
 from insula.model.config import build
 from insula.recipes import find_recipe
 from insula.train.config import TRAINING
-
-NO_TASKS: tuple[str, ...] = ()
+from insula.worlds.tabletop.tasks import find_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Study:
     """The weights that cells start from, as for insula train --init; a recipe from scratch takes none."""
     fresh: tuple[str, ...] = ()
     """As for insula train --fresh."""
-    tasks: tuple[str, ...] = NO_TASKS
+    tasks: tuple[str, ...] = ()
     robot: str | None = None
     """Which of the mapping's acts in the tasks, where it has several."""
     scenes: int = 100
@@ -104,11 +103,8 @@ class Study:
         for name in ("steps", "batch_size"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
-        if self.tasks:
-            from insula.worlds.tabletop.tasks import find_task  # it loads MuJoCo, which a study of recordings need not
-
-            for task in self.tasks:
-                find_task(task)
+        for task in self.tasks:
+            find_task(task)
         if not self.grid:
             raise InputError("no [[grid]]: there is nothing to compare")
 
@@ -121,11 +117,6 @@ class Study:
             for count, recipe, seed in itertools.product(grid.episodes or (None,), grid.recipes, grid.seeds)
         ]
         return tuple(sorted(dict.fromkeys(found), key=lambda cell: cell.seed))
-
-    @property
-    def recipes(self) -> tuple[str, ...]:
-        """In the order of the file, each once."""
-        return tuple(dict.fromkeys(name for grid in self.grid for name in grid.recipes))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `data` as an absolute path."""

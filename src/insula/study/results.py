@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from insula.study.cell import stored_result
 from insula.study.design import Cell, Study
 from insula.study.episodes import ASKED, KNOWN, Asked, numbers
+from insula.worlds.tabletop.environment import CONTROL_HZ
 
 FIELDTRIAL = ("condition", "arm", "success", "duration_s", "termination", "session")
 """Columns of episodes.csv, which `fieldtrial` (PyPI) imports: a condition is a scene and what is asked there."""
@@ -100,7 +101,3 @@ def write_episodes(rows: Sequence[dict[str, Any]], folder: Path) -> None:
                     "session": f"seed {row['training_seed']}",
                 }
             )
-
-
-CONTROL_HZ = 10
-"""Of the tabletop, as `insula.worlds.tabletop` has it: not imported, since a study of recordings needs no simulator."""

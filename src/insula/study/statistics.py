@@ -8,7 +8,6 @@ drawing seeds and scenes again, each with replacement (Owen 2007, “the pigeonh
 import dataclasses
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
@@ -106,11 +105,6 @@ def compare_all(outcomes: Mapping[str, np.ndarray], seed: int = 0, draws: int = 
 def not_told_apart(comparisons: Sequence[Comparison]) -> list[tuple[str, str]]:
     """The pairs of which the study cannot say that one is better."""
     return [(one.first, one.second) for one in comparisons if not one.told_apart]
-
-
-def to_json(value: Any) -> Any:
-    """Plain values of the dataclasses here."""
-    return dataclasses.asdict(value)
 
 
 def _check(outcomes: np.ndarray) -> None:

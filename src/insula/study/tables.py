@@ -1,13 +1,14 @@
 """What a study shows, as plain values: one entry for each table of its report."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from insula.study.episodes import ASKED, Asked
 from insula.study.results import Results
-from insula.study.statistics import ALPHA, CONFIDENCE, compare_all, crossed_interval, not_told_apart, to_json
+from insula.study.statistics import ALPHA, CONFIDENCE, compare_all, crossed_interval, not_told_apart
 
 Arm = tuple[str, str]
 STAGES = ("before", "after")
@@ -39,7 +40,7 @@ def success(results: Results, asked: Asked, outcome: str = "success") -> list[di
     for arm in results.arms:
         by_task = {task: results.outcomes(arm, task, asked, outcome) for task in results.study.tasks}
         by_task["all"] = results.all_tasks(arm, asked, outcome)
-        rates = {task: to_json(crossed_interval(seen)) for task, seen in by_task.items() if seen.size}
+        rates = {task: asdict(crossed_interval(seen)) for task, seen in by_task.items() if seen.size}
         if rates:
             rows.append(_named(arm) | {"seeds": len(results.of(arm)), "rates": rates})
 
@@ -64,7 +65,7 @@ def comparisons(results: Results) -> list[dict[str, Any]]:
                         "episodes": amount,
                         "asked": asked,
                         "task": task,
-                        "pairs": [to_json(one) | {"told_apart": one.told_apart} for one in made],
+                        "pairs": [asdict(one) | {"told_apart": one.told_apart} for one in made],
                         "not_told_apart": not_told_apart(made),
                     }
                 )
@@ -94,7 +95,7 @@ def by_updates(results: Results) -> list[dict[str, Any]]:
         for look, step in enumerate(steps):
             seen = results.all_tasks(arm, look=look)
             if seen.size and len(steps) > 1:
-                rows.append(_named(arm) | {"updates": step, "success": to_json(crossed_interval(seen))})
+                rows.append(_named(arm) | {"updates": step, "success": asdict(crossed_interval(seen))})
     return rows
 
 

@@ -51,6 +51,7 @@ SIZE = 300 * 2**20
 
 def forked(work: Callable[[], int], said: Path | None = None) -> int:
     """Run `work` in a process of its own, which has imported all there is to import; returns its number."""
+    sys.stdout.flush()  # else what is not written yet is written by both, and the child's last words are not its own
     child = os.fork()
     if child:
         return child

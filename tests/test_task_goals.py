@@ -44,6 +44,14 @@ def test_a_block_in_hand_goes_first():
     assert next_placement(table(*OUT, held="red"), TOWER) == TOWER.placements[0]
 
 
+def test_an_order_gives_credit_up_to_the_first_that_is_left():
+    ordered = replace(SORT, ordered=True)
+    second = table(OUT[0], block("blue", 0.1, 0, INSIDE), OUT[2])
+    first = table(block("red", -0.1, 0, INSIDE), *OUT[1:])
+    assert [credit(second, goal) for goal in (SORT, ordered)] == [0.5, 0]
+    assert [credit(first, goal) for goal in (SORT, ordered)] == [0.5, 0.5]
+
+
 def test_a_tower_is_built_from_below():
     half_built = table(block("green", 0.0), block("blue", 0.0, z=0.06), block("red", 0.1))
     assert [credit(t, TOWER) for t in (table(*OUT), half_built, table(*tower()))] == [0, 0.5, 1]
@@ -114,20 +122,26 @@ def test_the_other_goal_is_wrong_unless_it_is_asked_for(worlds, name):
     asked, unasked = drive(other, swap=True), drive(other)
     assert asked["credit"] == 1 and not asked["wrong_object"]
     assert unasked["wrong_object"] and not unasked["success"]
-    assert unasked["credit"] == (1 if other.ordered else 0)  # all in their bowls, in a wrong order
+    assert unasked["credit"] == 0
 
 
-def test_in_sort_a_block_out_of_turn_is_wrong_for_good(worlds):
+@pytest.mark.parametrize("order, credits", [((1, 0, 2), [0]), ((0, 2, 1), [0, 1]), ((0, 1, 2), [0, 1, 2, 3])])
+def test_in_sort_a_block_out_of_turn_ends_the_episode(worlds, order, credits):
     env = worlds["sort"]
     env.reset(seed=2)
-    goal, told = env.unwrapped.goal, []
-    late = Goal("late", (goal.placements[1], goal.placements[0], goal.placements[2]))
-    for _ in range(200):
-        _, _, over, _, info = env.step(demonstrator.act(env.unwrapped.table(), late))
-        told.append((round(3 * info["credit"]), info["wrong_object"]))
-        assert not over
-    assert runs(count for count, _ in told) == [0, 1, 2, 3]
-    assert all(wrong == (count > 0) for count, wrong in told)
+    asked, told = env.unwrapped.goal, []
+    driven = Goal("driven", tuple(asked.placements[k] for k in order), ordered=True)
+    for _ in range(TASKS["sort"].max_steps):
+        _, reward, over, _, info = env.step(demonstrator.act(env.unwrapped.table(), driven))
+        told.append(round(3 * info["credit"]))
+        if over:
+            break
+        assert not info["wrong_object"]
+    # Not by its limit: at the very step of the wrong block, and only there.
+    right = order == (0, 1, 2)
+    assert over and len(told) < TASKS["sort"].max_steps
+    assert info["success"] == right and info["wrong_object"] == (not right) and reward == right
+    assert runs(told) == credits
 
 
 @pytest.mark.parametrize("name", ["sort", "stack"])

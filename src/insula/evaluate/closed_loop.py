@@ -9,15 +9,15 @@ held out    the own goal in words that no demonstration has; of `unseen-pairs`, 
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
-import gymnasium
 import numpy as np
 from rich.table import Table
 
 from insula.errors import DecodeError, InputError
 from insula.evaluate.episodes import LATENCY_CALLS, Acts, EpisodeResult, Job, Progress, Recording, run_episodes
+from insula.evaluate.housing import MakeEnvironment, housed
 from insula.evaluate.intervals import Rate, wilson
 from insula.terminal import as_text
 from insula.worlds.seeds import EVALUATION, RANGES, refuse_seen
@@ -28,7 +28,6 @@ RECORDED = 3  # scenes
 REPLAN_STEPS = 2  # of each chunk, before the policy looks again
 LATENCY_WARM_UP = 5  # the first compiles: single calls are a batch of one, which no lane has run
 PERCENTILES = (50, 90, 99)
-MakeEnvironment = Callable[[], gymnasium.Env]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +167,8 @@ def evaluate(
     `num_envs`: environments side by side at most, and the batch size of every `act_batch` call (rows are repeated to
     fill it, whatever the number of episodes: other sizes round differently).
     `used_seeds`: seeds of the demonstrations; `allow_any_seed` lifts the check of the range, never this one.
-    `environment`: makes one environment; the tabletop's task unless given.
+    `environment`: makes one environment; the tabletop's task unless given. Others all live in one thread: not every
+    simulator bears several.
 
     Raises InputError for seeds kept for another purpose and an unknown task, and as `run_episodes`.
     """
@@ -180,7 +180,7 @@ def evaluate(
     make = environment or (lambda: make_tabletop(task, image_size))
 
     started = time.perf_counter()
-    with _environments(make, min(num_envs, len(jobs))) as envs:
+    with housed(make, min(num_envs, len(jobs)), threads=1 if environment else None) as envs:
         tell = progress or (lambda done, total: None)
         done, seen = run_episodes(policy, jobs, envs, num_envs, replan_steps, set(seeds[:record]), tell, told)
     seconds = time.perf_counter() - started  # compiling included, latency not
@@ -220,13 +220,6 @@ def check_seeds(episodes: int, first_seed: int, allow_any_seed: bool, used: Iter
 
     refuse_seen(seeds, used, "evaluation")
     return seeds
-
-
-@contextlib.contextmanager
-def _environments(make: MakeEnvironment, count: int) -> Iterator[list[gymnasium.Env]]:
-    """This many environments, each closed at the end, also where a later one cannot be made."""
-    with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(contextlib.closing(make())) for _ in range(count)]
 
 
 def measure_latency(policy: Acts, observations: list[dict[str, Any]], calls: int = LATENCY_CALLS) -> dict[str, float]:

@@ -5,18 +5,20 @@
             3 ▏scene 1 ───▏scene 2 swapped ─────────▏ …      call, then execute the first steps of their chunks.
 
 Noise is drawn by (scene, what is asked, step), never by lane or call, and every call has the same number of rows: a
-scene evaluated alone is the episode it was among others.
+scene evaluated alone is the episode it was among others. Pictures are drawn of what somebody looks at: the policy, or
+the reader of a recording.
 """
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import gymnasium
 import numpy as np
 
 from insula.errors import InputError, InsulaError, NonFiniteError
+from insula.evaluate.housing import Housed
 from insula.policy.modes import Chunk
 from insula.policy.speaking import Said
 from insula.shapes import Float, UInt8
@@ -51,6 +53,13 @@ class Foresees(Protocol):
     def chunk_pixels(self, chunk: np.ndarray, camera: str) -> np.ndarray:
         """The way of the gripper in a camera's picture, (x, y) of [n + 1, 2], for actions [n, D] from here on."""
         ...
+
+
+@runtime_checkable
+class Blinks(Protocol):
+    """A world whose observations have no images while it is not `looking`: drawing is half of its work."""
+
+    looking: bool
 
 
 class Job(NamedTuple):
@@ -126,10 +135,10 @@ class Recording:
 
 
 class _Lane:
-    """One environment and the episode it is in."""
+    """One environment and the episode it is in. What touches the environment, `start` and `play`, is for its home."""
 
-    def __init__(self, env: gymnasium.Env, told: bool):
-        self.env = env
+    def __init__(self, place: Housed, told: bool):
+        self.env, self.home = place
         self.told = told
         self.busy = False
 
@@ -138,6 +147,8 @@ class _Lane:
         self.taped = taped
         self.busy = True
 
+        if isinstance(self.env.unwrapped, Blinks):
+            self.env.unwrapped.looking = True
         # The same scene either way: swapping changes what is asked for, not what is drawn from the seed.
         observation, info = self.env.reset(seed=job.seed, options=job.options)
         self.observation = observation
@@ -151,12 +162,14 @@ class _Lane:
 
     def play(self, chunk: np.ndarray, steps: int) -> None:
         """Execute the first `steps` of [n, D], or fewer where the episode ends."""
+        world = self.env.unwrapped
         if self.taped:
-            world = self.env.unwrapped
             pixels = world.chunk_pixels(chunk, WAY_CAMERA) if isinstance(world, Foresees) else None
             self.plans.append(Planned(self.steps, self.seen(), chunk, pixels))
 
-        for action in chunk[:steps]:
+        for number, action in enumerate(chunk[:steps], start=1):
+            if isinstance(world, Blinks):
+                world.looking = self.taped or number == steps
             observation, _, terminated, truncated, info = self.env.step(action)
             self.observation = observation
             self.info = info
@@ -191,7 +204,7 @@ class _Lane:
 def run_episodes(
     policy: Acts,
     jobs: Sequence[Job],
-    envs: Sequence[gymnasium.Env],
+    envs: Sequence[Housed],
     rows: int,
     replan_steps: int,
     taped: set[int],
@@ -205,14 +218,13 @@ def run_episodes(
     NonFiniteError for one with NaN or infinity, and what a policy gives in place of a chunk.
     """
     waiting, done, seen = deque(jobs), list[Recording](), list[dict[str, Any]]()
-    lanes = [_Lane(env, told) for env in envs]
+    lanes = [_Lane(place, told) for place in envs]
 
     while True:
         # Before every plan: a call costs the same however few of its rows are episodes.
-        for lane in lanes:
-            if not lane.busy and waiting:
-                job = waiting.popleft()
-                lane.start(job, job.seed in taped)
+        free = [lane for lane in lanes if not lane.busy][: len(waiting)]
+        starts = [(lane, waiting.popleft()) for lane in free]
+        _at_home((lane, partial(lane.start, job, job.seed in taped)) for lane, job in starts)
 
         active = [lane for lane in lanes if lane.busy]
         if not active:
@@ -222,11 +234,18 @@ def run_episodes(
         if len(seen) < LATENCY_CALLS:
             seen.append(active[len(seen) % len(active)].seen())
 
-        for lane, chunk in zip(active, _plan(policy, active, rows, replan_steps), strict=True):
-            lane.play(chunk, replan_steps)
+        chunks = _plan(policy, active, rows, replan_steps)
+        _at_home((lane, partial(lane.play, chunk, replan_steps)) for lane, chunk in zip(active, chunks, strict=True))
+        for lane in active:
             if not lane.busy:
                 done.append(lane.result())
                 tell(len(done), len(jobs))
+
+
+def _at_home(calls: Iterable[tuple[_Lane, Callable[[], None]]]) -> None:
+    """Do each of these in the thread of its lane, and wait for all. Raises what the first of them raised."""
+    for call in [lane.home.submit(work) for lane, work in calls]:
+        call.result()
 
 
 def _plan(policy: Acts, active: list[_Lane], rows: int, replan_steps: int) -> list[np.ndarray]:

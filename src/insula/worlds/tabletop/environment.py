@@ -60,8 +60,9 @@ _RAMP = np.array([3 * t**2 - 2 * t**3 for t in np.minimum(np.arange(1, _CHUNKS +
 
 
 class TabletopEnv(gymnasium.Env):
-    """See the module's docstring. Reward 1 and termination at success; `info` tells `success`, `wrong_object`, `held`,
-    `credit` (the share of placements that are fulfilled) and `subtask` (what to do next, in words).
+    """See the module's docstring. Reward 1 and termination at success; termination, too, where success has become
+    impossible: a block out of turn where the goal names an order. `info` tells `success`, `wrong_object`, `held`,
+    `credit` (the share of what was asked for that is done) and `subtask` (what to do next, in words).
 
     success: all that the goal names lies where it shall, at rest, and the gripper is open; where it names an order,
     each came there in its turn. wrong_object (remembered until the next reset): a block came to lie in a bowl, or, but
@@ -78,6 +79,7 @@ class TabletopEnv(gymnasium.Env):
 
         self.image_size = image_size
         self.render_mode = render_mode
+        self.looking = True  # while it is False, observations have no images
         self.task: Task = find_task(task)
 
         # A little wider than the joints' limits, which MuJoCo keeps by a spring: they may give way by millimeters.
@@ -145,7 +147,8 @@ class TabletopEnv(gymnasium.Env):
         self._judge(table)
 
         info = self._info(table)
-        return self._observe(), float(info["success"]), bool(info["success"]), False, info
+        over = bool(info["success"]) or not self._in_turn()
+        return self._observe(), float(info["success"]), over, False, info
 
     def render(self) -> np.ndarray:
         """The `front` image, uint8 [image_size, image_size, 3]. Raises GLError where nothing can draw."""
@@ -318,7 +321,7 @@ class TabletopEnv(gymnasium.Env):
 
     def _observe(self) -> dict[str, Any]:
         state = np.array([*self.data.qpos[:4], self._opening()], np.float32)  # as `STATE_NAMES`
-        return {"images": self._draw(CAMERAS), "state": state, "task": self._goal.instruction}
+        return {"images": self._draw(CAMERAS) if self.looking else {}, "state": state, "task": self._goal.instruction}
 
 
 def check_action(action: Any) -> np.ndarray:

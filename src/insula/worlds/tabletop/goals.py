@@ -9,6 +9,7 @@ A goal is the same for the judge (is it fulfilled), for the expert (what to do n
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from insula.worlds.tabletop.facts import AT_REST, Table
@@ -70,8 +71,12 @@ def subtask(table: Table, goal: Goal) -> str:
 
 
 def credit(table: Table, goal: Goal) -> float:
-    """The share of placements that are fulfilled, 0 to 1."""
-    return 1 - len(unfulfilled(table, goal)) / len(goal.placements)
+    """The share of placements that are fulfilled, 0 to 1; of an ordered goal, of those before the first that is not."""
+    done = [fulfilled(table, placement) for placement in goal.placements]
+    if goal.ordered:
+        done = list(itertools.takewhile(bool, done))
+
+    return sum(done) / len(goal.placements)
 
 
 def achieved(table: Table, goal: Goal) -> bool:

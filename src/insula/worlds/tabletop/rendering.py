@@ -1,7 +1,8 @@
 """Off-screen images of a MuJoCo scene, without a window. EGL is tried first, then OSMesa; `MUJOCO_GL` overrides.
 
 Multisampling, shadows and reflections are off: on a CPU they cost more than everything else at 64 x 64. Without them
-both cameras take 1.2 ms, twice as long as a step of physics.
+both cameras take 1.2 ms, twice as long as a step of physics. Mesa is told to draw in the thread that asks: pictures of
+this size are drawn sooner than its own threads have taken them.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import threading
 import weakref
 from typing import Any
 
@@ -19,6 +21,7 @@ from insula.errors import GLError
 
 BACKENDS = ("egl", "osmesa")  # the driver's, or Mesa's on the CPU; both draw without an X server
 PACKAGES = "libegl1 libgl1-mesa-dri libosmesa6"
+_OPENING = threading.Lock()  # what a failed backend leaves behind is forgotten for the whole process
 
 
 def _forget_pyopengl() -> None:
@@ -41,6 +44,7 @@ def open_context(size: int) -> Any:
     if chosen and chosen not in BACKENDS:
         raise GLError(f"MUJOCO_GL={chosen!r}: expected one of {', '.join(BACKENDS)}, or leave it unset")
 
+    os.environ.setdefault("LP_NUM_THREADS", "0")  # read when Mesa's software renderer starts
     failures = []
     for backend in (chosen,) if chosen else BACKENDS:
         try:
@@ -74,7 +78,8 @@ class Renderer:
         self.model = model
         self.size = size
 
-        self._gl: Any = open_context(size)
+        with _OPENING:
+            self._gl: Any = open_context(size)
         self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
 

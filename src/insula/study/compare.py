@@ -1,13 +1,16 @@
 """`insula compare STUDY.toml`: every cell of a study, then what they say together.
 
 Cells are processes of their own: one that fails, or is killed, takes no other with it, and the same command goes on
-with whatever is left. What a cell says is in its folder's log.txt.
+with whatever is left. They end with the process that started them. What a cell says is in its folder's log.txt.
 """
 
 import dataclasses
 import datetime
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +29,8 @@ from insula.terminal import as_text
 
 STUDY_FILE, CELLS_FOLDER, LOG_FILE, SECONDS_FILE = "study.json", "cells", "log.txt", "seconds.json"
 LAST_LINES = 3
+PARENT_SECONDS = 0.5
+"""How often a cell looks whether the process that started it is there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,8 @@ class CompareConfig:
     """Write the report of what is there, and train nothing."""
     here: bool = False
     """Do them in this process, one after the other, and write no report: what the process of each cell is told."""
+    parent: int | None = None
+    """With --here: end when the process of this number, which started this one, does."""
 
     def __post_init__(self) -> None:
         check_integer("jobs", self.jobs, 1)
@@ -59,6 +66,8 @@ def run_compare(config: CompareConfig) -> int:
     out = config.out or Path("runs") / config.study.stem
     cells = _chosen(study, config.only)
     if config.here:
+        if config.parent is not None:
+            threading.Thread(target=_end_with, args=(config.parent,), daemon=True).start()
         for cell in cells:
             run_cell(study, cell, out / CELLS_FOLDER / cell.name, tell=lambda line: print(line, flush=True))
         return 0
@@ -134,9 +143,17 @@ def run_cells(config: CompareConfig, cells: Sequence[Cell], out: Path) -> list[C
 def _start(config: CompareConfig, cell: Cell, out: Path) -> subprocess.Popen:
     folder = out / CELLS_FOLDER / cell.name
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = [str(config.study), "--out", str(out), "--only", cell.name, "--here"]
+    arguments = [str(config.study), "--out", str(out), "--only", cell.name, "--here", "--parent", str(os.getpid())]
     with (folder / LOG_FILE).open("ab") as file:
         return subprocess.Popen([sys.executable, "-m", "insula", "compare", *arguments], stdout=file, stderr=file)
+
+
+def _end_with(parent: int) -> None:
+    """End this process, as SIGTERM does, once its parent is gone: one that was killed by signal 9 could end nobody, and
+    the next start would find a cell that is still being trained."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _chosen(study: Study, names: Sequence[str]) -> list[Cell]:

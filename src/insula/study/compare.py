@@ -166,7 +166,7 @@ def _chosen(study: Study, names: Sequence[str]) -> list[Cell]:
 
 def _same_study(study: Study, out: Path) -> None:
     """Write down what `out` is a study of. Raises InputError where it is one already, and of something else."""
-    path, settings = out / STUDY_FILE, study.to_json()
+    path, settings = out / STUDY_FILE, study.to_json(out)
     if path.is_file():
         stored = read_json(path, "data")
         # More recipes, seeds or amounts of data are more cells; anything else makes other cells of the same name.

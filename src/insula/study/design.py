@@ -18,6 +18,7 @@ episodes = [50, 200]
 
 import dataclasses
 import itertools
+import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -118,9 +119,12 @@ class Study:
         ]
         return tuple(sorted(dict.fromkeys(found), key=lambda cell: cell.seed))
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; `data` as an absolute path."""
-        paths = {name: path and str(path.resolve()) for name, path in (("data", self.data), ("init", self.init))}
+    def to_json(self, folder: Path) -> dict[str, Any]:
+        """Plain values; paths as seen from `folder`, so that what is written there holds where both are moved to."""
+        paths = {
+            name: path and os.path.relpath(path.resolve(), folder.resolve())
+            for name, path in (("data", self.data), ("init", self.init))
+        }
         return dataclasses.asdict(self) | paths
 
 

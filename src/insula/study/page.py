@@ -9,7 +9,7 @@ import numpy as np
 from insula.files import write_json
 from insula.page import render_page, write_page
 from insula.page.html import Html, html_table, tag
-from insula.report import STYLE_FILE, machine
+from insula.report import STYLE_FILE
 from insula.report.charts import interval_chart
 from insula.report.sections import percent
 from insula.study.design import Study
@@ -55,9 +55,13 @@ def render_study(results: Results, shown: Mapping[str, Any]) -> str:
         _section("Recorded actions: mean absolute error", _open_loop(shown["open_loop"])),
         _section("Gradients of both losses, were there no insulation", _gradients(shown["gradients"])),
         _section("Compute", _compute(shown["compute"])),
-        _section("Machine", tag("p", machine())),
+        _section("Machines that the cells were made on", _machines(results)),
     ]
     return render_page(title, tag("main", *parts), STYLE_FILE.read_text(encoding="utf-8"))
+
+
+def _machines(results: Results) -> Html:
+    return tag("p", "; ".join(sorted({found["machine"] for found in results.found.values()})))
 
 
 def _section(title: str, content: Html | None) -> Html:

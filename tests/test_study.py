@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -273,6 +274,7 @@ def made_by_hand(study: Study, folder: Path) -> None:
             "open_loop": {},
             "gradients": [],
             "training": {"updates": 200, "seconds": 60.0},
+            "machine": f"a machine with {n + 1} cores",
         }
         (folder / one.name).mkdir(parents=True)
         (folder / one.name / RESULT_FILE).write_text(json.dumps(result))
@@ -313,7 +315,9 @@ def test_a_study_half_done_says_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "cells" / "joint-all-s1" / RESULT_FILE).unlink()
     results = read_results(study, tmp_path / "cells")
     assert tables(results)["missing"] == ["joint-all-s1"]
-    assert "not finished: joint-all-s1" in render_study(results, tables(results))
+    page = render_study(results, tables(results))
+    assert "not finished: joint-all-s1" in page
+    assert all((f"{n + 1} cores" in page) == (one in results.found) for n, one in enumerate(study.cells))
     empty = Results(study, {})
     assert render_study(empty, tables(empty)).count("not measured") > 5 and episode_rows(empty) == []
 
@@ -362,6 +366,10 @@ def test_another_study_is_not_mixed_in(tmp_path: Path) -> None:
     run_compare(CompareConfig(written(tmp_path, STUDY), out, report=True))
     more = STUDY + '[[grid]]\nrecipes = ["lora"]\n'  # more cells of the same study
     run_compare(CompareConfig(written(tmp_path, more), out, report=True))
+    # A copy elsewhere is the same study: nothing in its folder knows where that is.
+    assert str(tmp_path) not in (out / "study.json").read_text()
+    moved = shutil.copytree(tmp_path, tmp_path.with_name("moved"))
+    run_compare(CompareConfig(moved / "study.toml", moved / "out", report=True))
     with pytest.raises(InputError, match=r"holds a study whose tasks is .*, this one's is .*; choose another"):
         run_compare(CompareConfig(written(tmp_path, STUDY.replace('"sort", ', "")), out, report=True))
     with pytest.raises(InputError, match=r"no cell 'joint-all-s9' .did you mean 'joint-all-s"):

@@ -60,8 +60,9 @@ def render_study(results: Results, shown: Mapping[str, Any]) -> str:
     return render_page(title, tag("main", *parts), STYLE_FILE.read_text(encoding="utf-8"))
 
 
-def _machines(results: Results) -> Html:
-    return tag("p", "; ".join(sorted({found["machine"] for found in results.found.values()})))
+def _machines(results: Results) -> Html | None:
+    names = sorted({found["machine"] for found in results.found.values()})
+    return tag("p", "; ".join(names)) if names else None
 
 
 def _section(title: str, content: Html | None) -> Html:

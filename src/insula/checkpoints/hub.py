@@ -8,12 +8,17 @@ FILES = ["*.json", "*.safetensors", "*.npz", "*.model", "params/*", "assets/*"]
 """What is fetched: nothing that could run."""
 
 
+def is_address(path: Path) -> bool:
+    """Whether this names a model on the hub, and nothing on this disk."""
+    return path.parts[:1] == ("hf:",)
+
+
 def local(path: Path) -> Path:
     """`path` as it is, or where the hub's files are once fetched (they are kept in the hub's own cache).
 
     Raises CheckpointError where the address is malformed, the hub cannot be reached, or has no such model.
     """
-    if path.parts[:1] != ("hf:",):
+    if not is_address(path):
         return path
 
     if len(path.parts) != 3:

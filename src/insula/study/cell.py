@@ -7,6 +7,7 @@ CELL/result.json    the last: a cell that has it is finished
 """
 
 import dataclasses
+import hashlib
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
@@ -39,7 +40,7 @@ from insula.study.episodes import in_rows
 from insula.study.open_loop import measure_actions, measure_answers
 from insula.train.config import TrainConfig, apply_recipe, to_dict, training_preset
 from insula.train.data import held_out_sources, open_data, sizes
-from insula.train.resume import newest_step
+from insula.train.resume import newest_step, stored_settings
 from insula.train.run import start_params, train
 from insula.worlds.seeds import PRETRAINING
 
@@ -59,7 +60,7 @@ def cell_config(study: Study, cell: Cell, folder: Path) -> TrainConfig:
 
     steps = study.steps or start.steps
     updates = steps if recipe.starts_from is None else steps - steps // 2
-    every = max(1, updates // study.looks)
+    every = -(-updates // study.looks)
     return dataclasses.replace(
         apply_recipe(start, cell.recipe),
         data=study.data,
@@ -69,7 +70,7 @@ def cell_config(study: Study, cell: Cell, folder: Path) -> TrainConfig:
         batch_size=study.batch_size or start.batch_size,
         evaluate_every=every,
         checkpoint_every=every,
-        keep=study.looks + 1,  # each is looked at, and one that is written when the last one is not yet
+        keep_every=every,  # each is looked at, however many an interruption writes between
     )
 
 
@@ -108,9 +109,10 @@ def run_cell(study: Study, cell: Cell, folder: Path, tell: Tell = print) -> dict
         "insula": version("insula"),
         "machine": machine(),
         "settings": to_dict(config),
+        "data": _digests(config),
         "training": _training(config, first),
         "held_out": _held_out(config),
-        "gradients": _gradients(config),
+        "gradients": _gradients(config, looks(config)),
     }
     result |= _measure(study, cell, config, first)
     result["closed_loop"] = _closed_loops(study, cell, config, folder / LOOPS_FOLDER, tell)
@@ -121,7 +123,10 @@ def run_cell(study: Study, cell: Cell, folder: Path, tell: Tell = print) -> dict
 
 def _train(config: TrainConfig, cell: Cell, tell: Tell) -> None:
     tell(f"{cell.name}: training {config.recipe}, {config.steps} updates")
-    if not train(dataclasses.replace(config, resume=newest_step(config.run) is not None), quiet=True):
+    if newest_step(config.run) is not None:
+        # What it started from is in its checkpoint by now, wherever that lay then.
+        config = dataclasses.replace(config, resume=True, init=stored_settings(config.run).init)
+    if not train(config, quiet=True):
         raise KeyboardInterrupt("training was interrupted; the same command goes on where it stopped")
 
 
@@ -135,7 +140,7 @@ def _closed_loops(study: Study, cell: Cell, config: TrainConfig, folder: Path, t
     words."""
     folder.mkdir(exist_ok=True)
     found: dict[str, Any] = {}
-    for step in looks(config, study.looks):
+    for step in looks(config):
         last, policy = step == config.steps, None
         for task in study.tasks:
             path = folder / f"{step}-{task}.json"
@@ -156,9 +161,9 @@ def _closed_loops(study: Study, cell: Cell, config: TrainConfig, folder: Path, t
     return found
 
 
-def looks(config: TrainConfig, count: int) -> list[int]:
-    """The steps after which a policy is looked at: those of its checkpoints, the last one always."""
-    return sorted({*range(config.checkpoint_every, config.steps, config.checkpoint_every), config.steps})[-count:]
+def looks(config: TrainConfig) -> list[int]:
+    """The steps after which a policy is looked at: evenly over its training, the last one always."""
+    return [*range(config.checkpoint_every, config.steps, config.checkpoint_every), config.steps]
 
 
 def _measure(study: Study, cell: Cell, config: TrainConfig, first: TrainConfig | None) -> dict[str, Any]:
@@ -200,6 +205,12 @@ def _training(config: TrainConfig, first: TrainConfig | None) -> dict[str, Any]:
     return {"updates": config.steps + (first.steps if first else 0), "seconds": sum(seconds.values())}
 
 
+def _digests(config: TrainConfig) -> dict[str, str]:
+    """By source, a SHA-256 of what is in it: cells of one study are to be of the same data."""
+    units = open_data(dataclasses.replace(config, resume=True)).units
+    return {name: hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest() for name, rows in units.items()}
+
+
 def _seconds(config: TrainConfig) -> float:
     # A resumed run may have written some steps twice: the last line of each counts.
     rows = {row["step"]: row for row in read_metrics(config.run / METRICS_FILE) if "step_seconds" in row}
@@ -216,13 +227,11 @@ def _held_out(config: TrainConfig) -> list[dict[str, Any]]:
     return [rows[step] for step in sorted(rows)]
 
 
-def _gradients(config: TrainConfig) -> list[dict[str, Any]]:
-    """Norms of both losses' gradients on each part, not insulated, and the cosine between them, at each checkpoint."""
+def _gradients(config: TrainConfig, steps: list[int]) -> list[dict[str, Any]]:
+    """Norms of both losses' gradients on each part, not insulated, and the cosine between them, at each look."""
     found = []
     with CheckpointStore(config.run / CHECKPOINTS_FOLDER) as store:
-        for step in sorted(
-            int(path.name) for path in (config.run / CHECKPOINTS_FOLDER).iterdir() if path.name.isdigit()
-        ):
+        for step in steps:
             written = stored_certificate(store.assets(step) / CERTIFICATE_FILE)
             found.append({"step": step, **{key: written[key] for key in ("outcome", "table", "cosine")}})
     return found

@@ -22,7 +22,8 @@ from insula.checks import check_integer
 from insula.errors import InputError, did_you_mean
 from insula.files import check_output_folder, read_json, write_json
 from insula.recipes import find_recipe
-from insula.study.cell import RESULT_FILE, cell_config, first_stage, run_cell
+from insula.study.cell import RESULT_FILE, RUN_FOLDER, cell_config, first_stage, run_cell
+from insula.study.checks import check_study
 from insula.study.design import Cell, Study, read_study
 from insula.study.page import write_study
 from insula.terminal import as_text
@@ -66,14 +67,18 @@ def run_compare(config: CompareConfig) -> int:
     out = config.out or Path("runs") / config.study.stem
     cells = _chosen(study, config.only)
     if config.here:
+        _same_study(study, out)  # the file may have changed since the others began
         if config.parent is not None:
             threading.Thread(target=_end_with, args=(config.parent,), daemon=True).start()
         for cell in cells:
             run_cell(study, cell, out / CELLS_FOLDER / cell.name, tell=lambda line: print(line, flush=True))
         return 0
 
-    check_output_folder(out, "out")
-    _same_study(study, out)
+    if not config.report:  # whose data need not be on this machine
+        check_study(study)
+    if not config.plan:
+        check_output_folder(out, "out")
+    _same_study(study, out, note=not (config.plan or config.report))
     left = [cell for cell in cells if not _is_finished(out, cell)]
     print(plan_text(study, cells, out), flush=True)
     if config.plan:
@@ -164,10 +169,11 @@ def _chosen(study: Study, names: Sequence[str]) -> list[Cell]:
     return [cell for name, cell in known.items() if not names or name in names]
 
 
-def _same_study(study: Study, out: Path) -> None:
-    """Write down what `out` is a study of. Raises InputError where it is one already, and of something else."""
+def _same_study(study: Study, out: Path, note: bool = True) -> None:
+    """`note`: write down what `out` is a study of. Raises InputError where cells of something else have begun there."""
     path, settings = out / STUDY_FILE, study.to_json(out)
-    if path.is_file():
+    begun = any((out / CELLS_FOLDER).glob(f"*/{RUN_FOLDER}")) or any((out / CELLS_FOLDER).glob(f"*/{RESULT_FILE}"))
+    if path.is_file() and begun:
         stored = read_json(path, "data")
         # More recipes, seeds or amounts of data are more cells; anything else makes other cells of the same name.
         other = [key for key in settings if key != "grid" and _plain(stored.get(key)) != _plain(settings[key])]
@@ -177,8 +183,9 @@ def _same_study(study: Study, out: Path) -> None:
                 f"{out} holds a study whose {key} is {stored.get(key)!r}, this one's is {settings[key]!r}; choose "
                 "another folder with --out"
             )
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
+    if note:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)
 
 
 def _plain(value: object) -> object:

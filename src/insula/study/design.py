@@ -23,7 +23,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from insula.checkpoints.hub import is_address
 from insula.checks import check_integer, check_seed
+from insula.collect.demonstrations import HELD_OUT_SCENES
 from insula.errors import InputError, did_you_mean
 from insula.files import as_path
 from insula.model.config import build
@@ -99,13 +101,17 @@ class Study:
     def __post_init__(self) -> None:
         if self.preset not in TRAINING:
             raise InputError(f"no preset {self.preset!r}{did_you_mean(self.preset, TRAINING)}")
-        for name in ("scenes", "looks", "look_scenes", "knowledge_scenes"):
+        for name in ("scenes", "looks", "look_scenes"):
             check_integer(name, getattr(self, name), 1)
+        # Those kept for it: questions of a mixture, and pretraining, are about the scenes behind them.
+        check_integer("knowledge_scenes", self.knowledge_scenes, 1, HELD_OUT_SCENES)
         for name in ("steps", "batch_size"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
         for task in self.tasks:
             find_task(task)
+        if len(set(self.tasks)) < len(self.tasks):
+            raise InputError(f"tasks names one twice: {', '.join(self.tasks)}")
         if not self.grid:
             raise InputError("no [[grid]]: there is nothing to compare")
 
@@ -122,10 +128,11 @@ class Study:
     def to_json(self, folder: Path) -> dict[str, Any]:
         """Plain values; paths as seen from `folder`, so that what is written there holds where both are moved to."""
         paths = {
-            name: path and os.path.relpath(path.resolve(), folder.resolve())
+            name: os.path.relpath(path.resolve(), folder.resolve())
             for name, path in (("data", self.data), ("init", self.init))
+            if path is not None and not is_address(path)
         }
-        return dataclasses.asdict(self) | paths
+        return dataclasses.asdict(self) | {"init": self.init and str(self.init)} | paths
 
 
 def read_study(path: Path) -> Study:
@@ -146,5 +153,6 @@ def read_study(path: Path) -> Study:
     }
     for name in ("data", "init"):
         if isinstance(raw.get(name), str):
-            parts[name] = path.parent / as_path(raw[name], f"{path}: {name}").expanduser()
+            given = as_path(raw[name], f"{path}: {name}").expanduser()
+            parts[name] = given if is_address(given) else path.parent / given
     return build(Study, raw | parts, str(path))

@@ -27,6 +27,8 @@ from insula.tokens.dialects import Form
 MOST = 512
 """Frames, or questions, of a source that are looked at, evenly over all that are held out."""
 BATCH = 32
+FEWEST = 5
+"""Episodes that an interval is drawn from."""
 
 
 def measure_actions(
@@ -96,7 +98,8 @@ def _errors(
 
 def clustered(errors: np.ndarray, scored: np.ndarray, episode: np.ndarray, axis: int, seed: int = 0) -> dict[str, Any]:
     """Means of `errors` [n, H, D] over what is `scored` [n, H] and over `axis` (1: steps, 2: dimensions), with
-    intervals from drawing episodes again: lists "mean", "low", "high"."""
+    intervals from drawing episodes again: lists "mean", "low", "high". None where nothing is scored; intervals also
+    where fewer than `FEWEST` episodes are: drawn again they would be the same few."""
     names, which = np.unique(episode, return_inverse=True)
     weight = np.broadcast_to(scored[..., None], errors.shape).astype(float)
 
@@ -107,11 +110,20 @@ def clustered(errors: np.ndarray, scored: np.ndarray, episode: np.ndarray, axis:
 
     total, count = by_episode((errors * weight).sum(axis)), by_episode(weight.sum(axis))
     drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=DRAWS)
-    with np.errstate(invalid="ignore"):  # a draw may hold no episode that is long enough for the last steps
-        means = (drawn @ total) / (drawn @ count)
-        low, high = np.nanquantile(means, [ALPHA / 2, 1 - ALPHA / 2], axis=0)
-        mean = total.sum(0) / count.sum(0)
-    return {"mean": mean.tolist(), "low": low.tolist(), "high": high.tolist()}
+    found: dict[str, list[float | None]] = {"mean": [], "low": [], "high": []}
+    for column in range(total.shape[1]):
+        scored_of = count[:, column]
+        some = scored_of.sum() > 0
+        found["mean"].append(float(total[:, column].sum() / scored_of.sum()) if some else None)
+
+        low = high = None
+        if np.count_nonzero(scored_of) >= FEWEST:
+            drawn_of = drawn @ scored_of
+            kept = drawn_of > 0  # a draw may hold no episode that is long enough for the last steps
+            low, high = np.quantile((drawn @ total[:, column])[kept] / drawn_of[kept], [ALPHA / 2, 1 - ALPHA / 2])
+        found["low"].append(None if low is None else float(low))
+        found["high"].append(None if high is None else float(high))
+    return found
 
 
 def measure_answers(params: Params, config: ModelConfig, questions: Mapping[str, QuestionSamples]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The report of a study: report.html, readable offline, and the same as data: tables.json, episodes.parquet, .csv."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +41,30 @@ def render_study(results: Results, shown: Mapping[str, Any]) -> str:
     missing = f"; not finished: {', '.join(shown['missing'])}" if shown["missing"] else ""
     parts = [
         tag("h1", title),
-        tag("p", f"{len(shown['cells'])} cells finished{missing}. 95 % intervals over training seeds and scenes."),
+        tag("p", f"{len(shown['cells'])} cells finished{missing}."),
+        *(tag("p", line, class_="missing") for line in shown["unlike"]),
+        tag(
+            "p",
+            "Success and wrong objects: means over training seeds, then 95 % intervals from drawing seeds and "
+            "scenes again; of one seed, scenes alone.",
+        ),
     ]
     for asked, about in ASKED_TITLES.items():
         parts.append(_section(f"Success: {about}", _rates(shown["success"][asked])))
     parts += [
         _section("Wrong object", _rates(shown["wrong_object"])),
+        _section("Each policy by itself: success, Wilson's 95 % intervals over scenes", _cells(shown["by_cell"])),
         _section("What can be told apart", _statements(shown["comparisons"])),
         _section("Success against demonstrations", _curves(shown["by_data"], "episodes")),
         _section("Success against updates", _curves(shown["by_updates"], "updates")),
-        _section("What the backbone still knows", _before_after(shown["knowledge"], "kind")),
-        _section("Held-out questions of the data", _before_after(shown["answers"], "source")),
-        _section("Held-out losses", _held_out(shown["held_out"])),
-        _section("Recorded actions: mean absolute error", _open_loop(shown["open_loop"])),
+        _section(
+            "What the backbone still knows: mean (least, most) over seeds", _before_after(shown["knowledge"], "kind")
+        ),
+        _section("Held-out questions of the data, likewise", _before_after(shown["answers"], "source")),
+        _section("Held-out losses, over seeds", _held_out(shown["held_out"])),
+        _section(
+            "Recorded actions: mean absolute error, 95 % intervals over recordings", _open_loop(shown["open_loop"])
+        ),
         _section("Gradients of both losses, were there no insulation", _gradients(shown["gradients"])),
         _section("Compute", _compute(shown["compute"])),
         _section("Machines that the cells were made on", _machines(results)),
@@ -87,14 +99,23 @@ def _interval(rate: Mapping[str, float] | None) -> str:
     return "" if rate is None else f"{percent(rate['mean'])} ({percent(rate['low'])} to {percent(rate['high'])})"
 
 
+def _cells(rows: Sequence[Mapping[str, Any]]) -> Html | None:
+    if not rows:
+        return None
+
+    tasks = list(rows[0]["rates"])
+    body = [[row["cell"], row["asked"], *(_interval(row["rates"].get(task)) for task in tasks)] for row in rows]
+    return html_table(["cell", "asked", *tasks], body)
+
+
 def _statements(found: Sequence[Mapping[str, Any]]) -> Html | None:
     if not found:
         return None
 
     note = tag(
         "p",
-        "A difference counts where its interval, which knows of seeds, leaves out zero, and McNemar's exact test on "
-        "the same scenes, corrected by Holm for all pairs of a line, has p < 0.05.",
+        "Differences in points of success, with 95 % intervals: Welch's t over training seeds and the same scenes. One "
+        "counts where its p, corrected by Holm for all pairs of a line, is below 0.05.",
     )
     rows = [[f"{one['task']}, {one['asked']}", one["episodes"], statement(dict(one))] for one in found]
     return tag("div", note, html_table(["asked", "data", "what can be said"], rows))
@@ -104,8 +125,8 @@ def _curves(rows: Sequence[Mapping[str, Any]], by: str) -> Html | None:
     if not rows:
         return None
 
-    head = ["recipe", by, "success, all tasks"]
-    table = html_table(head, [[row["recipe"], row[by], _interval(row["success"])] for row in rows])
+    head = ["recipe", by, "scenes", "success, all tasks"]
+    table = html_table(head, [[row["recipe"], row[by], row["scenes"], _interval(row["success"])] for row in rows])
     lines: dict[str, list[tuple[float, Mapping[str, float]]]] = {}
     for row in rows:
         if isinstance(x := _number(row[by]), float):
@@ -161,10 +182,18 @@ def _open_loop(rows: Sequence[Mapping[str, Any]]) -> Html | None:
         for what in ("by_dimension", "by_step"):
             if what in row:
                 entries = zip(*(row[what][key] for key in ("mean", "low", "high")), strict=True)
-                shown = ", ".join(f"{mean:.3g} ({low:.3g} to {high:.3g})" for mean, low, high in entries)
-                body.append([row["recipe"], row["episodes"], row["seed"], row["robot"], what.replace("_", " "), shown])
-    head = ["recipe", "data", "seed", "robot", "", "error, robot's units"]
+                whose = [row[key] for key in ("recipe", "episodes", "seed", "robot", "recordings", "failed")]
+                body.append([*whose, what.replace("_", " "), ", ".join(starmap(_error, entries))])
+        if "by_step" not in row:
+            body.append([row["recipe"], row["episodes"], row["seed"], row["robot"], 0, row["failed"], "", "no chunk"])
+    head = ["recipe", "data", "seed", "robot", "recordings", "failed chunks", "", "error, robot's units"]
     return html_table(head, body) if body else None
+
+
+def _error(mean: float | None, low: float | None, high: float | None) -> str:
+    if mean is None:
+        return "none"
+    return f"{mean:.3g}" + ("" if low is None else f" ({low:.3g} to {high:.3g})")
 
 
 def _gradients(rows: Sequence[Mapping[str, Any]]) -> Html | None:

@@ -14,6 +14,7 @@ from insula.study.cell import stored_result
 from insula.study.design import Cell, Study
 from insula.study.episodes import ASKED, KNOWN, Asked, numbers
 from insula.worlds.tabletop.environment import CONTROL_HZ
+from insula.worlds.tabletop.tasks import find_task
 
 FIELDTRIAL = ("condition", "arm", "success", "duration_s", "termination", "session")
 """Columns of episodes.csv, which `fieldtrial` (PyPI) imports: a condition is a scene and what is asked there."""
@@ -37,25 +38,27 @@ class Results:
         return [self.found[cell] for cell in sorted(cells, key=lambda cell: cell.seed)]
 
     def outcomes(
-        self, arm: tuple[str, str], task: str, asked: Asked = "own", outcome: str = "success", look: int = -1
-    ) -> np.ndarray:
-        """bool [seeds, scenes], scenes in the order of their seeds; [0, 0] where it was not asked."""
-        rows = []
-        for result in self.of(arm):
-            by_step = result["closed_loop"]
-            found = by_step[sorted(by_step, key=int)[look]][task] if by_step else {}
-            if asked in found:
-                rows.append(numbers(found[asked], outcome) == 1)
+        self,
+        arm: tuple[str, str],
+        tasks: Sequence[str],
+        asked: Asked = "own",
+        outcome: str = "success",
+        updates: int | None = None,
+    ) -> list[np.ndarray]:
+        """By task, bool [seeds, scenes], scenes in the order of their seeds; without tasks in which it was not asked.
+        After so many `updates`, of the seeds that were looked at then; at the end of each unless told."""
+        found = []
+        for task in tasks:
+            rows = []
+            for result in self.of(arm):
+                by_step = result["closed_loop"]
+                step = str(updates or max(map(int, by_step), default=0))
+                if asked in (loop := by_step.get(step, {}).get(task, {})):
+                    rows.append(numbers(loop[asked], outcome) == 1)
+            if rows:
+                found.append(np.stack(rows))
 
-        return np.stack(rows) if rows else np.zeros((0, 0), bool)
-
-    def all_tasks(
-        self, arm: tuple[str, str], asked: Asked = "own", outcome: str = "success", look: int = -1
-    ) -> np.ndarray:
-        """As `outcomes`, of all tasks, one after the other: each has as many scenes, so each weighs alike."""
-        parts = [self.outcomes(arm, task, asked, outcome, look) for task in self.study.tasks]
-        parts = [part for part in parts if part.size]
-        return np.concatenate(parts, axis=1) if parts else np.zeros((0, 0), bool)
+        return found
 
 
 def read_results(study: Study, cells: Path) -> Results:
@@ -84,6 +87,13 @@ def episode_rows(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
+def _ending(row: dict[str, Any]) -> str:
+    """As `fieldtrial` calls it."""
+    if row["success"]:
+        return "success"
+    return "timeout" if row["steps"] >= find_task(row["task"]).max_steps else "failure"
+
+
 def write_episodes(rows: Sequence[dict[str, Any]], folder: Path) -> None:
     """episodes.parquet, all of it; and episodes.csv, for `fieldtrial`."""
     pq.write_table(pa.Table.from_pylist(list(rows)), folder / "episodes.parquet")
@@ -97,7 +107,7 @@ def write_episodes(rows: Sequence[dict[str, Any]], folder: Path) -> None:
                     "arm": row["recipe"] if row["episodes"] == "all" else f"{row['recipe']}-{row['episodes']}",
                     "success": row["success"],
                     "duration_s": row["steps"] / CONTROL_HZ,
-                    "termination": "success" if row["success"] else "timeout",
+                    "termination": _ending(row),
                     "session": f"seed {row['training_seed']}",
                 }
             )

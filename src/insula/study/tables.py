@@ -6,9 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from insula.study.episodes import ASKED, Asked
+from insula.evaluate.intervals import wilson
+from insula.study.episodes import ASKED, Asked, numbers
 from insula.study.results import Results
-from insula.study.statistics import ALPHA, CONFIDENCE, compare_all, crossed_interval, not_told_apart
+from insula.study.statistics import (
+    ALPHA,
+    CONFIDENCE,
+    FEWEST_SEEDS,
+    Interval,
+    Outcomes,
+    compare_all,
+    crossed_interval,
+    not_told_apart,
+)
 
 Arm = tuple[str, str]
 STAGES = ("before", "after")
@@ -20,8 +30,10 @@ def tables(results: Results) -> dict[str, Any]:
         "confidence": CONFIDENCE,
         "cells": [cell.name for cell in results.found],
         "missing": [cell.name for cell in results.study.cells if cell not in results.found],
+        "unlike": unlike(results),
         "success": {asked: success(results, asked) for asked in ASKED},
         "wrong_object": success(results, "own", "wrong_object"),
+        "by_cell": by_cell(results),
         "comparisons": comparisons(results),
         "by_data": by_data(results),
         "by_updates": by_updates(results),
@@ -34,17 +46,52 @@ def tables(results: Results) -> dict[str, Any]:
     }
 
 
+def unlike(results: Results) -> list[str]:
+    """In words, what cells were not made alike by: data that changed between them, another version of insula."""
+    digests: dict[str, dict[str, list[str]]] = {}
+    for cell, result in results.found.items():
+        for source, digest in (result["data"] | {"insula": result["insula"]}).items():
+            digests.setdefault(source, {}).setdefault(digest, []).append(cell.name)
+
+    told = []
+    for source, groups in digests.items():
+        if len(groups) > 1:
+            shown = "; ".join(", ".join(names) for names in groups.values())
+            told.append(f"{'versions of insula' if source == 'insula' else f'data of {source!r}'} differ: {shown}")
+    return told
+
+
 def success(results: Results, asked: Asked, outcome: str = "success") -> list[dict[str, Any]]:
     """For each arm the rate of every task, and of all of them, with intervals over training seeds and scenes."""
     rows = []
     for arm in results.arms:
-        by_task = {task: results.outcomes(arm, task, asked, outcome) for task in results.study.tasks}
-        by_task["all"] = results.all_tasks(arm, asked, outcome)
-        rates = {task: asdict(crossed_interval(seen)) for task, seen in by_task.items() if seen.size}
+        by_task = {name: results.outcomes(arm, tasks, asked, outcome) for name, tasks in _groups(results).items()}
+        rates = {name: asdict(crossed_interval(seen)) for name, seen in by_task.items() if seen}
         if rates:
-            rows.append(_named(arm) | {"seeds": len(results.of(arm)), "rates": rates})
+            counts = {"seeds": len(by_task["all"][0]), "scenes": sum(one.shape[1] for one in by_task["all"])}
+            rows.append(_named(arm) | counts | {"rates": rates})
 
     return rows
+
+
+def by_cell(results: Results) -> list[dict[str, Any]]:
+    """Of each cell the rate of success in every task, as it was asked: how well this one policy does, with Wilson's
+    interval over scenes."""
+    rows = []
+    for cell, result in results.found.items():
+        last = result["closed_loop"].get(str(max(map(int, result["closed_loop"]), default=0)), {})
+        for asked in ASKED:
+            seen = {task: numbers(loop[asked], "success") for task, loop in last.items() if asked in loop}
+            rates = {task: _wilson(one) for task, one in seen.items()}
+            if rates:
+                rows.append({"cell": cell.name, "asked": asked, "rates": rates})
+
+    return rows
+
+
+def _wilson(outcomes: np.ndarray) -> dict[str, float]:
+    found = wilson(int(outcomes.sum()), len(outcomes))
+    return asdict(Interval(found.rate, found.low, found.high))
 
 
 def comparisons(results: Results) -> list[dict[str, Any]]:
@@ -54,26 +101,28 @@ def comparisons(results: Results) -> list[dict[str, Any]]:
     for amount in dict.fromkeys(amount for _, amount in results.arms):
         arms = [arm for arm in results.arms if arm[1] == amount]
         for asked in ASKED:
-            for task in (*results.study.tasks, "all"):
-                seen = {arm[0]: _outcomes(results, arm, task, asked) for arm in arms}
-                seen = {name: outcomes for name, outcomes in seen.items() if outcomes.size}
-                if len(seen) < 2:
+            for name, tasks in _groups(results).items():
+                seen = {arm[0]: results.outcomes(arm, tasks, asked) for arm in arms}
+                compared = {recipe: one for recipe, one in seen.items() if one and len(one[0]) >= FEWEST_SEEDS}
+                if sum(bool(one) for one in seen.values()) < 2:
                     continue
-                made = compare_all(seen)
+                made = compare_all(compared)
                 found.append(
                     {
                         "episodes": amount,
                         "asked": asked,
-                        "task": task,
+                        "task": name,
                         "pairs": [asdict(one) | {"told_apart": one.told_apart} for one in made],
                         "not_told_apart": not_told_apart(made),
+                        "too_few_seeds": [recipe for recipe, one in seen.items() if one and recipe not in compared],
                     }
                 )
     return found
 
 
-def _outcomes(results: Results, arm: Arm, task: str, asked: Asked) -> np.ndarray:
-    return results.all_tasks(arm, asked) if task == "all" else results.outcomes(arm, task, asked)
+def _groups(results: Results) -> dict[str, Sequence[str]]:
+    """Each task by itself, and all of them."""
+    return {task: [task] for task in results.study.tasks} | {"all": results.study.tasks}
 
 
 def by_data(results: Results) -> list[dict[str, Any]]:
@@ -81,7 +130,7 @@ def by_data(results: Results) -> list[dict[str, Any]]:
     rows = success(results, "own")
     several = {row["recipe"] for row in rows if sum(other["recipe"] == row["recipe"] for other in rows) > 1}
     return [
-        {"recipe": row["recipe"], "episodes": row["episodes"], "success": row["rates"]["all"]}
+        {name: row[name] for name in ("recipe", "episodes", "scenes")} | {"success": row["rates"]["all"]}
         for row in rows
         if row["recipe"] in several
     ]
@@ -92,10 +141,13 @@ def by_updates(results: Results) -> list[dict[str, Any]]:
     rows = []
     for arm in results.arms:
         steps = sorted({int(step) for result in results.of(arm) for step in result["closed_loop"]})
-        for look, step in enumerate(steps):
-            seen = results.all_tasks(arm, look=look)
-            if seen.size and len(steps) > 1:
-                rows.append(_named(arm) | {"updates": step, "success": asdict(crossed_interval(seen))})
+        for step in steps if len(steps) > 1 else []:
+            seen: Outcomes = results.outcomes(arm, results.study.tasks, updates=step)
+            if seen:
+                scenes = sum(one.shape[1] for one in seen)
+                rows.append(
+                    _named(arm) | {"updates": step, "scenes": scenes, "success": asdict(crossed_interval(seen))}
+                )
     return rows
 
 
@@ -105,7 +157,7 @@ def knowledge(results: Results) -> list[dict[str, Any]]:
     for arm in results.arms:
         known = [result["knowledge"] for result in results.of(arm) if "knowledge" in result]
         for kind in sorted({kind for one in known for kind in one["after"]["accuracy"]}):
-            shares = {stage: _spread([one[stage]["accuracy"][kind] for one in known]) for stage in STAGES}
+            shares = {stage: _spread(_known([one[stage]["accuracy"] for one in known], kind)) for stage in STAGES}
             rows.append(_named(arm) | {"kind": kind} | shares)
         if known:
             means = {
@@ -122,7 +174,7 @@ def answers(results: Results) -> list[dict[str, Any]]:
     rows = []
     for arm in results.arms:
         for name in sorted({name for result in results.of(arm) for name in result["answers"]["after"]}):
-            found = {stage: [one["answers"][stage][name] for one in results.of(arm)] for stage in STAGES}
+            found = {stage: _known([one["answers"][stage] for one in results.of(arm)], name) for stage in STAGES}
             shares = {stage: _spread([one["right"] / one["of"] for one in each]) for stage, each in found.items()}
             rows.append(_named(arm) | {"source": name} | shares)
     return rows
@@ -134,7 +186,7 @@ def held_out(results: Results) -> list[dict[str, Any]]:
     for arm in results.arms:
         last = [result["held_out"][-1] for result in results.of(arm) if result["held_out"]]
         for key in sorted({key for row in last for key in row if key.startswith("held_out")}):
-            rows.append(_named(arm) | {"metric": key} | {"value": _spread([row[key] for row in last])})
+            rows.append(_named(arm) | {"metric": key} | {"value": _spread(_known(last, key))})
     return rows
 
 
@@ -182,15 +234,21 @@ def statement(comparison: dict[str, Any]) -> str:
     """One line: what can be said of a table of pairs, and what can't."""
     apart = [one for one in comparison["pairs"] if one["told_apart"]]
     said = [
-        f"{better} beats {worse} by {abs(one['difference']['mean']):.0%}"
-        for one in apart
-        for worse, better in [_ordered(one)]
+        f"{better} beats {worse} by {_points(one['difference'])}" for one in apart for worse, better in [_ordered(one)]
     ]
     left = [f"{first} and {second}" for first, second in comparison["not_told_apart"]]
     parts = ["; ".join(said)] if said else []
     if left:
         parts.append(f"not told apart at {ALPHA:.0%}: " + ", ".join(left))
+    if comparison["too_few_seeds"]:
+        parts.append("one training seed, which tells nothing of others: " + ", ".join(comparison["too_few_seeds"]))
     return ". ".join(parts) + "."
+
+
+def _points(difference: dict[str, float]) -> str:
+    """ "5 points (2 to 8)", whichever of the two is better."""
+    ends = sorted(abs(100 * difference[end]) for end in ("low", "high"))
+    return f"{abs(100 * difference['mean']):.0f} points ({ends[0]:.0f} to {ends[1]:.0f})"
 
 
 def _ordered(one: dict[str, Any]) -> tuple[str, str]:
@@ -200,6 +258,11 @@ def _ordered(one: dict[str, Any]) -> tuple[str, str]:
 
 def _named(arm: Arm) -> dict[str, Any]:
     return {"recipe": arm[0], "episodes": arm[1]}
+
+
+def _known(rows: Sequence[dict[str, Any]], key: str) -> list[Any]:
+    """What rows have under a key; what a seed held out may have none of some kind."""
+    return [row[key] for row in rows if key in row]
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

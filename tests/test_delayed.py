@@ -124,7 +124,8 @@ def test_real_time_chunking_is_told_what_is_left_and_how_long_it_takes() -> None
     counts = Counts()
     play(DelayedPolicy(counts, Delay(2, stitching=Stitching.RTC), period=3, hold=HOLD), 2)
     first, second = counts.asked
-    assert "previous" not in first
+    # Nothing is left, and it is said: without any, a row would run another program than beside others.
+    assert first["previous"]["actions"].shape == (0, 2) and first["previous"]["delay"] == 0
     assert second["previous"]["delay"] == 2
     assert second["previous"]["actions"][:, 0].tolist() == [1, 2, 3, 4, 5, 6, 7]
 

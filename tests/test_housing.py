@@ -63,6 +63,7 @@ class Swaying:
 
 def test_each_stays_in_its_thread_and_is_closed(made) -> None:
     with housed(Traced, 5, threads=2) as places:
+        assert len({place.home for place in places}) == 2
         for place in places:
             place.home.submit(place.env.reset, seed=0).result()
     threads = [{thread for _, thread in env.calls} for env in made]
@@ -92,9 +93,22 @@ def test_what_fails_in_an_environment_is_told_and_all_are_closed(made) -> None:
     assert len(made) == 4 and all(env.calls[-1][0] == "close" for env in made)
 
 
-def test_somebody_elses_environments_share_one_thread(made) -> None:
-    evaluate(Swaying(), 2, environment=Traced, record=0)
-    assert len(made) == 4 and len({thread for env in made for _, thread in env.calls}) == 1
+class Staring(Traced):
+    """Somebody's wrapper, that looks at each picture."""
+
+    def step(self, action: np.ndarray) -> Any:
+        observation, *others = super().step(action)
+        assert observation["images"]["front"].any()
+        return observation, *others
+
+
+def test_somebody_elses_environments_are_at_home_with_the_caller_and_see_everything(made) -> None:
+    evaluate(Swaying(), 2, environment=Staring, record=0)
+    threads = {thread for env in made for _, thread in env.calls}
+    assert len(made) == 4 and threads == {threading.get_ident()}
+
+    # Gymnasium's own, whose checker looks at each observation.
+    evaluate(Swaying(), 1, environment=lambda: gymnasium.make("insula/Tabletop-v0", image_size=64), record=0)
 
 
 def test_a_policy_sees_the_pictures_of_its_step_and_no_others_are_drawn(monkeypatch) -> None:

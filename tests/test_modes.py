@@ -13,12 +13,14 @@ from small_policy import ROBOT, SERVED, observation, policy
 
 from insula.batch import LossName
 from insula.cli import execute
+from insula.client.plan import Stitching
 from insula.data.robot import read_robot
 from insula.decode.tokens import Sampling
-from insula.errors import DecodeError, InputError, InsulaError, ObservationError
+from insula.errors import DecodeError, InputError, InsulaError, NonFiniteError, ObservationError
+from insula.evaluate.command import EvaluateConfig
 from insula.evaluate.delayed import Delay, DelayedPolicy
 from insula.policy import Policy, command
-from insula.policy.modes import SubtaskPolicy, TokenPolicy
+from insula.policy.modes import Mode, SubtaskPolicy, TokenPolicy
 from insula.policy.speaking import Said, Speaker
 from insula.tokens.dialects import Form
 
@@ -137,9 +139,77 @@ def test_a_subtask_that_never_ends_is_no_subtask(acting: Policy) -> None:
         rambling.act(observation())
     with pytest.raises(ObservationError, match="subtask is NoneType, expected a string"):
         acting.act(observation(subtask=None))
-    for settings, message in (({"every": 0}, "every"), ({"lag": -1}, "lag"), ({"known": ()}, "no answers")):
+    with pytest.raises(ObservationError, match="subtask is ' ', which says nothing"):
+        acting.act(observation(subtask=" "))
+    for settings, message in (
+        ({"every": 0}, "every"),
+        ({"lag": -1}, "lag"),
+        ({"known": ()}, "no answers"),
+        ({"known": ("wait", "wait " * 60)}, "the answer 'wait .*takes .* tokens, the limit is 40"),
+    ):
         with pytest.raises(InputError, match=message):
             SubtaskPolicy(acting, **settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("put it down " * 9, "leaves no room: the prompt takes"), ("", "says nothing"), (" \n", "says nothing")],
+)
+def test_a_subtask_that_cannot_be_acted_on_costs_its_row_alone(
+    acting: Policy, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+) -> None:
+    robot = SubtaskPolicy(acting)
+    monkeypatch.setattr(robot, "think", lambda observations, seeds: [Said([1], [0.0], True, text) for _ in seeds])
+    lost, told = robot.act_batch([observation(), observation(subtask="wait")], [(1, 0), (2, 0)])
+    assert isinstance(lost, DecodeError) and message in str(lost)
+    np.testing.assert_array_equal(told, acting.act_batch([observation(subtask="wait")] * 2, [(1, 0), (2, 0)])[1])
+    with pytest.raises(DecodeError, match=message):
+        robot.act(observation())
+
+
+def test_known_subtasks_are_written_as_they_were_learned(acting: Policy) -> None:
+    """In the words of the dialect: what was learned has blanks where a data set has underscores."""
+    robot = SubtaskPolicy(acting, known=("Put_it_down ",))
+    (said,) = robot.think([observation()], [(1, 0)])
+    assert said.text == acting.assets.tokenizer.dialect.clean("Put_it_down ") != "Put_it_down "
+
+
+def test_words_have_no_action_tokens_in_them(acting: Policy) -> None:
+    tokenizer = acting.assets.tokenizer
+    words, wait = Speaker(acting).words, tokenizer.text.encode("wait")
+    assert words.accepts([*wait, tokenizer.text.eos_id])
+    for token in (tokenizer.fast_ids.start, tokenizer.fast_ids[-1]):
+        assert not words.accepts([*wait, token, tokenizer.text.eos_id])
+
+
+def test_weights_that_are_not_finite_say_nothing(acting: Policy) -> None:
+    """A grammar would make a whole chunk of them."""
+    broken = jnp.asarray(acting.params.backbone.norm).at[0].set(jnp.nan)
+    params = dataclasses.replace(acting.params, backbone=dataclasses.replace(acting.params.backbone, norm=broken))
+    lost = Policy(params, acting.assets)
+    with pytest.raises(NonFiniteError, match="logits are NaN or infinite; look at the weights"):
+        TokenPolicy(lost).act(observation())
+    with pytest.raises(NonFiniteError):
+        Speaker(lost).ask({}, ["is it there"])
+
+
+def test_tokens_do_not_go_on_from_a_chunk(acting: Policy) -> None:
+    with pytest.raises(InputError, match="cannot go on from the last one"):
+        TokenPolicy(acting).act(observation(left=np.zeros((1, 2))))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": Mode.TOKENS, "stitching": Stitching.RTC}, "rtc needs flow"),
+        ({"subtask_every": 5}, "for --mode subtask"),
+        ({"mode": Mode.TOKENS, "subtask_lag": 1}, "for --mode subtask"),
+        ({"run": None, "server": "ws://127.0.0.1:1", "seed": 3}, "a server has its own"),
+    ],
+)
+def test_settings_of_an_evaluation_that_would_do_nothing(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        EvaluateConfig(**({"run": Path("run")} | settings))
 
 
 def test_the_prompt_that_asks_is_that_of_training(acting: Policy) -> None:
@@ -230,7 +300,7 @@ def test_a_draw_depends_on_its_seed_alone(acting: Policy) -> None:
 
 
 def run_ask(monkeypatch: pytest.MonkeyPatch, acting: Policy, *arguments: str) -> int:
-    monkeypatch.setattr(command.Policy, "load", lambda *_: acting)
+    monkeypatch.setattr(command.Policy, "load", lambda run, step, seed, robot: {None: acting, "arm": acting}[robot])
     return execute(["ask", "run", *arguments])
 
 
@@ -243,7 +313,8 @@ def test_ask_on_the_command_line(
     said = capsys.readouterr()
     assert said.out.strip() in ("yes", "no") and "probability" in said.err
 
-    assert run_ask(monkeypatch, acting, "where is it", "--image", f"wrist={picture}", "--places", "2") == 0
+    where = ["where is it", "--image", f"wrist={picture}", "--places", "2", "--robot", "arm"]
+    assert run_ask(monkeypatch, acting, *where) == 0
     assert capsys.readouterr().out.count("<loc") == 2
 
 
@@ -260,7 +331,7 @@ def test_ask_on_the_command_line(
         (["is it there", "--one-of", "yes", "--places", "2"], "one of --one-of and --places"),
         (["is it there", "--places", "0"], "places"),
         (["is it there", "--temperature", "0"], "temperature"),
-        (["is it there", "--one-of", "wait " * 60], "the shortest answer takes"),
+        (["is it there", "--one-of", "no", "wait " * 60], "takes"),
     ],
 )
 def test_bad_questions_are_one_line(

@@ -29,7 +29,7 @@ from insula.data.lerobot import LeRobotDataset
 from insula.data.lerobot.conversion import convert_dataset
 from insula.data.lerobot.doctor import examine
 from insula.data.mapping import Mapping, RobotData, mapping_to_json, parse_mapping, read_mapping
-from insula.data.subtasks import read_subtasks
+from insula.data.subtasks import _from_numbers, read_subtasks
 from insula.errors import DatasetError, InputError
 from insula.train.data import moved_mapping
 
@@ -66,6 +66,10 @@ def test_whole_numbers_point_into_the_subtasks_or_else_the_tasks(tmp_path: Path)
     (root / "meta" / "subtasks.parquet").unlink()
     assert read(root, "annotation.step", np.array([0, 1, 8])) == [None, *TASKS]
     assert read(root, "task_index", np.array([0, 8])) == list(TASKS)
+    # A task that says nothing is none, as everywhere.
+    blank = LeRobotDataset(root)
+    blank.tasks = (" ", *TASKS[1:])
+    assert _from_numbers(blank, "task_index").number[[0, 8]].tolist() == [-1, 0]
 
 
 def test_an_annotation_holds_from_the_nearest_frame_on(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ import pytest
 from task_worlds import OUT, TOWER, block, table, tower, undrawn_worlds
 
 from insula.collect.demonstrations import collect
-from insula.collect.scenes import KIND_WEIGHTS, TASK_KIND_WEIGHTS
+from insula.collect.scenes import KIND_WEIGHTS, TASK_KIND_WEIGHTS, render_scenes
 from insula.data.lerobot import LeRobotDataset
 from insula.data.lerobot.info import Feature
 from insula.data.lerobot.writer import LeRobotWriter
 from insula.errors import DatasetError, InputError
+from insula.worlds.seeds import PRETRAINING
 from insula.worlds.tabletop import demonstrator
 from insula.worlds.tabletop.facts import Table
 from insula.worlds.tabletop.goals import Goal
@@ -106,6 +107,20 @@ def test_pairs_that_are_held_out_are_in_no_data_set_of_all_tasks(tmp_path):
     first = next(s for s in whose if asks_held_out(TASKS["put"].draw(np.random.default_rng(s), "train").goal))
     assert first in collect(tmp_path / "put", 1, first, image_size=16, processes=1).seeds
     assert first not in collect(tmp_path / "all", 1, first, task="all", image_size=16, processes=1).seeds
+
+
+def test_no_question_tells_what_is_next_of_a_pair_that_is_held_out():
+    """Beside `unseen-pairs`: it would be the very sentence to say. Alone, other tasks ask for all pairs."""
+    seeds = PRETRAINING.take(60, 500)
+    held_out = [f"put the {block} block in the {bowl} bowl" for block, bowl in HELD_OUT_PAIRS]
+
+    def told(tasks: tuple[str, ...]) -> list[str]:
+        asked = render_scenes(seeds, 30, 16, processes=1, tasks=tasks).questions
+        return [answer for one in asked for kind, _, answer in one if kind == "next"]
+
+    assert set(told(("distractors",))) & set(held_out)
+    beside = told(("distractors", "unseen-pairs"))
+    assert len(beside) > 50 and not set(beside) & set(held_out)
 
 
 def test_all_episodes_have_subtasks_or_none(tmp_path):

@@ -144,6 +144,21 @@ def test_in_sort_a_block_out_of_turn_ends_the_episode(worlds, order, credits):
     assert runs(told) == credits
 
 
+@pytest.mark.parametrize(
+    ("seen", "wrong"), [("r rb", False), ("b", True), ("r . b", True), ("r . r rb", False), ("rb", False)]
+)
+def test_a_turn_is_kept_only_while_what_came_before_lies_there(worlds, seen, wrong):
+    """Of red, then blue: what lies in its bowl, moment after moment."""
+    env = worlds["sort"].unwrapped
+    env.reset(seed=2)
+    env._goal = replace(SORT, ordered=True)
+    for lying in seen.split():
+        red = block("red", -0.1, 0, INSIDE) if "r" in lying else OUT[0]
+        blue = block("blue", 0.1, 0, INSIDE) if "b" in lying else OUT[1]
+        env._judge(table(red, blue, OUT[2]))
+    assert env._out_of_turn == env._wrong == wrong
+
+
 @pytest.mark.parametrize("name", ["sort", "stack"])
 def test_the_subtask_changes_exactly_when_a_placement_is_fulfilled(worlds, name):
     env, changes = worlds[name], 0

@@ -79,6 +79,8 @@ def render_scenes(
 
 
 def _render(seeds: range, questions_each: int, image_size: int, tasks: tuple[str, ...]) -> Scenes:
+    from insula.worlds.tabletop.tasks.unseen_pairs import UNSEEN_PAIRS, asks_held_out
+
     environments: dict[str, Any] = {name: make_tabletop(name, image_size).unwrapped for name in tasks}
     images: dict[str, np.ndarray] = {}  # allocated whole: 60,000 scenes as lists, then stacked, would be there twice
     places: dict[str, np.ndarray] = {}
@@ -98,7 +100,10 @@ def _render(seeds: range, questions_each: int, image_size: int, tasks: tuple[str
             for name, pixel in pixels.items():
                 if name in THING_NAMES and pixel.in_frame and pixel.visible > 0:
                     places[camera][n, THING_NAMES.index(name)] = pixel.y / image_size, pixel.x / image_size
-        asked.append(_draw(facts, rng, questions_each, None if task == "put" else env.goal))
+        goal = None if task == "put" else env.goal
+        # What is next is told in the words of a demonstration, which must not show a pair that is to be unseen.
+        told = goal is not None and not (UNSEEN_PAIRS.name in tasks and asks_held_out(goal))
+        asked.append(_draw(facts, rng, questions_each, goal, () if told else ("next",)))
 
     for env in environments.values():
         env.close()
@@ -119,9 +124,11 @@ def _met(env: Any, seed: int, rng: np.random.Generator) -> dict[str, Any]:
     return observation
 
 
-def _draw(facts: Any, rng: np.random.Generator, count: int, goal: Any = None) -> list[tuple[str, str, str]]:
+def _draw(
+    facts: Any, rng: np.random.Generator, count: int, goal: Any = None, but: Sequence[str] = ()
+) -> list[tuple[str, str, str]]:
     """`count` questions, kinds drawn by weight among those that have a plain answer in this scene; where it has a
-    `goal`, those of the harder tasks among them."""
+    `goal`, those of the harder tasks among them; none of the kinds of `but`."""
     from insula.worlds.tabletop.quiz import questions
     from insula.worlds.tabletop.task_quiz import task_questions
 
@@ -130,7 +137,7 @@ def _draw(facts: Any, rng: np.random.Generator, count: int, goal: Any = None) ->
     if goal is not None:
         pairs |= {kind: task_questions(facts.table, goal, kind) for kind in TASK_KIND_WEIGHTS}
 
-    kinds = [kind for kind in known if pairs[kind]]
+    kinds = [kind for kind in known if pairs[kind] and kind not in but]
     weights = np.array([known[kind] for kind in kinds])
     chosen = rng.choice(len(kinds), count, p=weights / weights.sum())
     return [(kinds[k], *pairs[kinds[k]][rng.integers(len(pairs[kinds[k]]))]) for k in chosen]

@@ -16,6 +16,7 @@ from insula.batch import Observation, Previous
 from insula.checks import check_integer
 from insula.data.images import resize_with_pad
 from insula.data.robot import Robot
+from insula.data.texts import is_blank
 from insula.errors import InputError, ObservationError
 from insula.shapes import Bool, Float, Int, UInt8
 from insula.tokens.sequence import FASTTokenizer, Tokenized
@@ -148,6 +149,8 @@ def check_raw(observation: Mapping[str, Any], robot: Robot) -> None:
     for key in ("task", *(["subtask"] if "subtask" in observation else [])):
         if not isinstance(observation[key], str):
             raise ObservationError(f"{key} is {type(observation[key]).__name__}, expected a string", key)
+    if is_blank(observation.get("subtask", "a")):
+        raise ObservationError(f"subtask is {observation['subtask']!r}, which says nothing; leave it out", "subtask")
 
 
 def as_array(value: Any, field: str) -> np.ndarray:

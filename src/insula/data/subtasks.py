@@ -119,7 +119,7 @@ def _from_numbers(dataset: LeRobotDataset, name: str) -> Subtasks:
     numbers = np.array(dataset.column(name), np.int64)
     # Which the reader has counted from 0 already; others hold the table's own numbers.
     if name == "task_index":
-        return Subtasks(dataset.tasks, numbers)
+        return _numbered(dataset.tasks, numbers)
 
     if is_named(path):
         table, called = read_texts(path, "subtask"), str(path)

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from insula.errors import DecodeError, InputError
 from insula.evaluate.episodes import LATENCY_CALLS, Acts, EpisodeResult, Job, Progress, Recording, run_episodes
-from insula.evaluate.housing import MakeEnvironment, housed
+from insula.evaluate.housing import MakeEnvironment, cores, housed
 from insula.evaluate.intervals import Rate, wilson
 from insula.terminal import as_text
 from insula.worlds.seeds import EVALUATION, RANGES, refuse_seen
@@ -167,8 +167,7 @@ def evaluate(
     `num_envs`: environments side by side at most, and the batch size of every `act_batch` call (rows are repeated to
     fill it, whatever the number of episodes: other sizes round differently).
     `used_seeds`: seeds of the demonstrations; `allow_any_seed` lifts the check of the range, never this one.
-    `environment`: makes one environment; the tabletop's task unless given. Others all live in one thread: not every
-    simulator bears several.
+    `environment`: makes one environment; the tabletop's task unless given. Others live in the thread of the caller.
 
     Raises InputError for seeds kept for another purpose and an unknown task, and as `run_episodes`.
     """
@@ -180,9 +179,11 @@ def evaluate(
     make = environment or (lambda: make_tabletop(task, image_size))
 
     started = time.perf_counter()
-    with housed(make, min(num_envs, len(jobs)), threads=1 if environment else None) as envs:
+    ours = environment is None
+    with housed(make, min(num_envs, len(jobs)), threads=cores() if ours else 0) as envs:
         tell = progress or (lambda done, total: None)
-        done, seen = run_episodes(policy, jobs, envs, num_envs, replan_steps, set(seeds[:record]), tell, told)
+        taped = set(seeds[:record])
+        done, seen = run_episodes(policy, jobs, envs, num_envs, replan_steps, taped, tell, told, blink=ours)
     seconds = time.perf_counter() - started  # compiling included, latency not
 
     # Short episodes end first. In the order of scenes two policies can be compared line by line.

@@ -87,6 +87,12 @@ class EvaluateConfig:
             raise InputError("expected a run, or --server with an address, and not both")
         if self.mode is not Mode.FLOW and self.run is None:
             raise InputError(f"--mode {self.mode} needs a run: a server has its own mode")
+        if self.mode is Mode.TOKENS and self.stitching is Stitching.RTC:
+            raise InputError("--stitching rtc needs flow: chunks of FAST tokens cannot go on from the last one")
+        if self.mode is not Mode.SUBTASK and (self.subtask_every, self.subtask_lag) != (REPLAN_STEPS, 0):
+            raise InputError("--subtask-every and --subtask-lag are for --mode subtask: in others none is said")
+        if self.server is not None and (self.step, self.robot, self.seed) != (None, None, 0):
+            raise InputError("--step, --robot and --seed are for a run: a server has its own")
         if self.told and self.mode is not Mode.SUBTASK and self.server is None:
             raise InputError("--told is for --mode subtask: without it no subtask is read")
 
@@ -147,13 +153,15 @@ def run_evaluate(config: EvaluateConfig) -> None:
 
     tasks = named_tasks(config.task)
     policy = load_policy(config)
-    found = {task: evaluate_task(policy, config, task) for task in tasks}
+    found: dict[str, tuple[ClosedLoop, dict[str, Any]]] = {}
+    for task in tasks:
+        found[task] = evaluate_task(policy, config, task)
+        if config.json is not None:  # each as it is done: what fails later must not cost the others
+            written = {name: {"delay": waits} | loop.to_json() for name, (loop, waits) in found.items()}
+            write_json(config.json, {"tasks": written} if config.task == ALL else written[config.task])
 
     if len(found) > 1:
         print(summary_of_tasks([loop for loop, _ in found.values()]), flush=True)
-    if config.json is not None:
-        written = {task: {"delay": waits} | loop.to_json() for task, (loop, waits) in found.items()}
-        write_json(config.json, {"tasks": written} if config.task == ALL else written[config.task])
     if config.video is not None:
         write_video(config.video, reel([one for loop, _ in found.values() for one in loop.recordings]))
 

@@ -111,10 +111,13 @@ class DelayedPolicy:
         return [played[tuple(seed)] for seed in seeds]
 
     def _ask(self, observation: dict[str, Any], episode: _Episode, step: int) -> dict[str, Any]:
-        left = episode.plan.left(step) if self.delay.stitching is Stitching.RTC else None
-        if left is None:
+        if self.delay.stitching is not Stitching.RTC:
             return observation
 
+        # Also where nothing is left: without any, another program runs, and an episode would depend on its neighbors.
+        left = episode.plan.left(step)
+        if left is None:
+            left = np.zeros((0, len(self._hold)), np.float32)
         expected = min(max(episode.late, default=self.delay.steps), len(left))
         return observation | {"previous": {"actions": left, "delay": expected}}
 

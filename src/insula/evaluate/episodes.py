@@ -137,9 +137,10 @@ class Recording:
 class _Lane:
     """One environment and the episode it is in. What touches the environment, `start` and `play`, is for its home."""
 
-    def __init__(self, place: Housed, told: bool):
+    def __init__(self, place: Housed, told: bool, blink: bool):
         self.env, self.home = place
         self.told = told
+        self.blink = blink
         self.busy = False
 
     def start(self, job: Job, taped: bool) -> None:
@@ -147,7 +148,7 @@ class _Lane:
         self.taped = taped
         self.busy = True
 
-        if isinstance(self.env.unwrapped, Blinks):
+        if self.blink and isinstance(self.env.unwrapped, Blinks):
             self.env.unwrapped.looking = True
         # The same scene either way: swapping changes what is asked for, not what is drawn from the seed.
         observation, info = self.env.reset(seed=job.seed, options=job.options)
@@ -168,7 +169,7 @@ class _Lane:
             self.plans.append(Planned(self.steps, self.seen(), chunk, pixels))
 
         for number, action in enumerate(chunk[:steps], start=1):
-            if isinstance(world, Blinks):
+            if self.blink and isinstance(world, Blinks):
                 world.looking = self.taped or number == steps
             observation, _, terminated, truncated, info = self.env.step(action)
             self.observation = observation
@@ -210,15 +211,17 @@ def run_episodes(
     taped: set[int],
     tell: Progress,
     told: bool = False,
+    blink: bool = False,
 ) -> tuple[list[Recording], list[dict[str, Any]]]:
     """Every job once, in the order in which they end. Also returns some observations on the way, for measuring latency.
 
     `rows`: of each call of the policy. `taped`: scenes whose frames and plans are kept. `told`: whether observations
-    have the true "subtask", as the world has it in its `info`. Raises InputError for chunks of the wrong shape,
+    have the true "subtask", as the world has it in its `info`. `blink`: worlds that can need not draw what nobody looks
+    at; for worlds without a wrapper, which might have looked. Raises InputError for chunks of the wrong shape,
     NonFiniteError for one with NaN or infinity, and what a policy gives in place of a chunk.
     """
     waiting, done, seen = deque(jobs), list[Recording](), list[dict[str, Any]]()
-    lanes = [_Lane(place, told) for place in envs]
+    lanes = [_Lane(place, told, blink) for place in envs]
 
     while True:
         # Before every plan: a call costs the same however few of its rows are episodes.

@@ -43,6 +43,8 @@ class AskConfig:
     """Of what is drawn."""
     step: int | None = None
     """Which checkpoint; the newest unless told."""
+    robot: str | None = None
+    """Which one's tokenizer speaks, where the run was trained on several."""
 
     def __post_init__(self) -> None:
         check_seed("seed", self.seed)
@@ -65,10 +67,11 @@ class AskConfig:
 
 def run_ask(config: AskConfig) -> None:
     """Print the answer. Raises MissingFileError, FileError, DatasetError or InputError for unusable pictures,
-    TokenBudgetError for a question that is too long, DecodeError for an answer that never ended, and as `load_model`.
+    TokenBudgetError for a question that is too long, DecodeError for no answer, and as `load_model`.
     """
     pictures = read_pictures(config.images)
-    speaker = Speaker(Policy.load(config.run, config.step, config.seed), config.sampling)
+    policy = Policy.load(config.run, config.step, config.seed, config.robot)
+    speaker = Speaker(policy, config.sampling)
     images = {camera or speaker.policy.config.cameras[0]: picture[None] for camera, picture in pictures.items()}
 
     (said,) = speaker.ask(images, [config.question], grammar(speaker, config))

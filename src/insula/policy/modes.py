@@ -15,7 +15,7 @@ import numpy as np
 
 from insula.batch import LossName
 from insula.checks import check_integer
-from insula.errors import DecodeError, InsulaError
+from insula.errors import DecodeError, InputError, InsulaError, TokenBudgetError
 from insula.policy.acting import Inputs, Policy, Seed
 from insula.policy.speaking import Said, Speaker
 from insula.shapes import Float
@@ -55,7 +55,11 @@ class TokenPolicy:
         return chunk
 
     def act_batch(self, observations: list[dict[str, Any]], seeds: Sequence[Seed]) -> list[Chunk]:
-        """A chunk for each observation, or a DecodeError. Raises InputError as `Policy.act_batch`."""
+        """A chunk for each observation, or a DecodeError. Raises InputError as `Policy.act_batch`, and for a
+        "previous": tokens do not go on from what is left of a chunk."""
+        if any("previous" in observation for observation in observations):
+            raise InputError("previous: chunks of FAST tokens cannot go on from the last one, expected none")
+
         seen = self.policy.observe(observations)
         return self.sample(Inputs(seen, None, np.stack([o["state"] for o in observations])), seeds)
 
@@ -86,6 +90,23 @@ class Spoken:
     said: Said
 
 
+PLACEHOLDER = "wait"
+"""A subtask that nobody said, in a row of which nothing may come, or that programs are compiled with."""
+
+
+def usable_subtask(policy: Policy, said: Said, observation: dict[str, Any]) -> str:
+    """What was said, once it can be acted on. Raises DecodeError where it never ended, says nothing, or leaves no room
+    for the rest of the prompt: whoever acts on it later could not tell why that is too long."""
+    text = said.check("the subtask")
+    try:
+        state = policy.observer.normalize_state(np.asarray(observation["state"])[None])[0]
+        policy.observer.tokenize(observation["task"], state, subtask=text)
+    except TokenBudgetError as error:
+        raise DecodeError(f"the subtask {text!r:.80} leaves no room: {error}") from None
+
+    return text
+
+
 class SubtaskPolicy:
     """Says the subtask, then acts on it. An observation that brings its own "subtask" is acted on as it is.
 
@@ -103,7 +124,8 @@ class SubtaskPolicy:
         self.speaker = Speaker(policy)
         self.every = every
         self.lag = lag
-        self.grammar = None if known is None else self.speaker.choose_from(known)
+        write = policy.assets.tokenizer.dialect.clean  # as they were written when they were learned
+        self.grammar = None if known is None else self.speaker.choose_from(list(map(write, known)))
         self.spoken: dict[tuple[int, ...], list[Spoken]] = {}
 
     def think(self, observations: list[dict[str, Any]], seeds: Sequence[Seed]) -> list[Said]:
@@ -111,15 +133,15 @@ class SubtaskPolicy:
         return self.speaker.say(self.policy.wonder(observations), seeds, self.grammar)
 
     def act(self, observation: dict[str, Any]) -> Float[np.ndarray, "H D"]:
-        """One chunk, thought of anew. Raises DecodeError where the subtask never ended, InputError as `Policy.act`."""
+        """One chunk, thought of anew. Raises DecodeError as `usable_subtask`, InputError as `Policy.act`."""
         if "subtask" not in observation:
             (said,) = self.think([observation], [(0,)])
-            observation = observation | {"subtask": said.check("the subtask")}
+            observation = observation | {"subtask": usable_subtask(self.policy, said, observation)}
 
         return self.policy.act(observation)
 
     def act_batch(self, observations: list[dict[str, Any]], seeds: Sequence[Seed]) -> list[Chunk]:
-        """A chunk for each observation, or a DecodeError where its subtask never ended."""
+        """A chunk for each observation, or a DecodeError where its subtask cannot be acted on."""
         self._listen(observations, seeds)
         told = [self._tell(o, seed) for o, seed in zip(observations, seeds, strict=True)]
         chunks = self.policy.act_batch([o for o, _ in told], seeds)
@@ -147,12 +169,13 @@ class SubtaskPolicy:
             self.spoken[episode].append(Spoken(step, since, heard[row]))
 
     def _tell(self, observation: dict[str, Any], seed: Seed) -> tuple[dict[str, Any], DecodeError | None]:
-        """The observation with its subtask; or with an empty one, and why nothing may come of it."""
+        """The observation with its subtask; or a prompt that fits, and why nothing may come of it."""
         if "subtask" in observation:
             return observation, None
 
         *episode, step = seed
         try:
-            return observation | {"subtask": self.current(tuple(episode), step).check("the subtask")}, None
+            said = self.current(tuple(episode), step)
+            return observation | {"subtask": usable_subtask(self.policy, said, observation)}, None
         except DecodeError as error:
-            return observation | {"subtask": ""}, error
+            return observation | {"task": "", "subtask": PLACEHOLDER}, error

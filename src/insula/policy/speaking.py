@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from insula.batch import Observation
+from insula.data.texts import is_blank
 from insula.decode.tokens import Generated, Sampling, bucket, check_limit, generate
-from insula.errors import DecodeError
+from insula.errors import DecodeError, InputError, NonFiniteError
 from insula.model.params import Params
 from insula.policy.acting import Policy, Seed, noise_key
 from insula.shapes import Array, Shaped, UInt8
@@ -33,9 +34,11 @@ class Said:
         return math.exp(sum(self.log_probs))
 
     def check(self, what: str) -> str:
-        """The text. Raises DecodeError where it never ended."""
+        """The text. Raises DecodeError where it never ended, or says nothing."""
         if not self.ended:
             raise DecodeError(f"{what} did not end within {len(self.tokens)} tokens: {self.text!r:.80}")
+        if is_blank(self.text):
+            raise DecodeError(f"{what} says nothing: {self.text!r:.80}")
 
         return self.text
 
@@ -48,7 +51,7 @@ class Speaker:
         self.policy = policy
         self.tokenizer = policy.assets.tokenizer
         self.limit = policy.config.max_fast_len
-        self.free = anything(self.tokenizer.vocab_size, self.tokenizer.text.eos_id)
+        self.words = anything(self.tokenizer.vocab_size, self.tokenizer.text.eos_id, but=self.tokenizer.fast_ids)
 
         # Parameters come in as an argument: closed over, they would be constants of every compiled program.
         def say(
@@ -67,9 +70,10 @@ class Speaker:
     def say(
         self, observation: Observation, seeds: Sequence[Seed], grammar: Grammar | None = None, limit: int | None = None
     ) -> list[Said]:
-        """What follows each prompt of `observation`: free text unless bound by a grammar, at most `limit` tokens (the
-        model's `max_fast_len`). `seeds`: as `Policy.act_batch` has them. Raises InputError where no answer fits."""
-        grammar, limit = grammar or self.free, limit or self.limit
+        """What follows each prompt of `observation`: words unless bound by a grammar, at most `limit` tokens (the
+        model's `max_fast_len`). `seeds`: as `Policy.act_batch` has them. Raises InputError where no answer fits,
+        NonFiniteError where the weights know of no likeliest token."""
+        grammar, limit = grammar or self.words, limit or self.limit
         check_limit(grammar, limit)
         keys = np.stack([noise_key(self.policy.seed, *seed) for seed in seeds])
         said = self._say(self.policy.params, observation, grammar, np.int32(limit), keys, columns=bucket(limit))
@@ -77,9 +81,16 @@ class Speaker:
         return [self._read(said, row) for row in range(len(seeds))]
 
     def choose_from(self, answers: Sequence[str]) -> Grammar:
-        """One of these texts. Raises InputError for none."""
+        """One of these texts. Raises InputError for none, and for one that is too long to be said."""
         text = self.tokenizer.text
-        return one_of(map(text.encode, answers), self.tokenizer.vocab_size, text.eos_id)
+        written = list(map(text.encode, answers))
+        for answer, tokens in zip(answers, written, strict=True):
+            if len(tokens) + 1 > self.limit:  # with its end; the others would be all that can be said
+                raise InputError(
+                    f"the answer {answer!r:.80} takes {len(tokens) + 1} tokens, the limit is {self.limit}; shorten it"
+                )
+
+        return one_of(written, self.tokenizer.vocab_size, text.eos_id)
 
     def ask(
         self,
@@ -97,4 +108,6 @@ class Speaker:
     def _read(self, said: Generated, row: int) -> Said:
         tokens = said.row(row)
         log_probs = [float(value) for value in said.log_probs[row, : len(tokens)]]
+        if not np.isfinite(log_probs).all():  # a grammar would make a whole chunk of it
+            raise NonFiniteError("the backbone's logits are NaN or infinite; look at the weights of this checkpoint")
         return Said(tokens, log_probs, bool(said.ended[row]), self.tokenizer.text_from(tokens))

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from insula.errors import DecodeError, InsulaError, ObservationError, TokenBudgetError
+from insula.errors import DecodeError, InsulaError, ObservationError
 from insula.policy import Inputs, Policy, Seed
-from insula.policy.modes import Chunk, Mode, TokenPolicy
+from insula.policy.modes import PLACEHOLDER, Chunk, Mode, TokenPolicy, usable_subtask
 from insula.policy.speaking import Said, Speaker
 from insula.serve.observations import Request
 from insula.serve.policy_backend import PolicyBackend, check_able
@@ -54,7 +54,7 @@ class SubtaskBackend(PolicyBackend):
 
     def blank(self) -> dict[str, Any]:
         """As `PolicyBackend.blank`, with a subtask: without one it may never have been trained to act."""
-        return super().blank() | {"subtask": ""}
+        return super().blank() | {"subtask": PLACEHOLDER}
 
     def warm(self, size: int) -> None:
         """Compile what batches of `size` need, thoughts among them."""
@@ -62,7 +62,7 @@ class SubtaskBackend(PolicyBackend):
         check_able(self.think([Request(self.blank())] * size, size))
 
     def think(self, requests: Sequence[Request], size: int) -> list[str | InsulaError]:
-        """As `Thinks.think`: a DecodeError where a subtask never ends, or leaves no room for the rest of the prompt."""
+        """As `Thinks.think`: a DecodeError where a subtask cannot be acted on (`usable_subtask`)."""
         seeds = [request.seed or (0,) for request in requests]  # the likeliest words: nothing is drawn
         said = self.together(requests, seeds, size, self._wonder, self._say)
         return [
@@ -77,18 +77,10 @@ class SubtaskBackend(PolicyBackend):
         return list(self.speaker.say(inputs.observation, seeds))
 
     def _usable(self, said: Said, observation: dict[str, Any]) -> str | DecodeError:
-        """Found out now: a robot that acts on it later could not tell why its prompt is too long."""
-        observer = self.policy.observer
         try:
-            text = said.check("the subtask")
-            state = observer.normalize_state(np.asarray(observation["state"])[None])[0]
-            observer.tokenize(observation["task"], state, subtask=text)
+            return usable_subtask(self.policy, said, observation)
         except DecodeError as error:
             return error
-        except TokenBudgetError as error:
-            return DecodeError(f"the subtask {text!r:.80} leaves no room: {error}")
-
-        return text
 
 
 BACKENDS = {Mode.FLOW: PolicyBackend, Mode.TOKENS: TokenBackend, Mode.SUBTASK: SubtaskBackend}

@@ -50,11 +50,13 @@ class Grammar:
         return state == self.end
 
 
-def anything(vocab_size: int, stop: int) -> Grammar:
-    """Free text: any token, until `stop`."""
+def anything(vocab_size: int, stop: int, but: Sequence[int] = ()) -> Grammar:
+    """Any token, until `stop`; none of `but`."""
     token_class = np.zeros(vocab_size, np.int32)
+    token_class[np.asarray(but, np.int32)] = 2
     token_class[stop] = 1
-    return Grammar(token_class, np.array([[0, 1], [REFUSED, REFUSED]], np.int32), np.zeros(2, np.int32))
+    following = np.array([[0, 1, REFUSED], [REFUSED, REFUSED, REFUSED]], np.int32)
+    return Grammar(token_class, following, np.zeros(2, np.int32))
 
 
 def one_of(answers: Iterable[Sequence[int]], vocab_size: int, stop: int) -> Grammar:

@@ -93,7 +93,7 @@ class FASTTokenizer:
         self.action_head = text.encode(self.dialect.action_head)
 
         # An id that is a FAST token and ends the sequence at once could not be told apart when it is generated.
-        first = self.fast_last_id - fast.vocab_size + 1
+        first = self.fast_ids.start
         taken = {"BOS": text.bos_id, "EOS": text.eos_id, "padding": text.pad_id, STOP: self.stop_id}
         for name, token in taken.items():
             if first < 0 or first <= token <= self.fast_last_id:
@@ -101,6 +101,11 @@ class FASTTokenizer:
                     f"fast_last_id {self.fast_last_id} puts the {fast.vocab_size} FAST ids at {first} … "
                     f"{self.fast_last_id}; expected all ≥ 0 and clear of {name} at {token}"
                 )
+
+    @property
+    def fast_ids(self) -> range:
+        """The ids of FAST tokens, wherever the text's are."""
+        return range(self.fast_last_id - self.fast.vocab_size + 1, self.fast_last_id + 1)
 
     @property
     def vocab_size(self) -> int:

@@ -16,6 +16,7 @@ do not move but in the task `moving`. The tasks are in docs/tasks.md.
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from typing import Any
 
@@ -147,7 +148,7 @@ class TabletopEnv(gymnasium.Env):
         self._judge(table)
 
         info = self._info(table)
-        over = bool(info["success"]) or not self._in_turn()
+        over = bool(info["success"]) or self._out_of_turn
         return self._observe(), float(info["success"]), over, False, info
 
     def render(self) -> np.ndarray:
@@ -244,7 +245,8 @@ class TabletopEnv(gymnasium.Env):
         self._layout = layout
         self._goal = goal
         self._wrong = False
-        self._came: tuple[Placement, ...] = ()
+        self._lying: frozenset[Placement] = frozenset()
+        self._out_of_turn = False
 
         # qpos: x, y, z, yaw of the gripper, two fingers, then position and quaternion (w first) of each block.
         qpos = self.data.qpos
@@ -297,17 +299,17 @@ class TabletopEnv(gymnasium.Env):
 
     def _judge(self, table: Table) -> None:
         """Remember what was right and what was wrong in this state, though it may yet be put right, or be undone."""
-        lying = tuple(one for one in self._goal.placements if one not in self._came and fulfilled(table, one))
-        self._came += lying
-        self._wrong = self._wrong or misplaced(table, self._goal, self.task.judge_stacks) or not self._in_turn()
-
-    def _in_turn(self) -> bool:
-        """Whether what the goal asks for came in its order, so far, or in any where it names none."""
-        return not self._goal.ordered or self._came == self._goal.placements[: len(self._came)]
+        goal = self._goal
+        lying = frozenset(one for one in goal.placements if fulfilled(table, one))
+        if goal.ordered:
+            missing = itertools.dropwhile(lying.__contains__, goal.placements)  # the first that is, and all behind it
+            self._out_of_turn |= any(one in lying - self._lying for one in missing)
+        self._lying = lying
+        self._wrong = self._wrong or misplaced(table, goal, self.task.judge_stacks) or self._out_of_turn
 
     def _info(self, table: Table) -> dict[str, Any]:
         return {
-            "success": achieved(table, self._goal) and self._in_turn(),
+            "success": achieved(table, self._goal) and not self._out_of_turn,
             "wrong_object": self._wrong,
             "held": table.held,
             "credit": credit(table, self._goal),

@@ -138,7 +138,8 @@ class _Lane:
     """One environment and the episode it is in. What touches the environment, `start` and `play`, is for its home."""
 
     def __init__(self, place: Housed, told: bool, blink: bool):
-        self.env, self.home = place
+        self.env = place.env
+        self.home = place.home
         self.told = told
         self.blink = blink
         self.busy = False

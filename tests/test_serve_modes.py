@@ -42,7 +42,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
 def speaking(policy: Policy) -> SubtaskBackend:
     """Random weights never come to an end by themselves: theirs is the likeliest of three."""
     backend = SubtaskBackend(policy, "small", "none")
-    backend.speaker.free = backend.speaker.choose_from(KNOWN)
+    backend.speaker.words = backend.speaker.choose_from(KNOWN)
     return backend
 
 
@@ -182,7 +182,7 @@ def test_thoughts_fail_alone(policy: Policy) -> None:
     first, second, third = backend.think([Request(wrong), Request(OBSERVATION), Request(wrong)], 4)
     assert second in KNOWN and "2 numbers" in str(first) == str(third)
 
-    backend.speaker.free = backend.speaker.choose_from(["lift it, and " * 6])
+    backend.speaker.words = backend.speaker.choose_from(["lift it, and " * 6])
     (long,) = backend.think([Request(OBSERVATION)], 1)
     assert isinstance(long, DecodeError) and "leaves no room: the prompt takes" in str(long)
 

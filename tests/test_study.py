@@ -274,8 +274,9 @@ def test_a_study_of_recordings_needs_no_simulator(study: Study, tmp_path: Path) 
     assert robots == {(r, robot) for r in ("insulated", "tokens-only") for robot in ("arm", "cart")}
     arm = next(row for row in shown["open_loop"] if (row["recipe"], row["robot"]) == ("insulated", "arm"))
     assert len(arm["by_dimension"]["mean"]) == 3 and len(arm["by_step"]["mean"]) == 6
-    bounds = zip(*(arm["by_step"][key] for key in ("low", "mean", "high")), strict=True)
-    assert all(low <= mean <= high for low, mean, high in bounds)
+    # Too few recordings are held out for an interval, and the report says of how many the mean is.
+    assert arm["recordings"] < 5 and arm["by_step"]["low"] == [None] * len(arm["by_step"]["mean"])
+    assert all(error > 0 for error in arm["by_step"]["mean"])
     (answers,) = [row for row in shown["answers"] if row["recipe"] == "insulated"]
     assert answers["source"] == "scenes" and 0 <= answers["before"]["mean"] <= 1
 

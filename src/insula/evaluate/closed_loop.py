@@ -8,6 +8,7 @@ held out    the own goal in words that no demonstration has; of `unseen-pairs`, 
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -17,7 +18,7 @@ from rich.table import Table
 
 from insula.errors import DecodeError, InputError
 from insula.evaluate.episodes import LATENCY_CALLS, Acts, EpisodeResult, Job, Progress, Recording, run_episodes
-from insula.evaluate.housing import MakeEnvironment, cores, housed
+from insula.evaluate.housing import MakeEnvironment, housed
 from insula.evaluate.intervals import Rate, wilson
 from insula.terminal import as_text
 from insula.worlds.seeds import EVALUATION, RANGES, refuse_seen
@@ -180,7 +181,7 @@ def evaluate(
 
     started = time.perf_counter()
     ours = environment is None
-    with housed(make, min(num_envs, len(jobs)), threads=cores() if ours else 0) as envs:
+    with housed(make, min(num_envs, len(jobs)), threads=(os.cpu_count() or 1) if ours else 0) as envs:
         tell = progress or (lambda done, total: None)
         taped = set(seeds[:record])
         done, seen = run_episodes(policy, jobs, envs, num_envs, replan_steps, taped, tell, told, blink=ours)

@@ -6,7 +6,6 @@ other may draw with it, nor close it. Somebody else's may bear less: they live i
 """
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -51,8 +50,3 @@ def housed(make: MakeEnvironment, count: int, threads: int = 0) -> Iterator[list
             stack.callback(lambda home, env: home.submit(env.close).result(), home, env)
             found.append(Housed(env, home))
         yield found
-
-
-def cores() -> int:
-    """How many threads there is room for."""
-    return os.cpu_count() or 1

@@ -1,5 +1,8 @@
 """What a study asks for and cannot have, found before anything is trained rather than after hours of it."""
 
+from pathlib import Path
+
+from insula.batch import LossName
 from insula.data.mapping import RobotData, narrowed, read_mapping
 from insula.errors import InputError, did_you_mean
 from insula.evaluate.closed_loop import check_seeds
@@ -13,7 +16,7 @@ from insula.worlds.seeds import EVALUATION
 def check_study(study: Study) -> None:
     """Raises DatasetError for data that cannot be read, or of which a recipe would learn nothing; InputError for a
     robot that cannot act in the tasks."""
-    cameras = training_preset(study.preset, study.data).model.cameras
+    cameras = training_preset(study.preset, Path()).model.cameras
     mapping = read_mapping(study.data, cameras)
     recipes = [find_recipe(name) for name in dict.fromkeys(cell.recipe for cell in study.cells)]
     for recipe in recipes:
@@ -34,7 +37,8 @@ def check_study(study: Study) -> None:
 
 
 def _check_acting(name: str, robot: RobotData, recipe: Recipe) -> None:
-    if recipe.acts_by not in {str(loss).replace("fast", "tokens") for loss in robot.losses}:
+    taught_by = LossName.FLOW if recipe.acts_by == "flow" else LossName.FAST
+    if taught_by not in robot.losses:
         raise InputError(
             f"recipe {recipe.name!r} acts by {recipe.acts_by}, which nothing teaches {name}: its losses are "
             f"{', '.join(robot.losses)}"

@@ -25,7 +25,7 @@ demo: $(VENV)/.demo gl  ## demonstrations, training, evaluation, one report.html
 	$(BIN)/insula demo $(DEMO_ARGS)
 
 test: lint types gl chromium  ## ruff, mypy, unit tests, examples, and the quick demo
-	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 	$(BIN)/insula demo --quick
 	$(MAKE) examples
 

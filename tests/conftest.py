@@ -106,8 +106,8 @@ def tiny() -> Any:
 
 
 LONGEST = ("test_train_faults.py", "test_processes.py", "test_run.py", "test_sharding.py")
-"""Files that take minutes: one that is begun last keeps a single core busy while the others have nothing left. pytest-xdist
-would put those with the most tests first; `make test` tells it not to."""
+"""Files that take minutes: one that is begun last keeps a single core busy while the others have nothing left.
+pytest-xdist would put those with the most tests first; `make test` tells it not to."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

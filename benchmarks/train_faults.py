@@ -38,8 +38,8 @@ from insula.train.config import read_config
 from insula.train.optimizer import averaged, make_optimizer
 from insula.train.step import abstract_state
 
-EVERY, STEPS = 5, 40
-FLAGS = ["--steps", str(STEPS), "--checkpoint-every", str(EVERY), "--log-every", "1", "--batch-size", "4"]
+EVERY = 5
+FLAGS = ["--checkpoint-every", str(EVERY), "--log-every", "1", "--batch-size", "4"]
 FLAGS += ["--no-certify", "--held-out-fraction", "0"]
 KILLS_OF_A_RUN = 5
 SIZE = 300 * 2**20
@@ -350,9 +350,11 @@ def main() -> int:
     parser.add_argument("--only", choices=["kill", "damage", "disk"])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--damages", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=40, help="of each training")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
+    FLAGS.extend(["--steps", str(given.steps)])
     rng = np.random.default_rng(given.seed)
 
     with tempfile.TemporaryDirectory() as temporary:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from insula.batch import Batch
 from insula.losses import compute_loss
@@ -62,6 +63,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "compute": ComputeConfig(dtype="bfloat16", vocab_chunk=16),
     },
 }
+
+
+def mostly_slow(cases: Iterable[str], *usual: str) -> list[Any]:
+    """Cases for `parametrize`, of which `make test` runs the usual ones alone: each compiles programs of its own."""
+    return [case if case in usual else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
 
 # Programs that run once are compiled in an eighth of the time, rather than well.
 HASTE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}

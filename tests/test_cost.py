@@ -117,7 +117,7 @@ def test_memory_is_what_the_compiler_says() -> None:
 
 def test_a_plan_agrees_with_the_step_that_trains() -> None:
     """Within a tenth of what XLA says of the step compiled for a real state and a real batch: its arguments, and what
-    it makes and frees. Controls: without what it makes, and for twice the batch, it does not."""
+    it makes and frees. Control: without what it makes it does not."""
     config, size = TINY_BFLOAT16, 8
     mesh, optimizer = make_mesh(MeshConfig(1, 1, 1)), make_optimizer(DEFAULT, config, 1000)
     with jax.set_mesh(mesh):
@@ -132,7 +132,6 @@ def test_a_plan_agrees_with_the_step_that_trains() -> None:
     assert planned.memory == pytest.approx(needed, rel=0.1)
     assert planned.memory - planned.working == pytest.approx(said.argument_size_in_bytes, rel=0.01)
     assert planned.memory - planned.working < 0.9 * needed
-    assert measure(PlanConfig(model=config, batch_size=2 * size), mesh).memory > 1.1 * needed
 
 
 def test_what_is_not_kept_is_not_planned() -> None:

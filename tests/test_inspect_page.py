@@ -378,6 +378,7 @@ def test_the_server_refuses_in_one_line(server: str, query: str, host: str | Non
     assert refused.value.code == status and said.startswith(line) and "\n" not in said
 
 
+@pytest.mark.slow  # a table of a quarter of a million words
 def test_a_page_of_224_pixels_and_paligemmas_vocabulary(show: Callable[..., Page], tmp_path: Path) -> None:
     record(tmp_path / "data", {"front": 224, "wrist": 224}, state=5, actions=4, seed=0)
     vision = dataclasses.replace(SMALL.vision, image_size=224, patch_sizes=(14,))

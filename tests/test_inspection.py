@@ -570,17 +570,22 @@ def no_stop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("leak", "finding"),
+    ("leak", "findings"),
     [
-        (every_block_at_once, "changing one token of the answer moves the answer before it by"),
-        (every_block_at_once, "cells are not as they must be, first (0, "),
-        (the_answer_in_sight, "changing all tokens of the answer moves velocity by"),
-        (no_stop, "flow loss reaches backbone layer 0, norm"),
+        (
+            every_block_at_once,
+            [
+                "changing one token of the answer moves the answer before it by",
+                "cells are not as they must be, first (0, ",
+            ],
+        ),
+        (the_answer_in_sight, ["changing all tokens of the answer moves velocity by"]),
+        (no_stop, ["flow loss reaches backbone layer 0, norm"]),
     ],
 )
 def test_a_leaky_model_names_the_path_and_exits_with_1(
     leak: Callable,
-    finding: str,
+    findings: list[str],
     mixture: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -590,9 +595,10 @@ def test_a_leaky_model_names_the_path_and_exits_with_1(
     config = InspectConfig(data=mixture, model=SMALL, out=tmp_path / "page.html", certificate=tmp_path / "c.json")
     code = run_inspect(config)
     printed = capsys.readouterr().out
-    assert code == 1 and "insulation: leaks" in printed and finding in printed
+    assert code == 1 and "insulation: leaks" in printed
     assert read_certificate(tmp_path / "c.json")["outcome"] == "leaks"
-    assert finding in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert all(finding in printed and finding in page for finding in findings)
 
 
 def test_a_model_without_insulation_is_no_pass(mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

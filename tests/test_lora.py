@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from interrupted import train_and_interrupt
-from small import CLOSE, FAR, SMALL, VARIANTS, by_leaf, difference, gradients, jit, largest, loss, model
+from small import CLOSE, FAR, SMALL, VARIANTS, by_leaf, difference, gradients, jit, largest, loss, model, mostly_slow
 
 from insula.batch import LossName
 from insula.certificate.gradients import prove
@@ -39,6 +39,7 @@ BOTH = LoraConfig(rank=3, alpha=6.0, parts=("backbone", "expert"))
 ON_BACKBONE = dataclasses.replace(BOTH, parts=("backbone",))
 GATES = ("attention_norm", "mlp_norm")
 UNDER = dataclasses.replace(SMALL, lora=BOTH)
+SCANNED = "one key head, scan"
 
 
 def updates(part) -> dict[str, np.ndarray]:
@@ -88,7 +89,7 @@ def test_a_product_is_that_of_the_merged_matrix(dtype: str) -> None:
         assert difference(found, multiply(y, weight.base, dtype)) > 0.1
 
 
-@pytest.mark.parametrize("variant", ["grouped queries", "one key head, scan"])
+@pytest.mark.parametrize("variant", mostly_slow(["grouped queries", SCANNED], SCANNED))
 def test_fresh_updates_change_nothing(variant: str) -> None:
     """Whatever a is, while b is zero, to the last bit. Control: another b."""
     plain = dataclasses.replace(SMALL, **VARIANTS[variant])
@@ -115,7 +116,7 @@ def actions(params: Params, config: ModelConfig, batch) -> jax.Array:
     return jit(lambda p: sample_actions(p, config, prompt, noise, 4))(params)
 
 
-@pytest.mark.parametrize("variant", ["grouped queries", "one key head, scan"])
+@pytest.mark.parametrize("variant", mostly_slow(["grouped queries", SCANNED], SCANNED))
 def test_merged_parameters_act_alike(variant: str) -> None:
     """Control: merged with another scale."""
     plain = dataclasses.replace(SMALL, **VARIANTS[variant])
@@ -139,7 +140,7 @@ def test_merged_parameters_act_alike(variant: str) -> None:
     assert difference(actions(other, plain, batch), wanted) > FAR
 
 
-@pytest.mark.parametrize("variant", ["grouped queries", "one key head, scan"])
+@pytest.mark.parametrize("variant", mostly_slow(["grouped queries", SCANNED], SCANNED))
 def test_no_gradient_crosses(variant: str) -> None:
     """Invariants 1 and 2 on a and b. Un-insulated, flow reaches the backbone's; each loss reaches its own."""
     config = dataclasses.replace(SMALL, **VARIANTS[variant], lora=BOTH)

@@ -144,7 +144,9 @@ def test_scan_is_the_unrolled_stack() -> None:
     assert difference(a["flow"], other["flow"]) > CLOSE
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scan"])
+@pytest.mark.parametrize(
+    "scan", [pytest.param(False, marks=pytest.mark.slow, id="unrolled"), pytest.param(True, id="scan")]
+)
 def test_what_is_computed_again_takes_less_memory(scan: bool) -> None:
     """For the same losses and gradients. Control: keeping everything takes the most."""
     deep = {part: dataclasses.replace(getattr(SMALL, part), depth=6) for part in ("backbone", "expert")}

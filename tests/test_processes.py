@@ -62,7 +62,7 @@ def settings(data: Path, run: Path, **changes: object) -> TrainConfig:
         batch_size=8,
         mesh=MeshConfig(),
         from_scratch=True,
-        held_out_fraction=0.25,
+        held_out_fraction=0.0,  # else a program more to compile
         evaluate_every=10,
         checkpoint_every=10,
         log_every=1,
@@ -135,9 +135,9 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_train_what_one_does(recipe: str, data: Path, tmp_path: Path) -> None:
     """Four devices each. One of them speaks, and its checkpoints hold all of the model, its certificate too."""
     model = RECIPES[recipe]
-    single = settings(data, tmp_path / "single", model=model, mesh=ONE_DEVICE)
+    single = settings(data, tmp_path / "single", model=model, mesh=ONE_DEVICE, held_out_fraction=0.25)
     assert training.train(single, quiet=True)
-    config = settings(data, tmp_path / "run", model=model, certify=recipe == "insulated")
+    config = dataclasses.replace(single, run=tmp_path / "run", mesh=MeshConfig(), certify=recipe == "insulated")
     found = finish(start(config, 2, 4))
     assert [code for code, _ in found] == [0, 0], found
     assert f"done {config.run}" in found[0][1] and "done" not in found[1][1]
@@ -166,7 +166,7 @@ def test_one_is_killed_and_one_goes_on(alone: Path, data: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow  # a minute and more, and gloo gives up on a process that is starved for half of one
-def test_a_signal_to_one_ends_all_at_one_step(alone: Path, data: Path, tmp_path: Path) -> None:
+def test_a_signal_to_one_ends_all_at_one_step(data: Path, tmp_path: Path) -> None:
     """With a checkpoint."""
     config = settings(data, tmp_path / "run", steps=200, checkpoint_every=100, evaluate_every=100)
     found = finish(start(config, 2, 2, process_1=f"signal:{int(signal.SIGTERM)}:3"))
@@ -185,7 +185,10 @@ def test_different_settings_are_refused(data: Path, tmp_path: Path) -> None:
     assert {code for code, _ in found} <= {1, EXIT_LOST}, found
     assert any("settings of process 1 are not those of process 0" in said for _, said in found)
 
-    # Nor a folder that they do not share, or data that are not the same.
+
+@pytest.mark.slow  # as the test before, to the word
+def test_a_folder_that_they_do_not_share_is_refused(data: Path, tmp_path: Path) -> None:
+    config = settings(data, tmp_path / "run", steps=2)
     elsewhere = written(settings(data, tmp_path / "elsewhere"), tmp_path / "elsewhere.json")
     found = finish(start(config, 2, 1, process_1=f"settings:{elsewhere}"))
     assert any("run's folder of process 1 are not" in said and "all share" in said for _, said in found), found

@@ -21,6 +21,7 @@ from small import (
     largest,
     loss,
     model,
+    mostly_slow,
     prefix,
     velocity,
 )
@@ -217,7 +218,7 @@ def test_the_expert_is_asked_at_the_right_times() -> None:
         assert np.all(moved[row, :delay] == 0) and np.all(moved[row, delay:] == 1)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mostly_slow(MODELS, "grouped queries", "state token, adaRMS"))
 def test_one_time_for_all_steps_is_a_time_for_each(name: str) -> None:
     config = MODELS[name]
     params, batch = model(config)
@@ -254,7 +255,7 @@ def test_the_state_is_at_the_time_of_the_noisy_steps() -> None:
         assert difference(with_delay[:, :, 1], without[:, :, 1]) > FAR
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mostly_slow(MODELS, "grouped queries", "state token, adaRMS"))
 def test_serving_sees_what_training_saw(name: str) -> None:
     """One Euler step over all of the time moves by the velocity of training at t = 1, with FAST tokens behind the
     prompt. Control: at t = 1 for the given steps, too."""
@@ -302,7 +303,7 @@ def with_delays(monkeypatch: pytest.MonkeyPatch, delays: list[list[int]]) -> Non
     monkeypatch.setattr(flow, "sample_delay", lambda *args: jnp.array(delays))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mostly_slow(MODELS, "grouped queries", "state token, adaRMS"))
 def test_without_delays_nothing_has_changed(name: str) -> None:
     """To the last bit. Control: with delays it is another loss."""
     config = MODELS[name]
@@ -312,7 +313,7 @@ def test_without_delays_nothing_has_changed(name: str) -> None:
     assert difference(expert_gradients(config.with_objective(rtc_max_delay=2))[0], before[0]) > 1e-4
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mostly_slow(MODELS, "grouped queries", "state token, adaRMS"))
 def test_a_delay_of_zero_is_none(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same times and noise, so the same loss and gradients."""
     config = MODELS[name].with_compute(dtype="float32")
@@ -392,7 +393,7 @@ def test_delays_are_drawn_evenly_for_each_draw() -> None:
     assert counts[3] == 0 and counts[:3].min() > 150 and not np.array_equal(delays[0], delays[1])
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if "scan" not in name])
+@pytest.mark.parametrize("name", mostly_slow((name for name in MODELS if "scan" not in name), "state token, adaRMS"))
 def test_the_flow_loss_stays_insulated(name: str) -> None:
     """Exactly zero on vision and backbone, with delays as without; un-insulated, it reaches both. The token loss is
     not touched."""

@@ -233,7 +233,7 @@ def test_over_tls_with_key_and_authority(encrypted: Live, files: dict[str, Path]
 
 def test_over_tls_without_the_key(encrypted: Live, files: dict[str, Path]) -> None:
     with pytest.raises(ProtocolError, match="an API key is needed"):
-        Client(encrypted.url, certificate=str(files["authority"])).connect()
+        Client(encrypted.url, certificate=str(files["authority"]), timeout=60.0).connect()
 
 
 @pytest.mark.parametrize("trusted", [None, "other"])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from small import SMALL, by_leaf, difference, jit, model, transformer
+from small import SMALL, by_leaf, difference, jit, model, mostly_slow, transformer
 
 from insula.certificate.gradients import prove
 from insula.certificate.proof import Outcome
@@ -82,8 +82,10 @@ def split(tree: Any) -> int:
 # --- the same numbers ------------------------------------------------------------------------------------------------
 
 ALONE: dict[str, tuple[TrainState, list[float]]] = {}
+USUAL = {("insulated", "fsdp"), ("insulated", "all three"), ("LoRA", "all three")}
+"""Recipes and meshes of `make test`; the others are compiled for a quarter of an hour."""
 CASES = [
-    pytest.param(recipe, mesh, marks=[] if recipe == "insulated" or mesh == "all three" else pytest.mark.slow)
+    pytest.param(recipe, mesh, marks=[] if (recipe, mesh) in USUAL else pytest.mark.slow)
     for recipe in RECIPES
     for mesh in MESHES
 ]
@@ -116,7 +118,7 @@ def test_parts_of_a_batch_add_up_on_a_mesh() -> None:
     assert difference(state.params.expert, one.params.expert) < 1e-5 and split(state) > len(jax.tree.leaves(state)) / 2
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", mostly_slow(MESHES, "all three"))
 def test_insulation_is_exact_on_every_mesh(mesh: str) -> None:
     """Beside its own control, the joint scheme, on the same mesh."""
     where, (params, batches) = make_mesh(MESHES[mesh]), start(EVEN)

@@ -369,6 +369,7 @@ def test_tables_and_files_of_a_study(tmp_path: Path) -> None:
     assert len(table) == len(rows) == 6 * 2 * 20 * 3
     assert {"condition", "arm", "success", "duration_s"} <= table[0].keys() and table[0]["duration_s"] == "3.0"
     assert {row["arm"] for row in table} == {"insulated", "joint", "insulated-n50", "insulated-n200"}
+    assert {row["termination"] for row in table} == {"success", "other"}  # words of fieldtrial; none ran out of time
 
 
 def test_a_study_half_done_says_what_is_missing(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_step_moves_every_part_and_reports(usual) -> None:
     assert float(metrics["total"]) == pytest.approx(float(metrics["flow"] + metrics["fast"]), rel=1e-6)
 
 
-@pytest.mark.parametrize("max_delay", [0, 2])
+@pytest.mark.parametrize("max_delay", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_parts_of_a_batch_add_up_to_its_update(max_delay: int) -> None:
     """Four parts of eight samples, which score differing numbers of tokens and of steps, are one batch of 32. Control:
     the mean of the parts' means is not."""

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import jit
 
 from insula.losses import compute_loss, flow_matching_loss, masked_mean, scored_tokens
 from insula.model.backbone import run_backbone
@@ -48,7 +49,8 @@ def test_token_loss_scores_exactly_the_last_48_of_564(example) -> None:
     )  # each is predicted by the position before it
 
     def hidden(read: np.ndarray | None) -> np.ndarray:
-        return run_backbone(params.vision, params.backbone, CONFIG, batch.observation, batch.ar_mask, read).hidden
+        run = jit(lambda p: run_backbone(p.vision, p.backbone, CONFIG, batch.observation, batch.ar_mask, read).hidden)
+        return run(params)
 
     assert hidden(None).shape[1] == 564
     np.testing.assert_allclose(hidden(targets.positions), hidden(None)[:, 515:563], atol=1e-5)
@@ -56,7 +58,7 @@ def test_token_loss_scores_exactly_the_last_48_of_564(example) -> None:
 
 def test_losses_and_their_sum(example) -> None:
     params, batch = example
-    total, metrics = compute_loss(params, CONFIG, batch, jax.random.key(3))
+    total, metrics = jit(lambda p: compute_loss(p, CONFIG, batch, jax.random.key(3)))(params)
     assert float(metrics["scored_tokens"]) == 96
     np.testing.assert_allclose(total, metrics["flow"] + 0.3 * metrics["fast"], rtol=1e-6)
 
@@ -75,9 +77,8 @@ def test_nothing_to_score_is_zero_and_finite(example, nothing: str) -> None:
     else:
         bare = dataclasses.replace(batch.observation, tokens=None, token_mask=None)
         batch = dataclasses.replace(batch, observation=bare, ar_mask=None, loss_mask=None)
-    (total, metrics), gradients = jax.value_and_grad(compute_loss, has_aux=True)(
-        params, CONFIG, batch, jax.random.key(3)
-    )
+    run = jit(jax.value_and_grad(lambda p: compute_loss(p, CONFIG, batch, jax.random.key(3)), has_aux=True))
+    (total, metrics), gradients = run(params)
     assert float(metrics["fast"]) == 0 and float(metrics["scored_tokens"]) == 0
     assert float(total) == float(metrics["flow"]) > 0
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradients))

@@ -91,7 +91,7 @@ def _ending(row: dict[str, Any]) -> str:
     """As `fieldtrial` calls it."""
     if row["success"]:
         return "success"
-    return "timeout" if row["steps"] >= find_task(row["task"]).max_steps else "failure"
+    return "timeout" if row["steps"] >= find_task(row["task"]).max_steps else "other"
 
 
 def write_episodes(rows: Sequence[dict[str, Any]], folder: Path) -> None:

@@ -212,13 +212,13 @@ def try_damage(run: Path, folder: Path, damages: int, rng: np.random.Generator) 
 # --- the disk --------------------------------------------------------------------------------------------------------
 
 
-def try_disk(folder: Path, data: Path, whole: str) -> list[str]:
+def try_disk(folder: Path, data: Path, whole: str, disks: int) -> list[str]:
     """Each fault in a run of its own: it ends with a line, its checkpoints are whole, and it goes on once mended."""
     broken = []
     root = os.geteuid() == 0
     if not root:
         print("without root no disk is mounted: a limit on the size of files alone", flush=True)
-    for name, fault in (FAULTS if root else {LIMIT: limit_files}).items():
+    for name, fault in list((FAULTS if root else {LIMIT: limit_files}).items())[:disks]:
         place = folder / f"disk-{name.replace(' ', '-')}"
         with small_disk(place) if root else plain(place):
             problem = try_fault(fault, place / "run", data, folder / f"{place.name}.txt", whole)
@@ -350,6 +350,7 @@ def main() -> int:
     parser.add_argument("--only", choices=["kill", "damage", "disk"])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--damages", type=int, default=200)
+    parser.add_argument("--disks", type=int, default=len(FAULTS), help="the first so many faults of a disk")
     parser.add_argument("--steps", type=int, default=40, help="of each training")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -374,7 +375,7 @@ def main() -> int:
         if given.only in (None, "kill"):
             broken += try_kills(folder, data, given.kills, whole, rng)
         if given.only in (None, "disk"):
-            broken += try_disk(folder, data, whole)
+            broken += try_disk(folder, data, whole, given.disks)
         if given.only in (None, "damage"):  # last: it starts JAX here, which a fork would not survive
             broken += try_damage(run, folder, given.damages, rng)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from insula.cli import execute
+
 
 def insula(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "insula", *map(str, arguments)]
@@ -33,14 +35,28 @@ def insula(*arguments: object) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_what_a_user_can_mend_is_one_line(
-    arguments: tuple[str, ...], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "something").write_text("here")
-    done = insula(*arguments)
-    assert done.returncode == 1, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+    code = execute(arguments)
+    said = capsys.readouterr().err
+    assert code == 1, said
+    (line,) = [line for line in said.splitlines() if line.strip()]
     assert line.startswith("insula: ") and expected in line
+
+
+def test_nothing_else_is_said_by_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No warning of what it imports."""
+    monkeypatch.chdir(tmp_path)
+    done = insula("train", "--run", "r", "--data", "nowhere")
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith("insula: ") and "nowhere" in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.slow  # a minute each; the next test compares losses, too
+@pytest.mark.slow  # a minute each
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_two_processes_train_what_one_does(recipe: str, data: Path, tmp_path: Path) -> None:
     """Four devices each. One of them speaks, and its checkpoints hold all of the model, its certificate too."""
@@ -153,6 +153,7 @@ def test_two_processes_train_what_one_does(recipe: str, data: Path, tmp_path: Pa
         assert certificate["outcome"] == "holds", certificate["findings"]
 
 
+@pytest.mark.slow  # two processes compile a training each, well
 def test_one_is_killed_and_one_goes_on(alone: Path, data: Path, tmp_path: Path) -> None:
     """The other ends with a line rather than waiting for ever; then a single process takes over."""
     config = settings(data, tmp_path / "run")

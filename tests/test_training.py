@@ -93,6 +93,7 @@ def test_parts_of_a_batch_add_up_to_its_update(max_delay: int) -> None:
     # And what it is for: the parameters after the third update, of those after whole batches.
     optimizer = make_optimizer(DEFAULT, config, 100)
 
+    @jit
     def after(gradients: Any) -> Any:
         state, moved = optimizer.init(params), params
         for _ in range(3):

@@ -1,5 +1,6 @@
 #!/bin/bash
-# sbatch deploy/slurm.sh: one process for each GPU, as JAX counts them under SLURM. RUN and DATA lie on a shared disk.
+# RUN=… DATA=… sbatch deploy/slurm.sh --init WEIGHTS --text-tokenizer FILE --fast-last-id 257023: one process for each GPU,
+# as JAX counts them under SLURM. RUN, DATA and the weights lie on a shared disk.
 # What a preemption ends, or a lost host (exit code 75), is queued again and goes on.
 #SBATCH --job-name=insula
 #SBATCH --nodes=2
@@ -19,11 +20,11 @@ DATA=${DATA:?a data set or a mapping on a shared disk}
 if compgen -G "$RUN/checkpoints/*/SHA256SUMS" > /dev/null; then
     WHAT=(--resume)
 else
-    WHAT=(--preset pi05 --data "$DATA" --batch-size 256)
+    WHAT=(--preset pi05 --data "$DATA" --batch-size 256 "$@") # --init, or --from-scratch
 fi
 
 code=0
-srun --kill-on-bad-exit=0 insula train --processes.join --run "$RUN" "${WHAT[@]}" "$@" || code=$?
+srun --kill-on-bad-exit=0 insula train --processes.join --run "$RUN" "${WHAT[@]}" || code=$?
 
 # srun gives the highest code of all tasks. 75: one was lost; 130: a signal, with a checkpoint; 134 and 137: process 0
 # aborted, or one was killed. Not for ever: what one task tells with a 1 hides behind the 75 of the others.

@@ -26,6 +26,7 @@ demo: $(VENV)/.demo gl  ## demonstrations, training, evaluation, one report.html
 
 test: lint types gl chromium  ## ruff, mypy, unit tests, examples, and the quick demo
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	rm -rf runs/quick  # a demo that is finished is left as it is
 	$(BIN)/insula demo --quick
 	$(MAKE) examples
 

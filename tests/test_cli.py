@@ -84,6 +84,16 @@ def test_a_wrong_command_and_the_version() -> None:
     assert insula("--version").stdout == f"insula {version('insula')}\n"
 
 
+def test_a_flag_that_is_given_twice_is_refused(capsys: pytest.CaptureFixture) -> None:
+    """Of two pictures the first would be left out. Control: both behind one flag."""
+    for flags in (["--image", "front=a.png", "--image", "wrist=b.png"], ["--one-of=yes", "--one_of", "no"]):
+        with pytest.raises(SystemExit, match="2"):
+            execute(["ask", "nowhere", "where is it", *flags])
+        assert "is given twice" in capsys.readouterr().err
+    assert execute(["ask", "nowhere", "where is it", "--image", "front=a.png", "wrist=b.png"]) == 1
+    assert "a.png" in capsys.readouterr().err
+
+
 def test_an_unknown_flag_names_the_nearest() -> None:
     done = insula("train", "--run", "r", "--model.horizn", "8")
     assert done.returncode == 2

@@ -511,5 +511,7 @@ def test_only_a_server_that_reads_subtasks_is_told_them(policy: Policy) -> None:
 def test_settings_that_cannot_be() -> None:
     for wrong in (-1.0, float("nan"), float("inf")):
         with pytest.raises(InputError, match="subtask_every_s"):
-            ServeConfig(Path("run"), subtask_every_s=wrong)
-    assert ServeConfig(Path("run"), subtask_every_s=0.0).mode is Mode.FLOW
+            ServeConfig(Path("run"), mode=Mode.SUBTASK, subtask_every_s=wrong)
+    with pytest.raises(InputError, match="is for --mode subtask"):
+        ServeConfig(Path("run"), subtask_every_s=0.0)
+    assert ServeConfig(Path("run"), mode=Mode.SUBTASK, subtask_every_s=0.0).subtask_every_s == 0

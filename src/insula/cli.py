@@ -3,9 +3,10 @@
 Exit codes:
 
     0    done
-    1    an error that can be mended (one line), faults that `data doctor` found, insulation that leaks, or a bug of
-         ours (a traceback)
+    1    an error that can be mended (one line), what was asked about is not as it should be (`data doctor`, `inspect`,
+         `plan`, a cell of `compare`, a request of `bench-serve`), or a bug of ours (a traceback)
     2    the command line cannot be understood
+    75   of several processes another was lost; 134: process 0 was, in JAX's own words
     130  interrupted by Ctrl-C, SIGTERM or SIGHUP; what says so can go on
 """
 
@@ -157,6 +158,7 @@ def execute(arguments: Sequence[str]) -> int:
 
 def _run(arguments: list[str]) -> int:
     name, rest = _named(arguments)
+    _check_once(name, rest)
     command = COMMANDS[name]
     module = importlib.import_module(command.module)
     kind, default = getattr(module, command.config), None
@@ -195,6 +197,15 @@ def _named(arguments: list[str]) -> tuple[str, list[str]]:
         print(_overview(group), file=sys.stderr)
 
     sys.exit(2)
+
+
+def _check_once(name: str, arguments: list[str]) -> None:
+    """Exits with code 2 where a flag is given twice: tyro would take the last in silence, of a list as well."""
+    flags = [argument.partition("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")]
+    for flag in flags:
+        if flags.count(flag) > 1:
+            _say(f"{name}: {flag} is given twice; give it once, several values behind it: {flag} ONE OTHER", "red")
+            sys.exit(2)
 
 
 def _overview(group: str | None) -> str:

@@ -6,7 +6,6 @@ Each stage leaves its result on disk; an interrupted demo goes on where it stopp
 """
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -96,6 +95,7 @@ TASKS_DEMO = DemoSettings(
 )
 
 MIXTURE_FILE = "data.toml"
+REPORT_FILE = "report.html"
 MIXTURE = """\
 [robots.tabletop]
 path = "data"
@@ -115,7 +115,8 @@ forms = { flat = 2, subtask = 1, actions = 2 }
 
 @dataclasses.dataclass(frozen=True)
 class DemoConfig:
-    """Demonstrations, FAST, training, evaluation on unseen scenes, one report.html. Goes on where it stopped."""
+    """Demonstrations, FAST, training, evaluation on unseen scenes, one report.html. Goes on where it stopped; one that
+    is finished is left as it is."""
 
     out: Path | None = None
     """Folder for everything; runs/demo, runs/quick with --quick, or runs/TASK for other tasks than put."""
@@ -144,12 +145,16 @@ def run_demo(config: DemoConfig) -> None:
 
 
 def demo(out: Path, settings: DemoSettings, seed: int) -> Path:
-    """Run or continue the demo in `out`; a finished one is started again from nothing. Returns the report's path.
+    """Run or continue the demo in `out`; nothing is done where it is finished. Returns the report's path.
 
-    Raises InputError where `out` holds something else, KeyboardInterrupt where training was interrupted,
-    InsulationError where the trained policy's insulation does not hold.
+    Raises InputError where `out` holds something else, or a demo of other settings, KeyboardInterrupt where training
+    was interrupted, InsulationError where the trained policy's insulation does not hold.
     """
     stages = Stages(out, settings, seed)
+    if stages.finished:
+        print(f"{out} holds this demo, finished: nothing was run; to make it again, delete the folder")
+        return out / REPORT_FILE
+
     data = stages.do("collect", lambda: _collect(out / "data", settings))
     stages.do("questions", lambda: _ask(out / "questions", settings))
 
@@ -196,15 +201,15 @@ def demo(out: Path, settings: DemoSettings, seed: int) -> Path:
         versions={"insula": version("insula")} | versions(),
     )
     write_video(out / "rollouts.mp4", reel(closed_loop.recordings))
-    path = write_report(out / "report.html", report)
-    stages.note("report", True)  # the last: a demo that has it is finished, and the next call starts again
+    path = write_report(out / REPORT_FILE, report)
+    stages.note("report", True)  # the last: a demo that has it is finished
     return path
 
 
 class Stages:
     """`demo.json`: which stages are done, what they found, and how long they took.
 
-    Raises InputError where the folder holds something that is no demo.
+    Raises InputError where the folder holds something that is no demo, or a demo of other settings.
     """
 
     def __init__(self, out: Path, settings: DemoSettings, seed: int):
@@ -221,16 +226,18 @@ class Stages:
         if not self.path.is_file():
             raise InputError(f"{out} is not empty and holds no demo; choose another folder with --out")
 
-        # Stages of other settings or another seed are those of another demo.
         stored = read_json(self.path, "wanted", "found", "seconds")
-        if stored["wanted"] == self.wanted and "report" not in stored["found"]:
-            self.found = stored["found"]
-            self.seconds = stored["seconds"]
-            return
+        if stored["wanted"] != self.wanted:
+            raise InputError(
+                f"{out} holds a demo of other settings or of another seed; delete it, or choose another folder with --out"
+            )
 
-        for name in ("data", "questions", "run"):  # what a demo made, and nothing else
-            shutil.rmtree(out / name, ignore_errors=True)
-        self.path.unlink()
+        self.found = stored["found"]
+        self.seconds = stored["seconds"]
+
+    @property
+    def finished(self) -> bool:
+        return "report" in self.found
 
     def do(self, name: str, work: Callable[[], Any]) -> Any:
         """The stage's result: from the last time, or by doing it."""

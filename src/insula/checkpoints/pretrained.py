@@ -21,5 +21,6 @@ def load_pretrained(config: ModelConfig, rng: PRNGKeyArray) -> Params:
         return load_params(FOLDER / "backbone.safetensors", config, rng, fresh=["expert.*"])[0]
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}; the embedded backbone fits the preset 'tiny' only, use --from-scratch"
+            f"{error}; the embedded backbone fits the sizes of the preset 'tiny' only: give weights with --init, or "
+            "--from-scratch"
         ) from error

@@ -93,6 +93,8 @@ class EvaluateConfig:
             raise InputError("--subtask-every and --subtask-lag are for --mode subtask: in others none is said")
         if self.server is not None and (self.step, self.robot, self.seed) != (None, None, 0):
             raise InputError("--step, --robot and --seed are for a run: a server has its own")
+        if self.server is None and self.certificate is not None:
+            raise InputError("--certificate is for --server: a run in this process needs none")
         if self.told and self.mode is not Mode.SUBTASK and self.server is None:
             raise InputError("--told is for --mode subtask: without it no subtask is read")
 

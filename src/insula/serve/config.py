@@ -10,6 +10,7 @@ from insula.errors import InputError
 from insula.policy.modes import Mode
 
 LARGEST_BATCH = 256
+SUBTASK_EVERY_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class ServeConfig:
     """Which one to act for, where the run was trained on several."""
     mode: Mode = Mode.FLOW
     """flow; tokens: FAST tokens decoded to chunks; subtask: say the subtask, then act on it by flow."""
-    subtask_every_s: float = 1.0
+    subtask_every_s: float = SUBTASK_EVERY_S
     """In mode subtask: seconds after which a robot's subtask is said again, while it acts on the last one."""
     seed: int = 0
     """Of the policy's noise."""
@@ -58,6 +59,8 @@ class ServeConfig:
         check_number("idle_s", self.idle_s, "≥ 1", lambda seconds: seconds >= 1)
         check_number("subtask_every_s", self.subtask_every_s, "≥ 0", lambda seconds: seconds >= 0)
         check_seed("seed", self.seed)
+        if self.mode is not Mode.SUBTASK and self.subtask_every_s != SUBTASK_EVERY_S:
+            raise InputError("--subtask-every-s is for --mode subtask: in others none is said")
         if not self.host:  # the library would take it for every address
             raise InputError("host is empty; 127.0.0.1 is this machine alone, 0.0.0.0 every address")
 

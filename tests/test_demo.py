@@ -47,6 +47,6 @@ def test_a_demo_of_another_seed_is_refused(tmp_path: Path) -> None:
     """With all that was made of it still there."""
     Stages(tmp_path, QUICK, 0).note("collect", {})
     (tmp_path / "data").mkdir()
-    with pytest.raises(InputError, match=r"or of another seed; delete it, or choose another folder with --out"):
+    with pytest.raises(InputError, match=r"or another seed; delete it, or choose another folder"):
         Stages(tmp_path, QUICK, 1)
     assert (tmp_path / "data").is_dir()

@@ -229,7 +229,7 @@ class Stages:
         stored = read_json(self.path, "wanted", "found", "seconds")
         if stored["wanted"] != self.wanted:
             raise InputError(
-                f"{out} holds a demo of other settings or of another seed; delete it, or choose another folder with --out"
+                f"{out} holds a demo of other settings or another seed; delete it, or choose another folder (--out)"
             )
 
         self.found = stored["found"]

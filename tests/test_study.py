@@ -228,6 +228,55 @@ def test_what_is_wrong_with_a_study_is_named(tmp_path: Path, was: str, now: str,
         read_study(written(tmp_path, STUDY.replace(was, now, 1)))
 
 
+OTHERWISE = """
+[model]
+state_dim = 14
+cameras = ["high", "left", "right"]
+[model.backbone]
+mlp_dim = 96
+[model.objective]
+flow_samples = 2
+[reading]
+text_tokenizer = "words/tokenizer.json"
+[optimizer]
+expert_lr = 2e-4
+"""
+
+
+def test_what_differs_from_the_preset_is_said_in_tables(tmp_path: Path) -> None:
+    """For every cell, beside what its recipe decides. Control: all else is the preset's."""
+    study = read_study(written(tmp_path, STUDY + OTHERWISE))
+    joint = next(cell for cell in study.cells if cell.recipe == "joint")
+    found, usual = cell_config(study, joint, tmp_path), train_config.training_preset("tiny", tmp_path / "run")
+    assert (found.model.state_dim, found.model.backbone.mlp_dim) == (14, 96)
+    assert found.model.cameras == ("high", "left", "right")
+    assert found.model.objective.flow_samples == 2 and not found.model.objective.knowledge_insulation
+    assert found.optimizer == dataclasses.replace(usual.optimizer, expert_lr=2e-4)
+    assert found.reading == dataclasses.replace(usual.reading, text_tokenizer=tmp_path / "words" / "tokenizer.json")
+    was = {name: getattr(usual.model, name) for name in ("state_dim", "cameras", "backbone", "objective")}
+    assert dataclasses.replace(found.model, **was) == usual.model
+
+    kept = study.to_json(tmp_path / "out")
+    assert kept["reading"]["text_tokenizer"] == "../words/tokenizer.json" and kept["model"]["backbone"] == {"mlp_dim": 96}
+    json.dumps(kept)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("[model]\nstate_dims = 14", r"study: model: unknown field 'state_dims' .did you mean 'state_dim'"),
+        ("[model.backbone]\ndeep = 3", r"backbone: unknown field 'deep'"),
+        ("[optimizer]\nexpert_lr = -1.0", "expert_lr is -1"),
+        ("[model.objective]\nknowledge_insulation = false", "knowledge_insulation is what recipes decide"),
+        ("[model.lora]\nrank = 4", "lora is what recipes decide"),
+        ("[reading]\nfast = 3", "reading: fast"),
+    ],
+)
+def test_tables_that_cannot_be_are_refused(tmp_path: Path, table: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_study(written(tmp_path, f"{STUDY}\n{table}\n"))
+
+
 def test_a_study_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no \[\[grid\]\]"):
         read_study(written(tmp_path, 'data = "data.toml"\n'))

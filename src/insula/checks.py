@@ -48,7 +48,8 @@ def check_seed(name: str, value: object) -> None:
 
 
 def is_a(value: object, kind: Any) -> bool:
-    """Whether a value is of the annotation of a field: plain types, `X | None`, `tuple[X, ...]`, `Literal`."""
+    """Whether a value is of the annotation of a field: plain types, `X | None`, `tuple[X, ...]`, `dict[str, Any]`,
+    `Literal`."""
     origin, inside = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return any(is_a(value, one) for one in inside)
@@ -56,6 +57,8 @@ def is_a(value: object, kind: Any) -> bool:
         return isinstance(value, str) and value in inside
     if origin is tuple:
         return isinstance(value, tuple) and all(is_a(part, inside[0]) for part in value)
+    if origin is dict:
+        return isinstance(value, dict)
     if kind in (int, float) and isinstance(value, bool):  # True is an int, and JSON has both
         return False
     if kind is float:
@@ -71,7 +74,7 @@ def name_of(kind: Any) -> str:
         return " or ".join(map(repr, inside))
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join("none" if one is types.NoneType else name_of(one) for one in inside)
-    if dataclasses.is_dataclass(kind):
+    if dataclasses.is_dataclass(kind) or get_origin(kind) is dict:
         return "an object"
 
     return str(kind) if inside else str(kind.__name__)

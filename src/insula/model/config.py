@@ -340,7 +340,7 @@ def build(kind: type, raw: Any, where: str) -> Any:
         if name not in known:
             raise InputError(f"{where}: unknown field {name!r}{did_you_mean(name, known)}")
 
-    needed = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+    needed = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
     if missing := sorted(needed - raw.keys()):
         raise InputError(f"{where}: no {', '.join(missing)}; expected the fields of {kind.__name__}")
 

@@ -38,7 +38,7 @@ from insula.runs.loading import load_model
 from insula.study.design import Cell, Study
 from insula.study.episodes import in_rows
 from insula.study.open_loop import measure_actions, measure_answers
-from insula.train.config import TrainConfig, apply_recipe, to_dict, training_preset
+from insula.train.config import TrainConfig, apply_recipe, to_dict
 from insula.train.data import held_out_sources, open_data, sizes
 from insula.train.resume import newest_step, stored_settings
 from insula.train.run import start_params, train
@@ -52,7 +52,7 @@ Tell = Callable[[str], None]
 def cell_config(study: Study, cell: Cell, folder: Path) -> TrainConfig:
     """How a cell is trained. Of two stages: how the second one is, with half of the updates."""
     recipe = find_recipe(cell.recipe)
-    start = training_preset(study.preset, folder / RUN_FOLDER)
+    start = study.settings(folder / RUN_FOLDER)
     if recipe.starts_from is not None:
         start = dataclasses.replace(start, init=folder / WEIGHTS_FOLDER, from_scratch=False)
     elif study.init is not None and not recipe.from_scratch:

@@ -9,14 +9,13 @@ from insula.evaluate.closed_loop import check_seeds
 from insula.recipes import Recipe, find_recipe
 from insula.study.design import Study
 from insula.tokens.dialects import Form
-from insula.train.config import training_preset
 from insula.worlds.seeds import EVALUATION
 
 
 def check_study(study: Study) -> None:
     """Raises DatasetError for data that cannot be read, or of which a recipe would learn nothing; InputError for a
     robot that cannot act in the tasks."""
-    cameras = training_preset(study.preset, Path()).model.cameras
+    cameras = study.settings(Path()).model.cameras
     mapping = read_mapping(study.data, cameras)
     recipes = [find_recipe(name) for name in dict.fromkeys(cell.recipe for cell in study.cells)]
     for recipe in recipes:

@@ -14,6 +14,9 @@ seeds = [0, 1, 2]
 [[grid]]                            less data: only where it is of interest
 recipes = ["insulated", "joint"]
 episodes = [50, 200]
+
+[model]                             what the preset has otherwise; also [reading] and [optimizer]
+state_dim = 14
 """
 
 import dataclasses
@@ -29,8 +32,8 @@ from insula.collect.demonstrations import HELD_OUT_SCENES
 from insula.errors import InputError, did_you_mean
 from insula.files import as_path
 from insula.model.config import build
-from insula.recipes import find_recipe
-from insula.train.config import TRAINING
+from insula.recipes import RECIPES, find_recipe
+from insula.train.config import READING_PATHS, TRAINING, TrainConfig, changed, training_preset
 from insula.worlds.tabletop.tasks import find_task
 
 
@@ -87,6 +90,11 @@ class Study:
     """The weights that cells start from, as for insula train --init; a recipe from scratch takes none."""
     fresh: tuple[str, ...] = ()
     """As for insula train --fresh."""
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings of every cell that differ from the preset's, as train.json has them, but what a recipe decides."""
+    reading: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Likewise: {"fast_last_id": 257023}."""
+    optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
     tasks: tuple[str, ...] = ()
     robot: str | None = None
     """Which of the mapping's acts in the tasks, where it has several."""
@@ -115,6 +123,19 @@ class Study:
         if not self.grid:
             raise InputError("no [[grid]]: there is nothing to compare")
 
+        decided = {name for recipe in RECIPES.values() for name in recipe.objective}
+        objective = self.model.get("objective", {})
+        taken = [name for name in objective if name in decided] if isinstance(objective, dict) else []
+        if taken or "lora" in self.model:
+            name = f"objective.{taken[0]}" if taken else "lora"
+            raise InputError(f"model: {name} is what recipes decide; leave it out (insula recipes shows them)")
+        self.settings(Path())  # for what it raises
+
+    def settings(self, run: Path) -> TrainConfig:
+        """Of every cell's training, before what its recipe decides."""
+        tables = {"model": self.model, "reading": self.reading, "optimizer": self.optimizer}
+        return changed(training_preset(self.preset, run), tables, "study")
+
     @property
     def cells(self) -> tuple[Cell, ...]:
         """Every combination once, seed by seed: a study that is ended early has whole comparisons of some seeds."""
@@ -132,7 +153,12 @@ class Study:
             for name, path in (("data", self.data), ("init", self.init))
             if path is not None and not is_address(path)
         }
-        return dataclasses.asdict(self) | {"init": self.init and str(self.init)} | paths
+        reading = self.reading | {
+            name: os.path.relpath(Path(self.reading[name]).resolve(), folder.resolve())
+            for name in READING_PATHS
+            if self.reading.get(name)
+        }
+        return dataclasses.asdict(self) | {"init": self.init and str(self.init), "reading": reading} | paths
 
 
 def read_study(path: Path) -> Study:
@@ -155,4 +181,7 @@ def read_study(path: Path) -> Study:
         if isinstance(raw.get(name), str):
             given = as_path(raw[name], f"{path}: {name}").expanduser()
             parts[name] = given if is_address(given) else path.parent / given
+    if isinstance(reading := raw.get("reading"), dict):
+        places = {name: reading[name] for name in READING_PATHS if isinstance(reading.get(name), str)}
+        parts["reading"] = reading | {name: str(path.parent / Path(text).expanduser()) for name, text in places.items()}
     return build(Study, raw | parts, str(path))

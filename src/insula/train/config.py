@@ -1,6 +1,7 @@
 """Everything a training run is made of, as one frozen value, and the presets it starts from."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -202,7 +203,7 @@ def training_preset(name: str, run: Path) -> TrainConfig:
 
 
 _PATHS = ("run", "data", "init")  # JSON knows no paths: text in the file
-_READING_PATHS = ("text_tokenizer", "fast")
+READING_PATHS = ("text_tokenizer", "fast")
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -210,19 +211,37 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
     raw = dataclasses.asdict(config)
     del raw["processes"]  # of this start, and different in each of them
     # None stays None: "None" would come back as a path of that name.
-    raw["reading"] |= {name: raw["reading"][name] and str(raw["reading"][name]) for name in _READING_PATHS}
+    raw["reading"] |= {name: raw["reading"][name] and str(raw["reading"][name]) for name in READING_PATHS}
     return raw | {name: raw[name] and str(raw[name]) for name in _PATHS}
 
 
 def read_config(path: Path) -> TrainConfig:
     """What `to_dict` made, from its file. Raises MissingFileError, FileError, or InputError naming what is wrong."""
     raw = read_json(path, "run", "model")
-    model = config_from_dict(raw["model"], f"{path}: model")  # first: it knows settings of old versions by name
-    raw = read_json(path, "reading", "optimizer")
+    config_from_dict(raw["model"], f"{path}: model")  # first: it knows settings of old versions by name
+    return _from_dict(read_json(path, "reading", "optimizer"), str(path))
 
-    reading = build(DataConfig, _with_paths(raw["reading"], _READING_PATHS, f"{path}: reading"), f"{path}: reading")
-    optimizer = build(OptimizerConfig, raw["optimizer"], f"{path}: optimizer")
-    mesh = build(MeshConfig, raw.get("mesh", {}), f"{path}: mesh")  # older runs knew one device alone
+
+def changed(config: TrainConfig, tables: Mapping[str, Any], where: str) -> TrainConfig:
+    """These settings with some others, in tables as `to_dict` has them: {"model": {"state_dim": 14}}. Raises
+    InputError naming what is wrong, and the nearest name for one that is unknown."""
+    return _from_dict(_merged(to_dict(config), tables), where)
+
+
+def _merged(raw: dict[str, Any], tables: Mapping[str, Any]) -> dict[str, Any]:
+    inner = {
+        name: _merged(raw[name], value)
+        for name, value in tables.items()
+        if isinstance(value, dict) and isinstance(raw.get(name), dict)
+    }
+    return raw | dict(tables) | inner
+
+
+def _from_dict(raw: dict[str, Any], where: str) -> TrainConfig:
+    model = config_from_dict(raw["model"], f"{where}: model")
+    reading = build(DataConfig, _with_paths(raw["reading"], READING_PATHS, f"{where}: reading"), f"{where}: reading")
+    optimizer = build(OptimizerConfig, raw["optimizer"], f"{where}: optimizer")
+    mesh = build(MeshConfig, raw.get("mesh", {}), f"{where}: mesh")  # older runs knew one device alone
     if "tensorboard" in raw:  # a switch, in runs that knew no other place
         raw = {name: value for name, value in raw.items() if name != "tensorboard"} | (
             {"log_to": ["tensorboard"]} if raw["tensorboard"] else {}
@@ -230,7 +249,7 @@ def read_config(path: Path) -> TrainConfig:
     nested = {"model": model, "optimizer": optimizer, "mesh": mesh, "reading": reading}
     if isinstance(losses := raw.get("losses"), list) and all(loss in list(LossName) for loss in losses):
         nested["losses"] = tuple(LossName(loss) for loss in losses)
-    return build(TrainConfig, _with_paths(raw, _PATHS, str(path)) | nested, str(path))
+    return build(TrainConfig, _with_paths(raw, _PATHS, where) | nested, where)
 
 
 def _with_paths(raw: Any, names: tuple[str, ...], where: str) -> dict[str, Any]:

@@ -60,7 +60,7 @@ lerobot:  ## LeRobot's own PI05 and robots run what is ours; PYTHON is a 3.12 th
 fieldtrial: $(VENV)/.demo gl  ## a blinded study of two checkpoints by fieldtrial: make fieldtrial ARMS="RUN@STEP RUN"
 	$(PYTHON) -m venv .cache/fieldtrial
 	.cache/fieldtrial/bin/python -m pip --disable-pip-version-check install -q "fieldtrial[openpi]==0.3.0"
-	$(BIN)/python scripts/fieldtrial_study.py $(ARMS) --fieldtrial .cache/fieldtrial/bin/fieldtrial --folder runs/study
+	$(BIN)/python scripts/fieldtrial_study.py $(ARMS) --fieldtrial .cache/fieldtrial/bin/fieldtrial --folder runs/fieldtrial
 
 gpu-check: $(VENV)/.test  ## on a machine with an accelerator: parity, certificate, speed, memory, to gpu.json
 	$(BIN)/python benchmarks/gpu_check.py --out gpu.json

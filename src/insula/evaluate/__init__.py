@@ -1,1 +1,1 @@
-"""Open-loop, closed-loop and knowledge evaluation."""
+"""Evaluation: the closed loop, and what the backbone still knows."""

@@ -54,7 +54,8 @@ class AskConfig:
             raise InputError("expected one of --one-of and --places: either bounds the answer")
         if not self.question.strip():
             raise InputError("the question is empty")
-        self.sampling  # noqa: B018 (checks temperature and top_k)
+        if self.seed and self.sampling is None:
+            raise InputError("--seed is for --temperature and --top-k: without them nothing is drawn")
 
     @property
     def sampling(self) -> Sampling | None:

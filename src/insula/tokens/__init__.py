@@ -5,4 +5,5 @@ text.py      text ↔ ids: the embedded tokenizer, or a Gemma/PaliGemma one you 
 dialects.py  how an instruction, a state and FAST ids are written as one sequence, as data
 sequence.py  that sequence with its masks (`FASTTokenizer`)
 masks.py     who may attend to whom
+grammar.py   what may be said next, as an automaton; fast_grammar.py: whole chunks of actions, and nothing else
 """

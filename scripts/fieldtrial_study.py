@@ -1,6 +1,6 @@
 """A blinded study of two checkpoints by fieldtrial (PyPI), with a simulated robot: does the later one do better?
 
-    python scripts/fieldtrial_study.py RUN RUN@STEP --fieldtrial PATH/bin/fieldtrial --scenes 20 --folder runs/fieldtrial
+    python scripts/fieldtrial_study.py RUN RUN@STEP --fieldtrial PATH/bin/fieldtrial --folder runs/fieldtrial
 
 fieldtrial randomizes and blinds, and its openpi router sends each trial to the policy server of its arm; this script
 starts both servers (`insula serve`), is the robot and the operator who labels, and learns from nobody which arm it is

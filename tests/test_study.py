@@ -257,7 +257,8 @@ def test_what_differs_from_the_preset_is_said_in_tables(tmp_path: Path) -> None:
     assert dataclasses.replace(found.model, **was) == usual.model
 
     kept = study.to_json(tmp_path / "out")
-    assert kept["reading"]["text_tokenizer"] == "../words/tokenizer.json" and kept["model"]["backbone"] == {"mlp_dim": 96}
+    assert kept["reading"]["text_tokenizer"] == "../words/tokenizer.json"
+    assert kept["model"]["backbone"] == {"mlp_dim": 96}
     json.dumps(kept)
 
 

@@ -16,7 +16,8 @@ from insula.errors import DatasetError, did_you_mean
 
 VERSION = "v3.0"
 """What is written; `READABLE` is read."""
-READABLE = ("v2.0", "v2.1", VERSION)
+READABLE = ("v2.0", "v2.1", VERSION, "v3.1")
+"""v3.1 is the name some tools give to v3.0 with LeRobot's annotations."""
 NUMERIC = ("float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")
 DTYPES = (*NUMERIC, "string", "image", "video")
 LANGUAGE = "language"
@@ -109,6 +110,11 @@ class Info:
     video_path: str | None = None
     chunks_size: int = 1000
     data_files_size_in_mb: float | int = 100
+
+    @property
+    def is_v3(self) -> bool:
+        """Many episodes in a file, and tables that say where each begins; before, a file for each episode."""
+        return self.codebase_version.startswith("v3.")
 
     @property
     def videos(self) -> tuple[str, ...]:

@@ -90,12 +90,12 @@ class Tables:
 def read_tables(root: Path, info: Info) -> Tables:
     """Raises DatasetError for a table that is missing, damaged or of the other version, naming file, row and column."""
     _refuse_other_version(root, info)
-    return _read_v3(root, info) if info.codebase_version == "v3.0" else _read_v2(root, info)
+    return _read_v3(root, info) if info.is_v3 else _read_v2(root, info)
 
 
 def _refuse_other_version(root: Path, info: Info) -> None:
     """Where the tables of the version are not there, but those of the other one are."""
-    meta, is_new = root / "meta", info.codebase_version == "v3.0"
+    meta, is_new = root / "meta", info.is_v3
     # Asked of the folder, not of what info.json says: that is what may be wrong.
     old_there, new_there = (meta / "episodes.jsonl").exists(), (meta / "episodes").is_dir()
     if (new_there if is_new else old_there) or not (old_there if is_new else new_there):

@@ -24,6 +24,8 @@ help:  ## this list
 demo: $(VENV)/.demo gl  ## demonstrations, training, evaluation, one report.html
 	$(BIN)/insula demo $(DEMO_ARGS)
 
+# Nothing of it runs for long: compiled quickly rather than well.
+test: export XLA_FLAGS ?= --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
 test: lint types gl chromium  ## ruff, mypy, unit tests, examples, and the quick demo
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 	rm -rf runs/quick  # a demo that is finished is left as it is

@@ -83,7 +83,7 @@ def split(tree: Any) -> int:
 
 ALONE: dict[str, tuple[TrainState, list[float]]] = {}
 USUAL = {("insulated", "fsdp"), ("insulated", "all three"), ("LoRA", "all three")}
-"""Recipes and meshes of `make test`; the others are compiled for a quarter of an hour."""
+"""Recipes and meshes of `make test`; each of the others compiles a training of its own."""
 CASES = [
     pytest.param(recipe, mesh, marks=[] if (recipe, mesh) in USUAL else pytest.mark.slow)
     for recipe in RECIPES

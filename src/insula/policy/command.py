@@ -54,7 +54,7 @@ class AskConfig:
             raise InputError("expected one of --one-of and --places: either bounds the answer")
         if not self.question.strip():
             raise InputError("the question is empty")
-        if self.seed and self.sampling is None:
+        if self.sampling is None and self.seed:  # in this order: it also checks temperature and top_k
             raise InputError("--seed is for --temperature and --top-k: without them nothing is drawn")
 
     @property

@@ -117,11 +117,10 @@ def snapshot_stays() -> bool:
     """Whether what a save reads is still there when the update has been given the memory."""
     state = {"w": jnp.arange(1 << 20, dtype=jnp.float32), "n": jnp.int32(3)}
     update = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2, tree), donate_argnums=0)
-    make = snapshot(state)
+    kept = snapshot(state)
     for _ in range(3):
         state = update(state)
-    held = make()
-    return bool(np.array_equal(held["w"], np.arange(1 << 20)) and held["n"] == 3 and float(state["w"][1]) == 8)
+    return bool(np.array_equal(kept["w"], np.arange(1 << 20)) and kept["n"] == 3 and float(state["w"][1]) == 8)
 
 
 def time_step(preset: str, batch_size: int, steps: int) -> dict[str, Any]:

@@ -3,9 +3,11 @@
     python benchmarks/saving.py                     # the preset tiny, batches of 32
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/saving.py --rounds 20
 
-Real updates, and a save in the middle of each round: `in the loop` is what the loop waits in `save`, `next update` how
-much longer the update after it takes (its results need new memory, and a thread writes beside it), `until written` what
-all updates lose together until the thread is done. Medians and ranges over rounds, as shares of a step.
+Real updates, each waited for, and a save in the middle of each round, as the loop does it. `waits` is what the loop
+waits for the save alone, `its update` how much later the update is done and saved (which is asked for its copy while it
+runs: on a CPU that takes from what computes), `next update` how much longer that takes (the state is copied before it,
+and a thread writes beside it), `until written` what all updates lose together until the thread is done. Medians and
+quartiles over rounds, as shares of a step.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import jax
 
+from insula.checkpoints.snapshot import snapshot
 from insula.checkpoints.store import CheckpointStore
 from insula.model.params import init_params
 from insula.testing import fake_batch
@@ -25,7 +28,7 @@ from insula.train.optimizer import averaged, make_optimizer
 from insula.train.step import make_train_state, make_train_step, served_params
 
 BEFORE, AFTER = 12, 12
-"""Updates of a round before its save, and after it."""
+"""Updates of a round before the one that is saved, and after it."""
 
 
 def main() -> None:
@@ -42,19 +45,21 @@ def main() -> None:
     batch = jax.jit(lambda key: fake_batch(config.model, given.batch_size, key))(jax.random.key(1))
     step = make_train_step(config.model, optimizer, config.optimizer.ema_decay, jax.random.key(2))
 
-    saving, after, losses = [], [], []
+    waits, saved, after, losses = [], [], [], []
     steps = []
     with tempfile.TemporaryDirectory() as folder, CheckpointStore(Path(folder), keep=1) as store:
         for number in range(given.rounds + 1):
             seconds = []
-            for update in range(BEFORE + AFTER):
-                if update == BEFORE:
-                    begun = time.perf_counter()
-                    store.save(number, served_params(state), state, lambda folder: None)
-                    waited = time.perf_counter() - begun
+            for update in range(BEFORE + 1 + AFTER):
                 begun = time.perf_counter()
                 state, metrics = step(state, batch)
-                jax.block_until_ready((state, metrics))  # all of it: a save must not be charged for the update
+                kept = snapshot(state) if update == BEFORE else state
+                jax.block_until_ready((state, metrics))
+                computed = time.perf_counter()
+                if update == BEFORE:
+                    store.save(number, kept, served_params, lambda folder: None)
+                    waited = time.perf_counter() - computed
+                del kept
                 seconds.append(time.perf_counter() - begun)
             store.wait()
             if number == 0:  # compiled, and Orbax has been imported
@@ -62,15 +67,18 @@ def main() -> None:
 
             usual = statistics.median(seconds[2:BEFORE])
             steps.append(usual)
-            saving.append(waited / usual)
-            after.append(seconds[BEFORE] / usual - 1)
-            losses.append((waited + sum(seconds[BEFORE:])) / usual - AFTER)
+            waits.append(waited / usual)
+            saved.append(seconds[BEFORE] / usual - 1)
+            after.append(seconds[BEFORE + 1] / usual - 1)
+            losses.append(sum(seconds[BEFORE:]) / usual - 1 - AFTER)
 
     print(
         f"{given.preset}, batches of {given.batch_size}, {given.rounds} rounds: a step {statistics.median(steps):.4f} s"
     )
-    for name, shares in (("in the loop", saving), ("next update", after), ("until written", losses)):
-        print(f"{name:14} {statistics.median(shares):7.1%} of a step ({min(shares):.1%} to {max(shares):.1%})")
+    found = {"waits": waits, "its update": saved, "next update": after, "until written": losses}
+    for name, shares in found.items():
+        low, middle, high = statistics.quantiles(shares, n=4)
+        print(f"{name:14} {middle:7.1%} of a step ({low:.1%} to {high:.1%})")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def folder_of_run(
     config = dataclasses.replace(config, state_dim=max(config.state_dim, stats["state"].dim))
     assets = Assets(config, tokenizer, {"arm": Robot(stats, config.cameras, config.horizon, relative)})
     with CheckpointStore(folder / "checkpoints") as store:
-        store.save(1, model(config)[0], {"step": np.zeros(())}, assets.write)
+        store.save(1, {"step": np.zeros(())}, lambda state: model(config)[0], assets.write)
     return folder
 
 

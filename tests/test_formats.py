@@ -328,7 +328,7 @@ def test_the_embedded_backbone_is_the_tiny_preset() -> None:
     assert all(np.array_equal(paths(params)[name], value.astype(np.float32)) for name, value in stored.items())
     with pytest.raises(CheckpointError, match=r"has no name for vision\.stem\.1\.kernel, .* of config 'tiny'"):
         require_names(OPENPI, TINY)
-    with pytest.raises(CheckpointError, match="fits the preset 'tiny' only"):
+    with pytest.raises(CheckpointError, match="fits the sizes of the preset 'tiny' only"):
         load_pretrained(SMALL, jax.random.key(0))
 
 

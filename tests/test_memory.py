@@ -183,13 +183,13 @@ def test_a_checkpoint_that_held_more_is_read_all_the_same(tmp_path: Path) -> Non
     _, start, _ = training(FROZEN)
     none = make_train_state(params, optimizer, averaged=False)
     with CheckpointStore(tmp_path) as store:
-        store.save(1, served_params(older), older, lambda path: None)
+        store.save(1, older, served_params, lambda path: None)
         for lean in (start(), none):
             found = store.restore("train_state", lean)
             assert jax.tree.structure(found) == jax.tree.structure(lean)
             assert difference(served_params(found), params) == 0.0
 
-        store.save(2, served_params(none), none, lambda path: None)
+        store.save(2, none, served_params, lambda path: None)
         assert difference(store.restore("train_state", none), none) == 0.0
         with pytest.raises(CheckpointError, match="2/train_state"):
             store.restore("train_state", start())

@@ -209,7 +209,12 @@ def saved(usual, tmp_path_factory: pytest.TempPathFactory):
     state = run(step, start(), batch, 2)
     directory = tmp_path_factory.mktemp("run") / "checkpoints"
     with CheckpointStore(directory) as store:
-        store.save(2, state.ema_params, state, lambda path: (path / "note.txt").write_text("all that travels") and None)
+        store.save(
+            2,
+            state,
+            lambda state: state.ema_params,
+            lambda path: (path / "note.txt").write_text("all that travels") and None,
+        )
     return directory, state
 
 
@@ -352,7 +357,7 @@ def test_the_newest_and_every_so_many_steps_are_kept(tmp_path: Path) -> None:
     tree = {"w": jnp.zeros(3)}
     with CheckpointStore(tmp_path, keep=2, keep_every=4) as store:
         for step in range(1, 9):
-            store.save(step, tree, tree, lambda path: None)
+            store.save(step, tree, dict, lambda path: None)
     assert sorted(int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()) == [4, 7, 8]
 
 
@@ -390,6 +395,19 @@ def test_the_loop_logs_means_and_calls_hooks(tmp_path: Path, unchecked: None) ->
     found = rows(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in found] == [2, 2, 4, 4, 5, 5]
     assert [row["total"] for row in found if "total" in row] == [1.5, 3.5, 5.0]
+
+
+def test_what_is_kept_outlives_the_next_update(tmp_path: Path, unchecked: None) -> None:
+    """Control: a state that is not has been given away."""
+    update = jax.jit(lambda state, batch: (dataclasses.replace(state, step=state.step + 1), {}), donate_argnums=0)
+    given: list[TrainState] = []
+    kept: list[TrainState] = []
+    hooks = (Every(1, given.append), Every(1, kept.append, kept=True))
+    start = TrainState(jnp.zeros((), jnp.int32), jnp.ones(3), (), ())  # type: ignore[arg-type]
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        run_loop(start, update, batches(), 3, log, 5, hooks, quiet=True)
+    assert [int(state.step) for state in kept] == [1, 2, 3]
+    assert [state.step.is_deleted() for state in given] == [True, True, False]
 
 
 @pytest.mark.parametrize(("bad_step", "hook_every"), [(3, 100), (4, 100), (3, 3)])

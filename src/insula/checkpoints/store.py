@@ -4,8 +4,8 @@
 (config, tokenizer, normalization), so one step directory is enough to serve. Orbax restores a damaged shard without
 complaint, so a step that is on disk is sealed by a SHA-256 of each file (insula.checkpoints.seal).
 
-A save costs the caller almost nothing: a thread writes while training goes on. Where several processes train, each
-writes its own pieces of the arrays, and process 0 all that is no array.
+A thread writes while training goes on, from a copy of the state (insula.checkpoints.snapshot). Where several processes
+train, each writes its own pieces of the arrays, and process 0 all that is no array.
 """
 
 import dataclasses
@@ -25,7 +25,6 @@ import jax
 import orbax.checkpoint as ocp
 
 from insula.checkpoints.seal import add_to_seal, find_damage, finish_seal, seal
-from insula.checkpoints.snapshot import snapshot
 from insula.errors import CheckpointError, InsulaError, brief
 
 log = logging.getLogger(__name__)
@@ -121,12 +120,12 @@ class CheckpointStore:
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
-    def save(self, step: int, params: Any, train_state: Any, assets: WriteAssets) -> None:
-        """Write step `step` in the background; a step that is already there is left alone. The arrays may be donated at
-        once. Waits for the save before. Raises CheckpointError where that one could not be written."""
+    def save(self, step: int, state: Any, served: Callable[[Any], Any], assets: WriteAssets) -> None:
+        """Write step `step` in the background: the state, and the parameters in it that are `served`. A step that is
+        already there is left alone. The arrays must not be donated meanwhile: give those of a `snapshot`. Waits for the
+        save before. Raises CheckpointError where that one could not be written."""
         self.wait()  # one at a time: each holds a copy of the state
-        held = snapshot({"params": params, "train_state": train_state})
-        self._later(step, lambda: self._write(step, held, assets))
+        self._later(step, lambda: self._write(step, state, served, assets))
 
     def add_file(self, step: int, name: str, write: WriteAssets) -> None:
         """Let one more file travel with a step, once that is on disk: `write` is given its path."""
@@ -152,13 +151,14 @@ class CheckpointStore:
     def _later(self, step: int, work: Callable[[], None]) -> None:
         self._writing.append((step, self._thread.submit(work)))
 
-    def _write(self, step: int, held: Callable[[], Any], assets: WriteAssets) -> None:
+    def _write(self, step: int, state: Any, served: Callable[[Any], Any], assets: WriteAssets) -> None:
+        jax.block_until_ready(state)  # it may be a copy that is still being made, while training needs Python
         if step in self._manager.all_steps():
             return
 
-        items = {name: ocp.args.StandardSave(tree) for name, tree in held().items()}
+        params, state = ocp.args.StandardSave(served(state)), ocp.args.StandardSave(state)
         _hush_others()
-        self._manager.save(step, args=ocp.args.Composite(**items, assets=_AssetsSave(assets)))
+        self._manager.save(step, args=ocp.args.Composite(params=params, train_state=state, assets=_AssetsSave(assets)))
         if _is_main():
             seal(self._step(step))
 

@@ -132,9 +132,9 @@ def pretrain(config: PretrainConfig, tokenizer: FASTTokenizer) -> Knowledge:
 
         def save_state(state: TrainState) -> None:
             # No assets: nobody serves these.
-            store.save(int(state.step), served_params(state), state, lambda folder: None)
+            store.save(int(state.step), state, served_params, lambda folder: None)
 
-        hooks = (Every(config.checkpoint_every, look), Every(config.checkpoint_every, save_state))
+        hooks = (Every(config.checkpoint_every, look), Every(config.checkpoint_every, save_state, kept=True))
         batches = _batches(scenes, tokenizer, config, int(state.step))
         state, complete = run_loop(state, step, batches, config.steps, log, hooks=hooks)
         save_state(state)

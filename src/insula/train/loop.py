@@ -17,6 +17,7 @@ import jax
 from jax.experimental import multihost_utils
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from insula.checkpoints.snapshot import snapshot
 from insula.errors import NonFiniteError, brief
 from insula.train.profile import Profile
 from insula.train.sinks import Sink
@@ -35,10 +36,12 @@ REMEDY = (
 
 @dataclasses.dataclass(frozen=True)
 class Every:
-    """Do `action(state)` after each `steps`-th update. Metrics it returns are written to the log."""
+    """Do `action(state)` after each `steps`-th update. Metrics it returns are written to the log. The state is donated
+    to the next update, unless it is `kept`: then the action gets a copy, and may read it for as long as it likes."""
 
     steps: int
     action: Callable[[TrainState], MetricRow | None]
+    kept: bool = False
 
 
 class MetricsLog:
@@ -141,10 +144,12 @@ def run_loop(
             bar.update(task, completed=done)
 
             due = [hook for hook in hooks if done % hook.steps == 0 or done == steps]
+            # Asked for while the update still runs: to name hundreds of arrays takes a while, which nobody waits for.
+            kept = snapshot(state) if any(hook.kept for hook in due) else state
             if due or done % log_every == 0:  # no hook, such as a checkpoint, gets a state nobody has looked at
                 bar.update(task, figures=meter.report(done))
             for hook in due:
-                if found := hook.action(state):
+                if found := hook.action(kept if hook.kept else state):
                     metrics_log.write(done, found)
                 meter.restart()  # a checkpoint is no part of an update's time
 

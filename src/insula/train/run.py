@@ -140,14 +140,14 @@ def _train(config: TrainConfig, stored: TrainConfig | None, store: CheckpointSto
         )
 
         def save(state: TrainState) -> None:
-            store.save(int(state.step), served_params(state), state, assets.write)
+            store.save(int(state.step), state, served_params, assets.write)
 
         certify = make_certifier(config, mixture, eval_rng, store, mesh) if config.certify else _nothing
         if stored is not None:  # the run may have been killed between its checkpoint and that one's certificate
             certify(state)
 
         # Saving comes first. Measuring takes longer, and may raise or be killed: the updates must not be lost to it.
-        hooks = [Every(config.checkpoint_every, save)]
+        hooks = [Every(config.checkpoint_every, save, kept=True)]
         if unseen:
             look = make_held_out_losses(config, data.mapping, unseen, eval_rng, mesh)
             hooks.append(Every(config.evaluate_every, look))

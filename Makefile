@@ -47,7 +47,7 @@ types: $(VENV)/.test  ## mypy over the package
 
 examples: $(VENV)/.test gl  ## run every script of examples/
 	@test -e runs/quick/run || $(BIN)/insula demo --quick
-	@set -e; for script in examples/*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+	printf '%s\n' examples/*.py | xargs -n 1 -P 2 $(BIN)/python
 
 figures: $(VENV)/.test  ## comments, blank lines, docstrings and more, counted; exit code 1 where a limit is missed
 	$(BIN)/python scripts/figures.py

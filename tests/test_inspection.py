@@ -579,7 +579,9 @@ def no_stop(monkeypatch: pytest.MonkeyPatch) -> None:
                 "cells are not as they must be, first (0, ",
             ],
         ),
-        (the_answer_in_sight, ["changing all tokens of the answer moves velocity by"]),
+        pytest.param(
+            *(the_answer_in_sight, ["changing all tokens of the answer moves velocity by"]), marks=pytest.mark.slow
+        ),
         (no_stop, ["flow loss reaches backbone layer 0, norm"]),
     ],
 )

@@ -64,6 +64,7 @@ def test_it_records_what_made_the_weights(finished: Path) -> None:
     assert {row["step"] for row in logged if "held_out/location_error" in row} == {2, 4, 6}
 
 
+@pytest.mark.slow  # the same training twice more
 def test_interrupted_and_started_again_equals_uninterrupted(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,6 +146,7 @@ def test_the_preset_small_starts_from_random_weights(tmp_path: Path) -> None:
         dataclasses.replace(preset, init=tmp_path)
 
 
+@pytest.mark.slow  # three trainings to compile
 def test_a_run_goes_on_with_other_devices(finished: Path, data: Path, tmp_path: Path) -> None:
     """On four that share the model, then on two that each have it: what one device alone would have trained."""
     run = tmp_path / "run"

@@ -82,7 +82,7 @@ def split(tree: Any) -> int:
 # --- the same numbers ------------------------------------------------------------------------------------------------
 
 ALONE: dict[str, tuple[TrainState, list[float]]] = {}
-USUAL = {("insulated", "fsdp"), ("insulated", "all three"), ("LoRA", "all three")}
+USUAL = {("insulated", "all three"), ("LoRA", "all three")}
 """Recipes and meshes of `make test`; each of the others compiles a training of its own."""
 CASES = [
     pytest.param(recipe, mesh, marks=[] if (recipe, mesh) in USUAL else pytest.mark.slow)
